@@ -1,0 +1,220 @@
+"""``odeint``: solve dy/dt = f(t, y) at given times, differentiably, with torchdiffeq's calling convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nodeshape._march import EqualSteps, ErrorControl, StageSolver, Steps
+from nodeshape._method import get_method
+from nodeshape._solve import ADJOINTS, Problem, Solution
+from nodeshape._stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
+from nodeshape._stats import SolverStats
+from nodeshape._system import State, System
+
+RTOL, ATOL = 1e-4, 1e-6
+MIN_STEP, MAX_STEPS = 1e-10, 10_000
+OPTIONS = (
+    "step_size",
+    "stage_solver",
+    "stage_tolerance",
+    "max_stage_iterations",
+    "checkpoint_every",
+    "drift_tolerance",
+    "min_step",
+    "max_steps",
+    "adjoint_rtol",
+    "adjoint_atol",
+)
+
+
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: State,
+    t: Tensor | Sequence[float],
+    *,
+    method: str = "implicit_midpoint",
+    steps: int | None = None,
+    step_size: float | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    adjoint: str = "discrete",
+    options: Mapping[str, Any] | None = None,
+    return_stats: bool = False,
+    adjoint_params: Sequence[Tensor] | None = None,
+) -> Any:
+    """Solve dy/dt = func(t, y) from ``y(t[0]) = y0`` and return y at every time in ``t``.
+
+    The first dimension of ``y0`` is the batch if ``y0`` (every tensor of a tuple) has at least two dimensions; each
+    sample then has its own stage iterations and, under error control, its own steps.
+
+    Args:
+        func: a module or function ``func(t, y) -> dy/dt``; ``t`` is a scalar tensor, dy/dt has the shape of ``y``.
+        y0: initial state, a float32 or float64 tensor or a tuple of them.
+        t: strictly increasing or decreasing times, ``[times]``; each is hit exactly.
+        method: ``"euler"``, ``"implicit_euler"`` or ``"implicit_midpoint"``.
+        steps: equal steps in each interval of ``t``.
+        step_size: an interval of length T takes ceil(T / step_size) equal steps.
+        rtol, atol: with neither ``steps`` nor ``step_size``, steps are chosen so that the error of each stays within
+            ``atol + rtol |y|`` (defaults 1e-4 and 1e-6).
+        adjoint: how gradients are computed. ``"discrete"``: exact, stores one state a step. ``"reversible"``: exact to
+            the stage tolerance, memory independent of the number of steps. ``"continuous"``: the approximate adjoint
+            of Chen et al., likewise independent. Only ``"discrete"`` has second derivatives.
+        options: ``step_size``, as in torchdiffeq; ``stage_solver``, ``"anderson"`` or ``"newton"`` (small stiff
+            states); ``stage_tolerance`` and ``max_stage_iterations`` of implicit stages; ``checkpoint_every`` (steps
+            between stored states) and ``drift_tolerance`` of ``"reversible"``; ``min_step`` (in units of the interval)
+            and ``max_steps`` (per interval) of error control, ``adjoint_rtol`` and ``adjoint_atol`` of its backward pass
+            in ``"continuous"`` mode.
+        return_stats: also return :class:`SolverStats`; its backward counts appear when the backward pass has run.
+        adjoint_params: tensors to differentiate with respect to, besides ``y0`` and ``t``; found by themselves if None.
+
+    Returns:
+        ``[times, *y0.shape]`` (a tuple of such for a tuple state), or ``(solution, stats)``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        StageSolveError: an implicit stage did not converge.
+        StepSizeError: error control needs too small or too many steps.
+        ReversalDriftError: in the backward pass, if a ``"reversible"`` gradient would be wrong.
+    """
+    scheme = get_method(method)
+    if adjoint not in ADJOINTS:
+        raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
+    settings = _settings(options)
+    tensors = _tensors(y0)
+    t, times = _times(t)
+    step_size = settings.get("step_size", step_size)
+    _check_steps(steps, step_size)
+
+    differentiable = torch.is_grad_enabled()
+    with torch.no_grad():
+        system = System(func, y0, adjoint_params if differentiable else ())
+        rows = system.rows(y0)
+        forward: Steps = EqualSteps(steps, step_size)
+        backward = forward
+        if steps is None and step_size is None:
+            rtol, atol = _positive("rtol", rtol, RTOL), _positive("atol", atol, ATOL)
+            shared = not system.separable(times[0], rows)
+            limits = settings.get("min_step", MIN_STEP), settings.get("max_steps", MAX_STEPS)
+            forward = ErrorControl(scheme, rtol, atol, *limits, shared)
+            backward_rtol = _positive("adjoint_rtol", settings.get("adjoint_rtol"), rtol)
+            backward_atol = _positive("adjoint_atol", settings.get("adjoint_atol"), atol)
+            backward = ErrorControl(scheme, backward_rtol, backward_atol, *limits, shared)
+        problem = Problem(
+            system,
+            scheme,
+            _stage_solver(settings, system.dtype),
+            times,
+            forward,
+            backward,
+            adjoint,
+            settings.get("checkpoint_every"),
+            settings.get("drift_tolerance", 1e3 * STAGE_TOLERANCE[system.dtype]),
+            SolverStats.zeros(system.samples, system.device),
+        )
+        if isinstance(forward, ErrorControl):
+            problem.stats.step_control = "shared" if forward.shared else "per sample"
+        ys = problem.solve(rows, keep=differentiable)
+    inputs = (*tensors, t, *(system.parameters or ()))
+    if differentiable and any(x.requires_grad for x in inputs):
+        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))
+    solution = system.state(ys)
+    return (solution, problem.stats) if return_stats else solution
+
+
+def odeint_adjoint(
+    func: Callable[[Tensor, Any], Any],
+    y0: State,
+    t: Tensor | Sequence[float],
+    *,
+    adjoint_rtol: float | None = None,
+    adjoint_atol: float | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Any:
+    """``odeint`` with ``adjoint="continuous"``, so that code written for torchdiffeq's function runs unchanged.
+
+    The backward pass uses the method and steps of the forward pass; under error control it takes ``adjoint_rtol`` and
+    ``adjoint_atol`` (default: those of the forward pass). Asking for another method or other options there raises
+    ValueError.
+    """
+    method = arguments.get("method", "implicit_midpoint")
+    if adjoint_method not in (None, method):
+        raise ValueError(f"adjoint_method must be the method of the forward pass, {method!r}, got {adjoint_method!r}")
+    options = dict(arguments.pop("options", None) or {})
+    if adjoint_options not in (None, {}, options):
+        raise ValueError(f"adjoint_options must be the options of the forward pass, {options}, got {adjoint_options}")
+    if adjoint_rtol is not None:
+        options["adjoint_rtol"] = adjoint_rtol
+    if adjoint_atol is not None:
+        options["adjoint_atol"] = adjoint_atol
+    arguments.setdefault("adjoint", "continuous")
+    return odeint(func, y0, t, options=options, **arguments)
+
+
+def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    settings = dict(options or {})
+    for name, value in settings.items():
+        if name not in OPTIONS:
+            raise ValueError(f"unknown option {name!r}: known are {', '.join(OPTIONS)}")
+        if name == "stage_solver":
+            if value not in ("anderson", "newton"):
+                raise ValueError(f"unknown stage_solver {value!r}: choose 'anderson' or 'newton'")
+        elif name in ("checkpoint_every", "max_stage_iterations", "max_steps"):
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"option {name!r} must be a whole number, at least 1, got {value!r}")
+        else:
+            _positive(name, value, value)
+    return settings
+
+
+def _positive(name: str, value: float | None, default: float) -> float:
+    value = default if value is None else value
+    if not (isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _check_steps(steps: int | None, step_size: float | None) -> None:
+    if steps is not None and step_size is not None:
+        raise ValueError(f"give steps or step_size, not both: got steps={steps!r} and step_size={step_size!r}")
+    if steps is not None and (steps != int(steps) or steps < 1):
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    if step_size is not None:
+        _positive("step_size", step_size, step_size)
+
+
+def _stage_solver(settings: Mapping[str, Any], dtype: torch.dtype) -> StageSolver:
+    return StageSolver(
+        settings.get("stage_solver", "anderson"),
+        settings.get("stage_tolerance", STAGE_TOLERANCE[dtype]),
+        settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS),
+    )
+
+
+def _tensors(y0: State) -> tuple[Tensor, ...]:
+    tensors = y0 if isinstance(y0, tuple) else (y0,)
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(y0).__name__}")
+    kinds = {(x.dtype, x.device) for x in tensors}
+    if len(kinds) > 1:
+        raise ValueError(f"the tensors of y0 must share dtype and device, got {sorted(map(str, kinds))}")
+    if tensors[0].dtype not in STAGE_TOLERANCE:
+        raise ValueError(f"y0 must be float32 or float64, got {tensors[0].dtype}")
+    return tensors
+
+
+def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
+    t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
+    if t.dim() != 1 or len(t) < 1:
+        raise ValueError(f"t must be a one-dimensional tensor of at least one time, got shape {tuple(t.shape)}")
+    times = [float(x) for x in t.tolist()]
+    steps = [b - a for a, b in zip(times, times[1:])]
+    if not all(map(isfinite, times)) or not (all(x > 0 for x in steps) or all(x < 0 for x in steps)):
+        raise ValueError(f"t must be finite and strictly increasing or decreasing, got {times}")
+    return t, times
