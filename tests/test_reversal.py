@@ -17,8 +17,8 @@ def test_memory_of_reversible_does_not_grow_with_steps_and_discrete_grows_by_a_s
     for adjoint in ("reversible", "continuous"):
         few, many = (peak_bytes_of_training_step(method, adjoint, steps) for steps in (10, 60))
         assert many <= 1.1 * few
-    few, many = (peak_bytes_of_training_step(method, "discrete", steps) for steps in (40, 60))
-    assert (many - few) / 20 == pytest.approx(STATE_BYTES, rel=0.01)
+    few, many = (peak_bytes_of_training_step(method, "discrete", steps) for steps in (60, 160))
+    assert (many - few) / 100 == pytest.approx(STATE_BYTES, rel=0.05)
 
 
 @pytest.mark.slow
