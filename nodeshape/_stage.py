@@ -87,7 +87,8 @@ def anderson_stage(
     """Solve Y = base + c F(Y) by Anderson acceleration (Walker & Ni 2011), started from ``guess``.
 
     Each step minimises the residual over the span of the last differences, as secants predict it. On linear problems
-    this is GMRES, which is why stiff but small problems converge where plain iteration diverges.
+    this is GMRES, which is why stiff but small problems converge where plain iteration diverges. What lies outside the
+    span is mixed in whole, and by half as much each time the residual has more than doubled.
 
     Args:
         function: F, on ``[samples, size]``.
@@ -104,6 +105,7 @@ def anderson_stage(
     active = ~broken
     evaluations = torch.ones_like(active, dtype=torch.long)
     relative = torch.zeros_like(base[:, 0])
+    mixing = torch.ones_like(base[:, :1])
     history: list[tuple[Tensor, Tensor]] = []  # (residual difference, iterate difference), the newest first
     while True:
         relative = torch.where(active, _relative(residual, value, base), relative)
@@ -111,22 +113,25 @@ def anderson_stage(
         if not bool(active.any()):
             break
         rows = active[:, None]
-        new_value = torch.where(rows, value + _anderson_step(residual, history), value)
+        new_value = torch.where(rows, value + _anderson_step(residual, history, mixing), value)
         new_slope = torch.where(rows, function(new_value), slope)
         new_residual = base + c * new_slope - new_value
         evaluations = evaluations + active
+        # What the secants do not predict is mixed in more carefully once that has made things worse.
+        worse = _norm(new_residual) > 2.0 * _norm(residual)
+        mixing = torch.where(worse, 0.5 * mixing, mixing)
         history = [(new_residual - residual, new_value - value), *history[: ANDERSON_MEMORY - 1]]
         value, slope, residual = new_value, new_slope, new_residual
     return Stage(value, slope, evaluations, relative, solved=(relative <= tolerance) | broken)
 
 
-def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The residual, less its part in the span of the differences, plus the iterate differences that part calls for.
+def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]], mixing: Tensor) -> Tensor:
+    """The iterate differences that the part of the residual in their span calls for, plus ``mixing`` times the rest.
 
     Modified Gram–Schmidt, the newest difference first, so that old ones never spoil new ones.
     """
     if not history:
-        return residual
+        return mixing * residual
     differences, moves = (torch.stack(x) for x in zip(*history))
     whole = _norm(differences)
     step = torch.zeros_like(residual)
@@ -141,7 +146,7 @@ def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]]) -> Te
         overlap = _dot(q, differences)
         differences = differences - overlap * q
         moves = moves - overlap * x
-    return step + residual
+    return step + mixing * residual
 
 
 def newton_stage(
