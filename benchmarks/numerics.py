@@ -1,6 +1,6 @@
 """Measure what docs/mathematics.md claims: orders, gradients, memory, evaluations. Draws docs/figures/*.png.
 
-    python benchmarks/numerics.py [--out docs/figures]
+python benchmarks/numerics.py [--out docs/figures]
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def draw_gradients(out: Path) -> None:
                 errors.append(float((gradient(adjoint, method, n) - exact).norm() / exact.norm()))
             print(f"  {adjoint:11} {method:18}", *(f"{x:.1e}" for x in errors))
             colour = f"C{METHODS.index(method)}"
-            axis.loglog(steps, errors, line, color=colour, marker=STYLE[method][0], markersize=4, label=f"{adjoint}, {method}")
+            axis.loglog(
+                steps, errors, line, color=colour, marker=STYLE[method][0], markersize=4, label=f"{adjoint}, {method}"
+            )
     axis.set(xlabel="steps from t=0 to t=1", ylabel="relative distance from the exact gradient", ylim=(1e-17, 1e7))
     axis.legend(fontsize=7, loc="upper right")
     save(figure, out / "gradient.png")

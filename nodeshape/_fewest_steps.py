@@ -61,7 +61,9 @@ def _run(model: Any, images: Tensor, method: str, steps: int) -> tuple[Tensor, f
     """The outputs, and the evaluations of f per sample."""
     solver = model.with_solver(method=method, steps=steps)
     outputs: Tensor = solver(images)
-    stats = (solver if isinstance(solver, ODEBlock) else solver.ode).stats
+    block: ODEBlock = solver if isinstance(solver, ODEBlock) else solver.ode
+    stats = block.stats
+    assert stats is not None
     return outputs, float(stats.nfe_forward.double().mean())
 
 

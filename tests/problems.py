@@ -69,7 +69,9 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     """
     with torch.no_grad():
         sizes = [float(b.abs().max()) for b in expected]
-        return max(float((a - b).abs().max()) / max(size, 1e-3 * max(sizes)) for a, b, size in zip(found, expected, sizes))
+        return max(
+            float((a - b).abs().max()) / max(size, 1e-3 * max(sizes)) for a, b, size in zip(found, expected, sizes)
+        )
 
 
 def orders(errors: Sequence[float]) -> list[float]:

@@ -55,9 +55,7 @@ def test_gradients_are_those_of_the_steps_taken(method: str, adjoint: str) -> No
     # the same steps as equal steps of each sample alone, through autograd's own record of the replay
     expected = [torch.zeros_like(x) for x in inputs]
     ys = ns.odeint(func, y0, t, method=method, **tolerances)
-    graphed = torch.autograd.grad(
-        (ys * _weights(ys)).sum() + 0.5 * (ys * ys).sum(), inputs, create_graph=True
-    )
+    graphed = torch.autograd.grad((ys * _weights(ys)).sum() + 0.5 * (ys * ys).sum(), inputs, create_graph=True)
     expected = [x.detach() for x in graphed]
     assert relative_error(found, expected) < 1e-10
 
@@ -127,7 +125,7 @@ def test_a_solution_that_blows_up_raises_instead_of_hanging() -> None:
 
 def test_too_many_steps_raise_with_the_remedy() -> None:
     y0 = torch.ones(1, 1, dtype=torch.float64)
-    with pytest.raises(ns.StepSizeError, match="max_steps=30 attempts.*use an implicit method"):
+    with pytest.raises(ns.StepSizeError, match=r"max_steps=30 attempts.*use an implicit method"):
         ns.odeint(lambda t, y: -1000 * y, y0, [0.0, 1.0], method="euler", options={"max_steps": 30})
 
 

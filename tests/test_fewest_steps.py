@@ -44,7 +44,7 @@ def test_fewest_steps_is_within_tolerance_and_one_step_less_is_not(tolerance: fl
 
 def test_a_tolerance_out_of_reach_is_refused() -> None:
     func, y0 = dynamics_and_state("mlp", torch.float32)
-    with pytest.raises(ValueError, match="out of reach.*float64"):
+    with pytest.raises(ValueError, match=r"out of reach.*float64"):
         ns.fewest_steps(ns.ODEBlock(func), y0, 1e-12)
     with pytest.raises(ValueError, match="positive"):
         ns.fewest_steps(ns.ODEBlock(func), y0, 0.0)

@@ -189,7 +189,10 @@ def test_gradients_of_dynamics_that_ignore_state_or_time_or_parameters() -> None
     t = torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)
     for method in METHODS:
         for adjoint in ADJOINTS:
-            for func, expected in ((lambda t, y: shift, [1.0, 2.0, 2.0]), (lambda t, y: torch.ones_like(y), [1.0, None, 4.0])):
+            for func, expected in (
+                (lambda t, y: shift, [1.0, 2.0, 2.0]),
+                (lambda t, y: torch.ones_like(y), [1.0, None, 4.0]),
+            ):
                 ys = ns.odeint(func, y0, t, method=method, steps=3, adjoint=adjoint)
                 grads = torch.autograd.grad(ys[-1].sum(), (y0, shift, t), allow_unused=True)
                 found = [None if x is None else float(x.flatten()[-1]) for x in grads]

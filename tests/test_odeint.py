@@ -81,18 +81,41 @@ def test_code_written_for_torchdiffeq_runs_by_changing_the_import() -> None:
     func, y0 = dynamics_and_state("mlp")
     t = torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)
     calls = [
-        dict(method="euler", options={"step_size": 0.05}),
-        dict(method="euler", options={"step_size": 0.05}, rtol=1e-3, atol=1e-3, adjoint_params=tuple(func.parameters())),
-        dict(method="euler", options=dict(step_size=0.1), adjoint_options=dict(step_size=0.1), adjoint_method="euler"),
-        dict(rtol=1e-6, atol=1e-8, method=None, adjoint_rtol=1e-6, adjoint_atol=1e-8, adjoint_options=dict(norm="seminorm")),
+        {"method": "euler", "options": {"step_size": 0.05}},
+        {
+            "method": "euler",
+            "options": {"step_size": 0.05},
+            "rtol": 1e-3,
+            "atol": 1e-3,
+            "adjoint_params": tuple(func.parameters()),
+        },
+        {
+            "method": "euler",
+            "options": {"step_size": 0.1},
+            "adjoint_options": {"step_size": 0.1},
+            "adjoint_method": "euler",
+        },
+        {
+            "rtol": 1e-6,
+            "atol": 1e-8,
+            "method": None,
+            "adjoint_rtol": 1e-6,
+            "adjoint_atol": 1e-8,
+            "adjoint_options": {"norm": "seminorm"},
+        },
     ]
     for arguments in calls:
         ours, theirs = (solve(func, y0, t, **arguments) for solve in (ns.odeint_adjoint, torchdiffeq.odeint_adjoint))
         assert relative_error([ours], [theirs]) < 1e-5
-        assert relative_error(gradients(ours, (y0, *func.parameters())), gradients(theirs, (y0, *func.parameters()))) < 1e-4
+        assert (
+            relative_error(gradients(ours, (y0, *func.parameters())), gradients(theirs, (y0, *func.parameters())))
+            < 1e-4
+        )
     pair = (y0, torch.zeros(2, 1, dtype=torch.float64))
     fields = lambda t, y: (func(t, y[0]), y[0].sum(dim=1, keepdim=True))  # noqa: E731
-    ours, theirs = (solve(fields, pair, t, method="euler", options={"step_size": 0.05}) for solve in (ns.odeint, torchdiffeq.odeint))
+    ours, theirs = (
+        solve(fields, pair, t, method="euler", options={"step_size": 0.05}) for solve in (ns.odeint, torchdiffeq.odeint)
+    )
     assert relative_error(ours, theirs) < 1e-12
 
 
@@ -123,7 +146,11 @@ def test_times_that_do_not_move_one_way_are_refused(t: list[float]) -> None:
 
 
 def test_a_wrong_state_or_slope_is_refused() -> None:
-    for y0 in (torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.float16), (torch.ones(1), torch.ones(1).double())):
+    for y0 in (
+        torch.ones(2, dtype=torch.int64),
+        torch.ones(2, dtype=torch.float16),
+        (torch.ones(1), torch.ones(1).double()),
+    ):
         with pytest.raises(ValueError, match="y0"):
             ns.odeint(lambda t, y: y, y0, [0.0, 1.0], steps=1)
     with pytest.raises(TypeError, match="y0 must be a tensor or a tuple of tensors, got list"):

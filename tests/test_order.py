@@ -58,9 +58,7 @@ def test_conv_dynamics_with_relu_kinks_keeps_the_order_on_average(method: str) -
     assert sum(orders(errors)) / 5 == pytest.approx(ORDER[method], abs=0.3 if method == "implicit_midpoint" else 0.05)
 
 
-def _errors(
-    func: torch.nn.Module, y0: Tensor, t: Tensor, method: str, steps: list[int], exact: Tensor
-) -> list[float]:
+def _errors(func: torch.nn.Module, y0: Tensor, t: Tensor, method: str, steps: list[int], exact: Tensor) -> list[float]:
     with torch.no_grad():
         return [float((ns.odeint(func, y0, t, method=method, steps=n)[-1] - exact).norm()) for n in steps]
 

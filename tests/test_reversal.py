@@ -41,7 +41,7 @@ def test_a_strong_contraction_is_refused_and_solved_with_checkpoints(method: str
     solve = {"method": method, "steps": 100}
     expected = gradients(ns.odeint(contracting, y0, t, **solve), inputs)
     ys = ns.odeint(contracting, y0, t, adjoint="reversible", **solve)
-    with pytest.raises(ns.ReversalDriftError, match="drifted.*tolerance.*checkpoint_every"):
+    with pytest.raises(ns.ReversalDriftError, match=r"drifted.*tolerance.*checkpoint_every"):
         gradients(ys, inputs)
     ys = ns.odeint(contracting, y0, t, adjoint="reversible", options={"checkpoint_every": 2}, **solve)
     assert relative_error(gradients(ys, inputs), expected) < 1e-10

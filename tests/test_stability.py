@@ -21,9 +21,7 @@ def test_a_stiff_linear_problem_follows_the_exact_stability_function(method: str
     factor = (1 - (1 - theta) * STIFF) / (1 + theta * STIFF)
     y0 = torch.tensor([[1.0], [-0.3]], dtype=torch.float64)
     t = torch.arange(9, dtype=torch.float64) * h
-    ys = ns.odeint(
-        lambda t, y: -STIFF / h * y, y0, t, method=method, steps=1, options={"stage_solver": stage_solver}
-    )
+    ys = ns.odeint(lambda t, y: -STIFF / h * y, y0, t, method=method, steps=1, options={"stage_solver": stage_solver})
     expected = torch.tensor([factor**k for k in range(9)], dtype=torch.float64)[:, None, None] * y0
     assert ((ys - expected).abs() <= 1e-12 * expected.abs()).all()
     if method == "euler":
@@ -65,7 +63,9 @@ PROBLEMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(("method", "rtol", "bound"), [("implicit_euler", 1e-4, 2e-2), ("implicit_midpoint", 1e-5, 1e-3)])
+@pytest.mark.parametrize(
+    ("method", "rtol", "bound"), [("implicit_euler", 1e-4, 2e-2), ("implicit_midpoint", 1e-5, 1e-3)]
+)
 def test_stiff_problems_agree_with_radau(method: str, rtol: float, bound: float, name: str) -> None:
     integrate = pytest.importorskip("scipy.integrate")
     func, y0, times = PROBLEMS[name]
@@ -80,7 +80,14 @@ def test_stiff_problems_agree_with_radau(method: str, rtol: float, bound: float,
     state = torch.tensor([y0], dtype=torch.float64)
     with torch.no_grad():
         ys, stats = ns.odeint(
-            func, state, torch.tensor(times), method=method, rtol=rtol, atol=rtol * 1e-4, options=options, return_stats=True
+            func,
+            state,
+            torch.tensor(times),
+            method=method,
+            rtol=rtol,
+            atol=rtol * 1e-4,
+            options=options,
+            return_stats=True,
         )
     error = float(((ys[:, 0] - expected).abs() / scale).max())
     print(f"{name}, {method}: error {error:.1e}, {int(stats.accepted)} steps, {int(stats.nfe_forward)} evaluations")
