@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nodeshape._block import ODEBlock as ODEBlock
+    from nodeshape._checkpoint import load_classifier as load_classifier
     from nodeshape._classifier import ShapeClassifier as ShapeClassifier
     from nodeshape._dynamics import ConvDynamics as ConvDynamics
     from nodeshape._dynamics import MLPDynamics as MLPDynamics
@@ -29,6 +30,7 @@ _HOME = {
     "ConvDynamics": "_dynamics",
     "MLPDynamics": "_dynamics",
     "ShapeClassifier": "_classifier",
+    "load_classifier": "_checkpoint",
     "SolverStats": "_stats",
     "StageSolveError": "_stage",
     "StepSizeError": "_march",
