@@ -15,7 +15,7 @@ from nodeshape._cli import UserError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a reader, or a kill, sees the old file or the new one and nothing between."""
+    """Replace ``path`` by ``data`` so that a reader, or a kill, sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:

@@ -6,7 +6,6 @@ from copy import copy
 from math import ceil, log2
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nodeshape._block import ODEBlock

@@ -29,8 +29,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
 SPLITS = ("train", "test", "files")
 """Independent streams of images; ``files`` is for pictures written to disk, which no model has been trained on."""
 
-MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 24, 1024
-"""Pixels. Below the first, a circle and a square of a pair look alike."""
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 1024
+"""Pixels. Below about 24, a circle and a square of a pair look alike."""
 
 _TASKS = tuple(CLASSES)
 _LABEL, _SCENE = 0, 1
