@@ -1,0 +1,96 @@
+// Small matrix products, register-blocked: c[m, n] (+)= sum_k a(m, k) b[k, n].
+//
+// Every element is summed over k in ascending order by one chain of fused multiply-adds, so its value does not depend on
+// how many rows are multiplied at once.
+#pragma once
+
+#include "simd.h"
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+/// a(m, k) = data[m row + k column]
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t row, column;
+};
+
+/// Vectors of columns and rows of a block whose sums stay in registers.
+template <int Vectors>
+inline constexpr int kBlockRows = kRegisters == 32 ? (Vectors == 4 ? 6 : 8) : (Vectors == 2 ? 4 : 8);
+inline constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
+
+namespace detail {
+
+template <class T, int Rows, int Vectors, bool Accumulate>
+void block(int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> sums[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = Accumulate ? load(c + r * c_row + v * lanes) : Vec<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> w[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) w[v] = load(b + k * b_row + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<T> x = splat(a.data[r * a.row + k * a.column]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = fma(x, w[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * lanes, sums[r][v]);
+}
+
+/// All rows of one panel of columns.
+template <class T, int Rows, int Vectors, bool Accumulate>
+void panel(int64_t rows, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  for (; rows >= Rows; rows -= Rows) {
+    block<T, Rows, Vectors, Accumulate>(depth, a, b, b_row, c, c_row);
+    a.data += Rows * a.row;
+    c += Rows * c_row;
+  }
+  if constexpr (Rows > 1)
+    if (rows > 0) panel<T, Rows / 2, Vectors, Accumulate>(rows, depth, a, b, b_row, c, c_row);
+}
+
+template <class T, int Vectors, bool Accumulate>
+void panels(int64_t from, int64_t rows, int64_t columns, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c,
+            int64_t c_row) {
+  constexpr int64_t width = Vectors * kLanes<T>;
+  for (; from + width <= columns; from += width) {
+    const bool packed = b_row == 0;
+    panel<T, kBlockRows<Vectors>, Vectors, Accumulate>(rows, depth, a, packed ? b + from * depth : b + from,
+                                                       packed ? width : b_row, c + from, c_row);
+  }
+  if constexpr (Vectors > 1)
+    if (from < columns)
+      panels<T, Vectors / 2, Accumulate>(from, rows, columns, depth, a, b, b_row, c, c_row);
+}
+
+}  // namespace detail
+
+/// `columns` is a multiple of the vector. b_row = 0 says that b is packed by pack_panels().
+template <class T, bool Accumulate>
+void gemm(int64_t rows, int64_t columns, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  detail::panels<T, kBlockVectors, Accumulate>(0, rows, columns, depth, a, b, b_row, c, c_row);
+}
+
+/// Where element (k, n) of a [depth, columns] matrix lies once its panels are contiguous.
+template <class T>
+NODESHAPE_INLINE int64_t packed_index(int64_t k, int64_t n, int64_t depth, int64_t columns) {
+  int64_t from = 0;
+  int64_t width = kBlockVectors * kLanes<T>;
+  while (true) {
+    while (from + width > columns) width /= 2;
+    if (n < from + width) return from * depth + k * width + (n - from);
+    from += width;
+  }
+}
+
+}  // namespace nodeshape::NODESHAPE_TARGET
