@@ -64,9 +64,7 @@ void panels(int64_t from, int64_t rows, int64_t columns, int64_t depth, Strided<
             int64_t c_row) {
   constexpr int64_t width = Vectors * kLanes<T>;
   for (; from + width <= columns; from += width) {
-    const bool packed = b_row == 0;
-    panel<T, kBlockRows<Vectors>, Vectors, Accumulate>(rows, depth, a, packed ? b + from * depth : b + from,
-                                                       packed ? width : b_row, c + from, c_row);
+    panel<T, kBlockRows<Vectors>, Vectors, Accumulate>(rows, depth, a, b + from, b_row, c + from, c_row);
   }
   if constexpr (Vectors > 1)
     if (from < columns)
@@ -75,22 +73,10 @@ void panels(int64_t from, int64_t rows, int64_t columns, int64_t depth, Strided<
 
 }  // namespace detail
 
-/// `columns` is a multiple of the vector. b_row = 0 says that b is packed by pack_panels().
+/// `columns` is a multiple of the vector.
 template <class T, bool Accumulate>
 void gemm(int64_t rows, int64_t columns, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
   detail::panels<T, kBlockVectors, Accumulate>(0, rows, columns, depth, a, b, b_row, c, c_row);
-}
-
-/// Where element (k, n) of a [depth, columns] matrix lies once its panels are contiguous.
-template <class T>
-NODESHAPE_INLINE int64_t packed_index(int64_t k, int64_t n, int64_t depth, int64_t columns) {
-  int64_t from = 0;
-  int64_t width = kBlockVectors * kLanes<T>;
-  while (true) {
-    while (from + width > columns) width /= 2;
-    if (n < from + width) return from * depth + k * width + (n - from);
-    from += width;
-  }
 }
 
 }  // namespace nodeshape::NODESHAPE_TARGET

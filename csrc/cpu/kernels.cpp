@@ -1,6 +1,7 @@
 // The solvers of one instruction set; setup.py compiles this file once for each, with its flags and NODESHAPE_TARGET.
 #include "kernels.h"
 
+#include "conv.h"
 #include "mlp.h"
 #include "solve.h"
 
@@ -28,6 +29,20 @@ void with_activation(Activation activation, Body&& body) {
 }
 
 template <class T>
+void conv_forward(const ConvModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
+  Arena arena;
+  const ConvWeights<T> weights(model, arena, false);
+  forward<ConvDynamics<T>>(weights, problem, executor);
+}
+
+template <class T>
+void conv_backward(const ConvModel& model, const BackwardProblem<T>& problem, const Executor& executor) {
+  Arena arena;
+  const ConvWeights<T> weights(model, arena, true);
+  backward<ConvDynamics<T>>(weights, problem, executor);
+}
+
+template <class T>
 void mlp_forward(const MlpModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
   const MlpWeights<T> weights(model, arena);
@@ -44,7 +59,7 @@ void mlp_backward(const MlpModel& model, const BackwardProblem<T>& problem, cons
 }
 
 template <class T>
-inline constexpr KernelsOf<T> kernels_of = {nullptr, nullptr, mlp_forward<T>, mlp_backward<T>};
+inline constexpr KernelsOf<T> kernels_of = {conv_forward<T>, conv_backward<T>, mlp_forward<T>, mlp_backward<T>};
 
 }  // namespace NODESHAPE_TARGET
 

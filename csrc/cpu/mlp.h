@@ -50,6 +50,8 @@ struct MlpWeights {
     for (int64_t l = 0; l < count; ++l) total += layers[l].out * (layers[l].in + (l == 0) + 1);
     return total;
   }
+
+  int64_t group() const { return kMaxGroup; }
 };
 
 template <class T, Activation A>
@@ -57,7 +59,6 @@ class MlpDynamics {
  public:
   using Scalar = T;
   using Weights = MlpWeights<T>;
-  static constexpr int kGroup = 16;
 
   MlpDynamics(const Weights& weights, Arena& arena, int group, bool with_gradient) : w_(weights) {
     layers_ = arena.take<Layer>(w_.count);

@@ -39,7 +39,7 @@ void share(const Executor& executor, int64_t tasks, Body&& body) {
 /// Results do not depend on how samples are grouped, so groups may be as many as keep all threads busy.
 template <class D, class T>
 void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& executor) {
-  const int64_t group = larger(1, smaller(D::kGroup, ceil_div(problem.samples, executor.threads)));
+  const int64_t group = larger(1, smaller(weights.group(), ceil_div(problem.samples, executor.threads)));
   share(executor, ceil_div(problem.samples, group), [&](int64_t task, Arena& arena) {
     const Group samples{task * group, int(smaller(group, problem.samples - task * group))};
     D dynamics(weights, arena, samples.count, false);
@@ -53,7 +53,7 @@ template <class D, class T>
 void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& executor) {
   constexpr int64_t kChunks = 64, kWantedChunks = 8;
   const int64_t samples = problem.samples, parameters = weights.parameters(), times = problem.grid.count;
-  const int64_t group = larger(1, smaller(D::kGroup, samples / kWantedChunks));
+  const int64_t group = larger(1, smaller(weights.group(), samples / kWantedChunks));
   const int64_t groups = ceil_div(samples, group), chunks = smaller(groups, kChunks);
   Arena shared;
   T* rows = shared.take<T>(chunks * parameters);
