@@ -1,4 +1,4 @@
-// Working memory of one thread: taken in pieces, given back all at once.
+// Working memory of one thread: taken in pieces, given back all at once, and kept for the thread's next solve.
 #pragma once
 
 #include <new>
@@ -9,15 +9,20 @@ namespace nodeshape::NODESHAPE_TARGET {
 
 class Arena {
  public:
-  Arena() = default;
+  Arena() : blocks_(spare().blocks), current_(blocks_) {
+    spare().blocks = nullptr;
+    if (current_ != nullptr) current_->used = 0;
+  }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() {
-    while (blocks_ != nullptr) {
-      Block* next = blocks_->next;
-      ::operator delete(blocks_, std::align_val_t{kAlignment});
-      blocks_ = next;
-    }
+    int64_t bytes = 0;
+    for (const Block* block = blocks_; block != nullptr; block = block->next) bytes += block->bytes;
+    Chain& kept = spare();
+    if (kept.blocks == nullptr && bytes <= kMostKept)
+      kept.blocks = blocks_;
+    else
+      release_all(blocks_);
   }
 
   /// `count` uninitialised numbers, aligned to a cache line.
@@ -58,11 +63,30 @@ class Arena {
  private:
   static constexpr int64_t kAlignment = 64;
   static constexpr int64_t kSmallestBlock = 1 << 16;
+  static constexpr int64_t kMostKept = 1 << 24;  // bytes a thread keeps: fresh pages cost more than a small solve
 
   struct Block {
     Block* next;
     int64_t bytes, used;
   };
+
+  struct Chain {
+    Block* blocks = nullptr;
+    ~Chain() { release_all(blocks); }
+  };
+
+  static Chain& spare() {
+    static thread_local Chain chain;
+    return chain;
+  }
+
+  static void release_all(Block* blocks) {
+    while (blocks != nullptr) {
+      Block* next = blocks->next;
+      ::operator delete(blocks, std::align_val_t{kAlignment});
+      blocks = next;
+    }
+  }
 
   void append(int64_t bytes) {
     const int64_t room = bytes < kSmallestBlock ? kSmallestBlock : bytes;

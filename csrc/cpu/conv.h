@@ -87,7 +87,7 @@ class ConvDynamics {
   using Weights = ConvWeights<T>;
 
   ConvDynamics(const Weights& weights, Arena& arena, int group, bool with_gradient)
-      : w_(weights), shape_(weights.shape), width_(padded<T>(shape_.channels)) {
+      : w_(weights), shape_(weights.shape), width_(padded<T>(shape_.channels)), framed_(shape_, arena) {
     const int64_t rows = group * shape_.tiles();
     inputs_ = arena.take<T>(winograd::kProducts * rows * width_);
     outputs_ = arena.take<T>(winograd::kProducts * rows * (width_ > Filters<T>::kPanel ? width_ : Filters<T>::kPanel));
@@ -177,8 +177,8 @@ class ConvDynamics {
     for (int l = 1; l >= 0; --l) {
       for (int i = 0; i < batch.count; ++i) {
         const T* dz = slots_[batch.slot[i]].dz[l];
-        transform_inputs<T>(shape_, batch.count * shape_.tiles(), i * shape_.tiles(), inputs_,
-                            [=, this](int64_t p, int64_t c) { return load(dz + p * width_ + c); });
+        framed_.set([&](int64_t p, int64_t c) { return load(dz + p * width_ + c); });
+        framed_.transform(batch.count * shape_.tiles(), i * shape_.tiles(), inputs_);
       }
       // Through the ReLU on the way: its cotangent lands in `to`, which the norm then pulls back in place.
       w_.layers[l].backward->apply(
@@ -279,12 +279,11 @@ class ConvDynamics {
   void transform_activations(const Slot& slot, int l, int maps, int map) {
     const T* x = slot.input(l);
     const GroupNorm<T>& norm = *slot.norm[l];
-    transform_inputs<T>(shape_, maps * shape_.tiles(), map * shape_.tiles(), inputs_, [&](int64_t p, int64_t c) {
-      return activate_relu(norm.apply(load(x + p * width_ + c), c));
-    });
+    framed_.set([&](int64_t p, int64_t c) { return relu(norm.apply(load(x + p * width_ + c), c)); });
+    framed_.transform(maps * shape_.tiles(), map * shape_.tiles(), inputs_);
   }
 
-  static NODESHAPE_INLINE Vec<T> activate_relu(Vec<T> x) { return Vec<T>{} > x ? Vec<T>{} : x; }  // keeps NaN
+  static NODESHAPE_INLINE Vec<T> relu(Vec<T> x) { return Vec<T>{} > x ? Vec<T>{} : x; }  // keeps NaN
 
   /// dx of a norm at x whose output has the cotangent g; dx may be g.
   void pull(GroupNorm<T>& norm, const T* x, const T* g, T* dx) {
@@ -319,6 +318,7 @@ class ConvDynamics {
   const Weights& w_;
   const MapShape shape_;
   const int64_t width_;  // padded channels
+  FramedMap<T> framed_;  // scratch: the map being transformed
   T* inputs_;            // [36, rows, padded channels], transformed inputs
   T* outputs_;           // [36, rows, panel], products; [36, rows, padded channels], transformed cotangents
   Slot slots_[kMaxGroup];

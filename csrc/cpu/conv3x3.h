@@ -27,32 +27,47 @@ NODESHAPE_INLINE void each_tile(const MapShape& shape, int64_t row, Body&& body)
     for (int64_t left = 0; left < shape.width; left += winograd::kTile) body(row++, top, left);
 }
 
-/// V = B^T d B for the tiles of one map, whose value at (pixel, channel vector c) is source(pixel, c), zero outside.
-template <class T, class Source>
-void transform_inputs(const MapShape& shape, int64_t rows, int64_t first_row, T* transformed, Source&& source) {
-  const int64_t channels = padded<T>(shape.channels);
-  each_tile(shape, first_row, [&](int64_t row, int64_t top, int64_t left) {
-    const int first_i = top == 0 ? 1 : 0, first_j = left == 0 ? 1 : 0;
-    const int64_t below = shape.height - top + 1, beyond = shape.width - left + 1;
-    const int last_i = below < winograd::kPatch ? int(below) : winograd::kPatch;
-    const int last_j = beyond < winograd::kPatch ? int(beyond) : winograd::kPatch;
-    const int64_t corner = (top - 1) * shape.width + left - 1;
-    T* to = transformed + row * channels;
-    each<T>(channels, [&](int64_t c) {
-      Vec<T> patch[6][6];
-#pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j)
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i)
-          patch[i][j] = i >= first_i && i < last_i && j >= first_j && j < last_j ? source(corner + i * shape.width + j, c)
-                                                                                 : Vec<T>{};
-      Vec<T> v[6][6];
-      winograd::both_ways<T>(patch, v, [](const auto& a, auto& b) { winograd::input<T>(a, b); });
+/// A feature map in a frame of zeros as wide as the tiles' patches reach: [framed height, framed width, padded channels].
+template <class T>
+class FramedMap {
+ public:
+  FramedMap(const MapShape& shape, Arena& arena)
+      : shape_(shape),
+        channels_(padded<T>(shape.channels)),
+        across_(shape.tiles_across() * winograd::kTile + 2),
+        numbers_(arena.zeros<T>((shape.tiles_down() * winograd::kTile + 2) * across_ * channels_)) {}
+
+  /// Set the map: source(pixel, channel vector c) everywhere inside the frame.
+  template <class Source>
+  void set(Source&& source) {
+    for (int64_t y = 0, pixel = 0; y < shape_.height; ++y)
+      for (int64_t x = 0; x < shape_.width; ++x, ++pixel) {
+        T* to = numbers_ + ((y + 1) * across_ + x + 1) * channels_;
+        each<T>(channels_, [&](int64_t c) { store(to + c, source(pixel, c)); });
+      }
+  }
+
+  /// V = B^T d B for the tiles of the map, which are rows first_row ... of `rows`.
+  void transform(int64_t rows, int64_t first_row, T* transformed) const {
+    each_tile(shape_, first_row, [&](int64_t row, int64_t top, int64_t left) {
+      const T* corner = numbers_ + (top * across_ + left) * channels_;
+      T* to = transformed + row * channels_;
+      each<T>(channels_, [&](int64_t c) {
+        Vec<T> patch[6][6], v[6][6];
 #pragma GCC unroll 36
-      for (int xi = 0; xi < 36; ++xi) store(to + xi * rows * channels + c, v[xi / 6][xi % 6]);
+        for (int k = 0; k < 36; ++k) patch[k / 6][k % 6] = load(corner + ((k / 6) * across_ + k % 6) * channels_ + c);
+        winograd::both_ways<T>(patch, v, [](const auto& a, auto& b) { winograd::input<T>(a, b); });
+#pragma GCC unroll 36
+        for (int xi = 0; xi < 36; ++xi) store(to + xi * rows * channels_ + c, v[xi / 6][xi % 6]);
+      });
     });
-  });
-}
+  }
+
+ private:
+  MapShape shape_;
+  int64_t channels_, across_;
+  T* numbers_;
+};
 
 /// A z A^T for the tiles of one map of output cotangents, the form in which the filter's gradient sums them.
 template <class T, class Source>
@@ -124,7 +139,7 @@ class Filters {
     const int64_t columns = padded<T>(channels_), rows = maps * shape.tiles();
     for (; from + width <= columns; from += width) {
       for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-        detail::panel<T, kBlockRows<Vectors>, Vectors, false>(
+        detail::panel<T, Vectors, false>(
             rows, channels_, {inputs + xi * rows * columns, columns, 1}, transformed_ + place(xi, 0, from), width,
             outputs + xi * rows * width, width);
       for (int64_t map = 0; map < maps; ++map)

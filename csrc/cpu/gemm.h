@@ -47,16 +47,29 @@ void block(int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t
     for (int v = 0; v < Vectors; ++v) store(c + r * c_row + v * lanes, sums[r][v]);
 }
 
-/// All rows of one panel of columns.
+/// block() for a number of rows known at run time, at most Rows.
 template <class T, int Rows, int Vectors, bool Accumulate>
-void panel(int64_t rows, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
-  for (; rows >= Rows; rows -= Rows) {
-    block<T, Rows, Vectors, Accumulate>(depth, a, b, b_row, c, c_row);
-    a.data += Rows * a.row;
-    c += Rows * c_row;
+NODESHAPE_INLINE void some_rows(int64_t rows, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c,
+                                int64_t c_row) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows)
+      block<T, Rows, Vectors, Accumulate>(depth, a, b, b_row, c, c_row);
+    else
+      some_rows<T, Rows - 1, Vectors, Accumulate>(rows, depth, a, b, b_row, c, c_row);
   }
-  if constexpr (Rows > 1)
-    if (rows > 0) panel<T, Rows / 2, Vectors, Accumulate>(rows, depth, a, b, b_row, c, c_row);
+}
+
+/// All rows of one panel of columns, in blocks as even as can be: a block of few rows keeps the multipliers waiting.
+template <class T, int Vectors, bool Accumulate>
+void panel(int64_t rows, int64_t depth, Strided<T> a, const T* b, int64_t b_row, T* c, int64_t c_row) {
+  constexpr int64_t most = kBlockRows<Vectors>;
+  for (int64_t blocks = (rows + most - 1) / most; blocks > 0; --blocks) {
+    const int64_t some = (rows + blocks - 1) / blocks;
+    some_rows<T, most, Vectors, Accumulate>(some, depth, a, b, b_row, c, c_row);
+    a.data += some * a.row;
+    c += some * c_row;
+    rows -= some;
+  }
 }
 
 template <class T, int Vectors, bool Accumulate>
@@ -64,7 +77,7 @@ void panels(int64_t from, int64_t rows, int64_t columns, int64_t depth, Strided<
             int64_t c_row) {
   constexpr int64_t width = Vectors * kLanes<T>;
   for (; from + width <= columns; from += width) {
-    panel<T, kBlockRows<Vectors>, Vectors, Accumulate>(rows, depth, a, b + from, b_row, c + from, c_row);
+    panel<T, Vectors, Accumulate>(rows, depth, a, b + from, b_row, c + from, c_row);
   }
   if constexpr (Vectors > 1)
     if (from < columns)

@@ -48,14 +48,14 @@ class GroupNorm {
   /// Take the statistics of x.
   void prepare(const T* x) {
     const T count = T(pixels_ * members_);
-    sum_pixels<T>(pixels_, width_, mean_, [=](int64_t p, int64_t c) { return load(x + p * width_ + c); });
+    sum_pixels<T>(pixels_, width_, mean_, [=, this](int64_t p, int64_t c) { return load(x + p * width_ + c); });
     share(mean_, [=](T sum) { return sum / count; });
-    sum_pixels<T>(pixels_, width_, rstd_, [=](int64_t p, int64_t c) {
+    sum_pixels<T>(pixels_, width_, rstd_, [=, this](int64_t p, int64_t c) {
       const Vec<T> d = load(x + p * width_ + c) - load(mean_ + c);
       return d * d;
     });
     share(rstd_, [=](T sum) { return T(1) / std::sqrt(sum / count + T(kNormEpsilon)); });
-    each<T>(width_, [=](int64_t c) {
+    each<T>(width_, [=, this](int64_t c) {
       const Vec<T> scale = load(gamma_ + c) * load(rstd_ + c);
       store(scale_ + c, scale);
       store(shift_ + c, fma(-load(mean_ + c), scale, load(beta_ + c)));
@@ -67,11 +67,11 @@ class GroupNorm {
 
   /// Take in the cotangent g of y at every pixel; afterwards pull() is the cotangent of x.
   void prepare_pull(const T* x, const T* g) {
-    sum_pixels<T>(pixels_, width_, to_beta_, [=](int64_t p, int64_t c) { return load(g + p * width_ + c); });
-    sum_pixels<T>(pixels_, width_, to_gamma_, [=](int64_t p, int64_t c) {
+    sum_pixels<T>(pixels_, width_, to_beta_, [=, this](int64_t p, int64_t c) { return load(g + p * width_ + c); });
+    sum_pixels<T>(pixels_, width_, to_gamma_, [=, this](int64_t p, int64_t c) {
       return load(g + p * width_ + c) * (load(x + p * width_ + c) - load(mean_ + c));
     });
-    each<T>(width_, [=](int64_t c) {
+    each<T>(width_, [=, this](int64_t c) {
       const Vec<T> gamma = load(gamma_ + c), to_gamma = load(to_gamma_ + c) * load(rstd_ + c);
       store(to_gamma_ + c, to_gamma);
       store(from_x_ + c, gamma * to_gamma);
@@ -81,7 +81,7 @@ class GroupNorm {
     share(from_x_, [=](T sum) { return sum / count; });
     share(constant_, [=](T sum) { return sum / count; });
     // dx = rstd (gamma g - mean(gamma g) - xhat mean(gamma g xhat))
-    each<T>(width_, [=](int64_t c) {
+    each<T>(width_, [=, this](int64_t c) {
       const Vec<T> rstd = load(rstd_ + c);
       store(from_x_ + c, -rstd * rstd * load(from_x_ + c));
       store(constant_ + c, -rstd * load(constant_ + c));
