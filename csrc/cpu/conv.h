@@ -89,8 +89,8 @@ class ConvDynamics {
   ConvDynamics(const Weights& weights, Arena& arena, int group, bool with_gradient)
       : w_(weights), shape_(weights.shape), width_(padded<T>(shape_.channels)), framed_(shape_, arena) {
     const int64_t rows = group * shape_.tiles();
-    inputs_ = arena.take<T>(winograd::kProducts * rows * width_);
-    outputs_ = arena.take<T>(winograd::kProducts * rows * (width_ > Filters<T>::kPanel ? width_ : Filters<T>::kPanel));
+    inputs_ = arena.take<T>(winograd::kProducts * product_stride<T>(rows, width_));
+    outputs_ = arena.take<T>(winograd::kProducts * product_stride<T>(rows, width_));
     for (int s = 0; s < group; ++s) {
       Slot& slot = slots_[s];
       for (int n = 0; n < 3; ++n)

@@ -2,7 +2,7 @@
 //
 // Maps are channels last, [height, width, padded channels], so that every transform is a transform of vectors of channels.
 // A map has `tiles` tiles; a batch of maps has rows = maps * tiles of them, and transformed inputs and outputs are
-// [36, rows, padded channels]: 36 matrix products.
+// [36, rows, padded channels]: 36 matrix products. The products lie product_stride() apart.
 #pragma once
 
 #include "arena.h"
@@ -19,6 +19,13 @@ struct MapShape {
   int64_t tiles_across() const { return (width + winograd::kTile - 1) / winograd::kTile; }
   int64_t tiles() const { return tiles_down() * tiles_across(); }
 };
+
+/// Distance between the 36 products of `rows` by `width` numbers: a cache line more than they need, because a transform
+/// touches all 36 at once and a power of two would put them into the same few places of the cache.
+template <class T>
+NODESHAPE_INLINE int64_t product_stride(int64_t rows, int64_t width) {
+  return rows * width + 64 / int64_t(sizeof(T));
+}
 
 /// Calls body(row, tile's top, tile's left) for each tile of a map whose first tile is row `row`.
 template <class Body>
@@ -52,13 +59,14 @@ class FramedMap {
     each_tile(shape_, first_row, [&](int64_t row, int64_t top, int64_t left) {
       const T* corner = numbers_ + (top * across_ + left) * channels_;
       T* to = transformed + row * channels_;
+      const int64_t stride = product_stride<T>(rows, channels_);
       each<T>(channels_, [&](int64_t c) {
         Vec<T> patch[6][6], v[6][6];
 #pragma GCC unroll 36
         for (int k = 0; k < 36; ++k) patch[k / 6][k % 6] = load(corner + ((k / 6) * across_ + k % 6) * channels_ + c);
         winograd::both_ways<T>(patch, v, [](const auto& a, auto& b) { winograd::input<T>(a, b); });
 #pragma GCC unroll 36
-        for (int xi = 0; xi < 36; ++xi) store(to + xi * rows * channels_ + c, v[xi / 6][xi % 6]);
+        for (int xi = 0; xi < 36; ++xi) store(to + xi * stride + c, v[xi / 6][xi % 6]);
       });
     });
   }
@@ -76,6 +84,7 @@ void transform_cotangents(const MapShape& shape, int64_t rows, int64_t first_row
   each_tile(shape, first_row, [&](int64_t row, int64_t top, int64_t left) {
     const int64_t last_i = shape.height - top, last_j = shape.width - left, corner = top * shape.width + left;
     T* to = transformed + row * channels;
+    const int64_t stride = product_stride<T>(rows, channels);
     each<T>(channels, [&](int64_t c) {
       Vec<T> z[4][4], m[6][6];
 #pragma GCC unroll 4
@@ -85,7 +94,7 @@ void transform_cotangents(const MapShape& shape, int64_t rows, int64_t first_row
           z[i][j] = i < last_i && j < last_j ? source(corner + i * shape.width + j, c) : Vec<T>{};
       winograd::both_ways<T>(z, m, [](const auto& a, auto& b) { winograd::output_transposed<T>(a, b); });
 #pragma GCC unroll 36
-      for (int xi = 0; xi < 36; ++xi) store(to + xi * rows * channels + c, m[xi / 6][xi % 6]);
+      for (int xi = 0; xi < 36; ++xi) store(to + xi * stride + c, m[xi / 6][xi % 6]);
     });
   });
 }
@@ -113,7 +122,7 @@ class Filters {
   }
 
   /// Convolve: for each panel of output channels, sink(map, pixel, channel vector c, value) of every output.
-  /// `outputs` is scratch of 36 * rows * panel.
+  /// `outputs` is scratch of 36 product_stride(rows, panel).
   template <class Sink>
   void apply(const MapShape& shape, int64_t maps, const T* inputs, T* outputs, Sink&& sink) const {
     panels<kBlockVectors>(0, shape, maps, inputs, outputs, sink);
@@ -137,11 +146,12 @@ class Filters {
   void panels(int64_t from, const MapShape& shape, int64_t maps, const T* inputs, T* outputs, Sink&& sink) const {
     constexpr int64_t width = Vectors * kLanes<T>;
     const int64_t columns = padded<T>(channels_), rows = maps * shape.tiles();
+    const int64_t in_stride = product_stride<T>(rows, columns), out_stride = product_stride<T>(rows, width);
     for (; from + width <= columns; from += width) {
       for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
         detail::panel<T, Vectors, false>(
-            rows, channels_, {inputs + xi * rows * columns, columns, 1}, transformed_ + place(xi, 0, from), width,
-            outputs + xi * rows * width, width);
+            rows, channels_, {inputs + xi * in_stride, columns, 1}, transformed_ + place(xi, 0, from), width,
+            outputs + xi * out_stride, width);
       for (int64_t map = 0; map < maps; ++map)
         each_tile(shape, map * shape.tiles(), [&](int64_t row, int64_t top, int64_t left) {
           const int64_t last_i = shape.height - top, last_j = shape.width - left, corner = top * shape.width + left;
@@ -149,7 +159,7 @@ class Filters {
             const T* at = outputs + row * width + c;
             Vec<T> m[6][6], y[4][4];
 #pragma GCC unroll 36
-            for (int xi = 0; xi < 36; ++xi) m[xi / 6][xi % 6] = load(at + xi * rows * width);
+            for (int xi = 0; xi < 36; ++xi) m[xi / 6][xi % 6] = load(at + xi * out_stride);
             winograd::both_ways<T>(m, y, [](const auto& a, auto& b) { winograd::output<T>(a, b); });
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i)
@@ -176,10 +186,9 @@ class FilterGradient {
 
   /// inputs and cotangents are [36, rows, padded channels].
   void add(int64_t rows, const T* inputs, const T* cotangents) {
-    const int64_t columns = padded<T>(channels_);
+    const int64_t columns = padded<T>(channels_), stride = product_stride<T>(rows, columns);
     for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-      gemm<T, true>(channels_, columns, rows, {inputs + xi * rows * columns, 1, columns}, cotangents + xi * rows * columns,
-                    columns, sums_ + xi * channels_ * columns, columns);
+      gemm<T, true>(channels_, columns, rows, {inputs + xi * stride, 1, columns}, cotangents + xi * stride, columns, sums_ + xi * channels_ * columns, columns);
   }
 
   /// Calls sink(o, i, taps[9]) for every filter and starts again from zero.
