@@ -29,6 +29,7 @@ template <class T>
 struct ConvWeights {
   MapShape shape;
   int64_t groups;
+  const int* kinds;   // [pixels]
   const T* gamma[3];  // [padded channels]
   const T* beta[3];
   struct Layer {
@@ -41,6 +42,10 @@ struct ConvWeights {
   ConvWeights(const ConvModel& model, Arena& arena, bool with_gradient)
       : shape{model.channels, model.height, model.width}, groups(model.groups) {
     const int64_t c = shape.channels;
+    int* kind = arena.take<int>(shape.pixels());
+    kinds = kind;
+    for (int64_t y = 0; y < shape.height; ++y)
+      for (int64_t x = 0; x < shape.width; ++x) *kind++ = kind_of(y, x, shape);
     const auto parameter = [&](int i) { return static_cast<const T*>(model.parameters[i]); };
     for (int n = 0; n < 3; ++n) {
       gamma[n] = padded_row(parameter(4 * n), arena);
@@ -154,8 +159,7 @@ class ConvDynamics {
           store(shift + kind * width_ + c, fma(time, load(layer.time + kind * width_ + c), load(layer.bias + c)));
         });
       layer.forward->apply(shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
-        const int kind = kind_of(p / shape_.width, p % shape_.width, shape_);
-        store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + kind * width_ + c));
+        store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
       });
     }
     for (int i = 0; i < batch.count; ++i) {

@@ -108,7 +108,7 @@ class Filters {
   Filters(int64_t channels, Arena& arena, Weight&& weight) : channels_(channels) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t columns = padded<T>(channels);
-    transformed_ = arena.take<T>(winograd::kProducts * channels * columns);
+    transformed_ = arena.take<T>(winograd::kProducts * columns * (channels + 1));
     for (int64_t o = 0; o < columns; o += lanes)
       for (int64_t i = 0; i < channels; ++i) {
         T taps[9][lanes];
@@ -132,12 +132,14 @@ class Filters {
   static constexpr int64_t kPanel = kBlockVectors * kLanes<T>;
 
  private:
+  /// Where filter (o, i) has its product xi. A panel keeps one row of room after each product, to the same end as
+  /// product_stride().
   int64_t place(int64_t xi, int64_t i, int64_t o) const {
     const int64_t columns = padded<T>(channels_);
     int64_t from = 0, width = kPanel;
     while (true) {
       while (from + width > columns) width /= 2;
-      if (o < from + width) return (from * winograd::kProducts + xi * width) * channels_ + i * width + (o - from);
+      if (o < from + width) return (from * winograd::kProducts + xi * width) * (channels_ + 1) + i * width + (o - from);
       from += width;
     }
   }
