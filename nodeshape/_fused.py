@@ -1,0 +1,272 @@
+"""The fused CPU solver: its ops, their shapes and gradients, and one function that calls them.
+
+The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``mlp_*`` have ``str activation`` after
+``weights``):
+
+    conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance, int max_iterations,
+               str adjoint, int checkpoint_every, float drift_tolerance)
+        -> (Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)
+    conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights, ...the same...)
+        -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)
+
+- ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
+  module's ``state_dict()``; ``t`` float64 ``[times]``; ``steps[j]`` equal steps between ``t[j]`` and ``t[j + 1]``.
+- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state after
+  every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
+- ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``, feature maps channels last: the stages of
+  ``discrete``, the checkpoints of ``reversible``, otherwise empty. ``evaluations`` int64 ``[2, batch]``: of f in the
+  forward solve; and, once a backward pass has run in eager mode, of f and of its vector–Jacobian product there.
+  ``residual`` float64 ``[batch]``: the largest relative residual of a stage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodeshape._dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics
+from nodeshape._method import Method
+from nodeshape._stage import StageSolveError
+
+_LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
+_ADJOINTS = ("discrete", "reversible", "continuous")
+_missing: str | None = None  # why the library is not there
+
+
+class ReversalDriftError(RuntimeError):
+    """A trajectory could not be rebuilt backwards to the accuracy asked for."""
+
+
+def unavailable(dynamics: Any, y0: Any) -> str | None:
+    """Say why the fused solver does not take a solve of ``dynamics`` from ``y0``; None if it does."""
+    if os.environ.get("NODESHAPE_FUSED", "1") == "0":
+        return "NODESHAPE_FUSED=0"
+    if type(dynamics) not in (ConvDynamics, MLPDynamics):
+        return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
+    if not isinstance(y0, Tensor):
+        return "the state is a tuple"
+    if not y0.device.type == "cpu":
+        return f"the state is on {y0.device}"
+    if y0.dtype not in (torch.float32, torch.float64):
+        return f"the state is {y0.dtype}"
+    expected = 4 if type(dynamics) is ConvDynamics else 2
+    if y0.dim() != expected:
+        return f"the state has {y0.dim()} dimensions, the kernel takes {expected}"
+    if type(y0) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        return f"the state is a {type(y0).__name__}"
+    return _altered(dynamics, y0) or _missing
+
+
+def _altered(dynamics: nn.Module, y0: Tensor) -> str | None:
+    """Why the module may not compute what its class does: hooks, replaced layers, parametrisations, other dtypes."""
+    layers = _layers(dynamics)
+    if isinstance(dynamics, MLPDynamics) and type(dynamics._activate) is not ACTIVATIONS.get(dynamics.activation):
+        return "its activation was replaced"
+    for module in dynamics.modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return f"{type(module).__name__} has hooks or a forward of its own"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"{type(module).__name__} has backward hooks"
+    for layer, kind, shape in layers:
+        if type(layer) is not kind:
+            return f"a {kind.__name__} was replaced by a {type(layer).__name__}"
+        weight, bias = layer.weight, layer.bias
+        if weight is None or bias is None:
+            return f"a {kind.__name__} has no weight or no bias"
+        for x, expected in ((weight, shape), (bias, shape[:1])):
+            if tuple(x.shape) != expected:
+                return f"a {kind.__name__} has parameters of shape {tuple(x.shape)}, not {expected}"
+            if x.dtype != y0.dtype or x.device != y0.device:
+                return f"the state is {y0.dtype} on {y0.device} but a parameter is {x.dtype} on {x.device}"
+    return None
+
+
+def _layers(dynamics: nn.Module) -> list[tuple[Any, type[nn.Module], tuple[int, ...]]]:
+    """The layers that hold parameters, in state_dict order, with the type and weight shape each must have."""
+    if isinstance(dynamics, ConvDynamics):
+        c = dynamics.channels
+        norm, conv = (nn.GroupNorm, (c,)), (nn.Conv2d, (c, c + 1, 3, 3))
+        modules = (
+            dynamics.norm1,
+            getattr(dynamics.conv1, "_layer", None),
+            dynamics.norm2,
+            getattr(dynamics.conv2, "_layer", None),
+            dynamics.norm3,
+        )
+        return [(m, *expected) for m, expected in zip(modules, (norm, conv, norm, conv, norm))]
+    assert isinstance(dynamics, MLPDynamics)
+    linears = list(dynamics.layers)
+    widths = [dynamics.dim + 1, *(getattr(m, "out_features", 0) for m in linears)]
+    return [(m, nn.Linear, (b, a)) for m, a, b in zip(linears, widths, widths[1:])]
+
+
+def solve(
+    dynamics: ConvDynamics | MLPDynamics,
+    y0: Tensor,
+    t: Tensor,
+    steps: Sequence[int],
+    method: Method,
+    adjoint: str,
+    tolerance: float,
+    max_iterations: int,
+    checkpoint_every: int | None,
+    drift_tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve from ``t[0]`` through all of ``t``; only for arguments :func:`unavailable` has no objection to.
+
+    Args:
+        dynamics: f.
+        y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
+        t: observation times, ``[times]``; differentiable.
+        steps: equal steps in each interval between them.
+        method: which gives theta.
+        adjoint: ``"discrete"``, ``"reversible"`` or ``"continuous"``; nothing is stored where no gradient is recorded.
+        tolerance: relative residual of a solved stage.
+        max_iterations: evaluations a stage may take.
+        checkpoint_every: for ``"reversible"``; None or 0 for no checkpoints within an interval.
+        drift_tolerance: for ``"reversible"``.
+
+    Returns:
+        ``ys`` ``[times, *y0.shape]``, ``evaluations`` int64 ``[2, batch]`` (forward, and backward once that has run in
+        eager mode) and ``residual`` float64 ``[batch]``.
+
+    Raises:
+        StageSolveError: a stage was not solved; in the backward pass too.
+        ReversalDriftError: in the backward pass of ``"reversible"``.
+    """
+    if adjoint not in _ADJOINTS:
+        raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(_ADJOINTS)}")
+    times = t.to(device="cpu", dtype=torch.float64)
+    weights = [x for layer, *_ in _layers(dynamics) for x in (layer.weight, layer.bias)]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
+    scheme = (
+        list(steps),
+        float(method.theta),
+        float(tolerance),
+        int(max_iterations),
+        adjoint if recorded else "none",
+        int(checkpoint_every or 0),
+        float(drift_tolerance),
+    )
+    try:
+        if isinstance(dynamics, MLPDynamics):
+            ys, _, evaluations, residual = torch.ops.nodeshape.mlp_solve(
+                y0, times, weights, dynamics.activation, *scheme
+            )
+        else:
+            ys, _, evaluations, residual = torch.ops.nodeshape.conv_solve(y0, times, weights, *scheme)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return ys, evaluations, residual
+
+
+def _translated(error: RuntimeError) -> RuntimeError:
+    """The kernel's error as the class its message names."""
+    message = str(error).split("\n")[0]
+    for kind in (StageSolveError, ReversalDriftError):
+        if message.startswith(f"{kind.__name__}: "):
+            return kind(message.removeprefix(f"{kind.__name__}: "))
+    return error
+
+
+# ---- shapes and gradients of the ops ---------------------------------------------------------------------------------
+
+
+def _stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> int:
+    if adjoint == "discrete":
+        return sum(steps)
+    if adjoint == "reversible" and checkpoint_every > 0:
+        return sum((count - 1) // checkpoint_every for count in steps)
+    return 0
+
+
+def _fake_solve(
+    y0: Tensor, t: Tensor, steps: Sequence[int], adjoint: str, checkpoint_every: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _stored_rows(steps, adjoint, checkpoint_every)
+    batch, *shape = y0.shape
+    if len(shape) == 3:  # channels last
+        shape = [*shape[1:], shape[0]]
+    return (
+        y0.new_empty((t.shape[0], *y0.shape)),
+        y0.new_empty((rows, batch, *shape)),
+        y0.new_empty((2, batch), dtype=torch.int64),
+        y0.new_empty((batch,), dtype=torch.float64),
+    )
+
+
+def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    return (
+        ys.new_empty(ys.shape[1:]),
+        t.new_empty(t.shape),
+        [x.new_empty(x.shape) for x in weights],
+        ys.new_empty((ys.shape[1],), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, t, weights, *scheme = inputs
+    ys, stages, evaluations, residual = output
+    ctx.mark_non_differentiable(stages, evaluations, residual)
+    ctx.save_for_backward(ys, stages, t, *weights)
+    ctx.scheme = scheme
+    ctx.evaluations = evaluations
+
+
+def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
+        ys, stages, t, *weights = ctx.saved_tensors
+        try:
+            grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
+        except RuntimeError as error:
+            raise _translated(error) from None
+        if type(ctx.evaluations) is Tensor:  # not while a compiler traces
+            ctx.evaluations[1].copy_(evaluations)
+        return grad_y0, grad_t, grad_weights, *(None for _ in ctx.scheme)
+
+    return backward
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the fused solver has no second derivatives: set NODESHAPE_FUSED=0 to differentiate twice (adjoint='discrete')"
+    )
+
+
+def _register(name: str) -> None:
+    library = torch.library
+    ops = torch.ops.nodeshape
+
+    # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
+    @library.register_fake(f"nodeshape::{name}")
+    def _(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+        *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
+        return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
+
+    @library.register_fake(f"nodeshape::{name}_backward")
+    def _(grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+        return _fake_backward(ys, t, weights)
+
+    backward = getattr(ops, f"{name}_backward")
+    library.register_autograd(f"nodeshape::{name}", _gradient_of(backward), setup_context=_setup_context)
+    library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return f"{_LIBRARY.name} is not built: reinstall with a C++ compiler"
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load: {error}"
+    for name in ("conv_solve", "mlp_solve"):
+        _register(name)
+    return None
+
+
+_missing = _load()
