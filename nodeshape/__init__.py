@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from nodeshape._classifier import ShapeClassifier as ShapeClassifier
     from nodeshape._dynamics import ConvDynamics as ConvDynamics
     from nodeshape._dynamics import MLPDynamics as MLPDynamics
-    from nodeshape._march import StepSizeError as StepSizeError
+    from nodeshape._error_control import StepSizeError as StepSizeError
     from nodeshape._odeint import odeint as odeint
     from nodeshape._odeint import odeint_adjoint as odeint_adjoint
-    from nodeshape._solve import ReversalDriftError as ReversalDriftError
     from nodeshape._stage import StageSolveError as StageSolveError
     from nodeshape._stats import SolverStats as SolverStats
+    from nodeshape._sweep import ReversalDriftError as ReversalDriftError
 
 __version__ = "0.1.0"
 
@@ -33,8 +33,8 @@ _HOME = {
     "load_classifier": "_checkpoint",
     "SolverStats": "_stats",
     "StageSolveError": "_stage",
-    "StepSizeError": "_march",
-    "ReversalDriftError": "_solve",
+    "StepSizeError": "_error_control",
+    "ReversalDriftError": "_sweep",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

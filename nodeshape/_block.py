@@ -78,7 +78,8 @@ class ODEBlock(nn.Module):
             options=self.options,
             return_stats=True,
         )
-        return ys[-1]
+        final: Tensor = ys[-1]
+        return final
 
     def with_solver(
         self, method: str | None = None, steps: int | None = None, step_size: float | None = None

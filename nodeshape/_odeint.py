@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._march import EqualSteps, ErrorControl, StageSolver, Steps
+from nodeshape._error_control import ErrorControl, Steps
+from nodeshape._march import EqualSteps, StageSolver
 from nodeshape._method import get_method
 from nodeshape._solve import ADJOINTS, Problem, Solution
 from nodeshape._stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._stats import SolverStats
 from nodeshape._system import State, System
 
+DEFAULT_METHOD = "implicit_midpoint"
 RTOL, ATOL = 1e-4, 1e-6
 MIN_STEP, MAX_STEPS = 1e-10, 10_000
+#: A rebuilt trajectory may be this many times further off than a stage.
+DRIFT_PER_STAGE_TOLERANCE = 1e3
+ADJOINT_TOLERANCES = ("adjoint_rtol", "adjoint_atol")
 OPTIONS = (
     "step_size",
     "stage_solver",
@@ -27,8 +32,8 @@ OPTIONS = (
     "drift_tolerance",
     "min_step",
     "max_steps",
-    "adjoint_rtol",
-    "adjoint_atol",
+    "adjoint_step_size",
+    *ADJOINT_TOLERANCES,
 )
 
 
@@ -37,7 +42,7 @@ def odeint(
     y0: State,
     t: Tensor | Sequence[float],
     *,
-    method: str = "implicit_midpoint",
+    method: str | None = "implicit_midpoint",
     steps: int | None = None,
     step_size: float | None = None,
     rtol: float | None = None,
@@ -67,10 +72,11 @@ def odeint(
         options: ``step_size``, as in torchdiffeq; ``stage_solver``, ``"anderson"`` or ``"newton"`` (small stiff
             states); ``stage_tolerance`` and ``max_stage_iterations`` of implicit stages; ``checkpoint_every`` (steps
             between stored states) and ``drift_tolerance`` of ``"reversible"``; ``min_step`` (in units of the interval)
-            and ``max_steps`` (per interval) of error control, ``adjoint_rtol`` and ``adjoint_atol`` of its backward pass
-            in ``"continuous"`` mode.
+            and ``max_steps`` (attempts in an interval) of error control; ``adjoint_step_size``, or ``adjoint_rtol`` and
+            ``adjoint_atol``, of the backward pass of ``"continuous"`` (default: those of the forward pass).
         return_stats: also return :class:`SolverStats`; its backward counts appear when the backward pass has run.
-        adjoint_params: tensors to differentiate with respect to, besides ``y0`` and ``t``; found by themselves if None.
+        adjoint_params: tensors to differentiate with respect to, besides ``y0`` and ``t``. By default the parameters of
+            ``func`` and whatever else its first evaluation is computed from.
 
     Returns:
         ``[times, *y0.shape]`` (a tuple of such for a tuple state), or ``(solution, stats)``.
@@ -81,29 +87,41 @@ def odeint(
         StepSizeError: error control needs too small or too many steps.
         ReversalDriftError: in the backward pass, if a ``"reversible"`` gradient would be wrong.
     """
-    scheme = get_method(method)
+    scheme = get_method(method or DEFAULT_METHOD)
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
     settings = _settings(options)
     tensors = _tensors(y0)
     t, times = _times(t)
-    step_size = settings.get("step_size", step_size)
+    if "step_size" in settings:
+        if step_size is not None:
+            raise ValueError(f"step_size is given twice: {step_size!r}, and {settings['step_size']!r} in options")
+        step_size = settings["step_size"]
     _check_steps(steps, step_size)
+    fixed = steps is not None or step_size is not None
 
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
         system = System(func, y0, adjoint_params if differentiable else ())
         rows = system.rows(y0)
-        forward: Steps = EqualSteps(steps, step_size)
-        backward = forward
-        if steps is None and step_size is None:
-            rtol, atol = _positive("rtol", rtol, RTOL), _positive("atol", atol, ATOL)
-            shared = not system.separable(times[0], rows)
+        stats = SolverStats.zeros(system.samples, system.device)
+        forward: Steps
+        backward: Steps
+        if fixed:
+            forward = backward = EqualSteps(steps, step_size)
+            if "adjoint_step_size" in settings:
+                backward = EqualSteps(None, settings["adjoint_step_size"])
+        else:
+            tolerances = _positive("rtol", rtol, RTOL), _positive("atol", atol, ATOL)
             limits = settings.get("min_step", MIN_STEP), settings.get("max_steps", MAX_STEPS)
-            forward = ErrorControl(scheme, rtol, atol, *limits, shared)
-            backward_rtol = _positive("adjoint_rtol", settings.get("adjoint_rtol"), rtol)
-            backward_atol = _positive("adjoint_atol", settings.get("adjoint_atol"), atol)
-            backward = ErrorControl(scheme, backward_rtol, backward_atol, *limits, shared)
+            shared = system.samples < 2
+            if not shared:
+                shared = not system.separable(times[0], rows)
+                stats.nfe_forward += 2
+                stats.step_control = "shared" if shared else "per sample"
+            forward = ErrorControl(scheme.order, *tolerances, *limits, shared)
+            adjoint_rtol, adjoint_atol = map(settings.get, ADJOINT_TOLERANCES, tolerances)
+            backward = ErrorControl(scheme.order, adjoint_rtol, adjoint_atol, *limits, shared)
         problem = Problem(
             system,
             scheme,
@@ -113,17 +131,15 @@ def odeint(
             backward,
             adjoint,
             settings.get("checkpoint_every"),
-            settings.get("drift_tolerance", 1e3 * STAGE_TOLERANCE[system.dtype]),
-            SolverStats.zeros(system.samples, system.device),
+            settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[system.dtype]),
+            stats,
         )
-        if isinstance(forward, ErrorControl):
-            problem.stats.step_control = "shared" if forward.shared else "per sample"
         ys = problem.solve(rows, keep=differentiable)
     inputs = (*tensors, t, *(system.parameters or ()))
     if differentiable and any(x.requires_grad for x in inputs):
-        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))
+        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))  # type: ignore[no-untyped-call]
     solution = system.state(ys)
-    return (solution, problem.stats) if return_stats else solution
+    return (solution, stats) if return_stats else solution
 
 
 def odeint_adjoint(
@@ -139,20 +155,24 @@ def odeint_adjoint(
 ) -> Any:
     """``odeint`` with ``adjoint="continuous"``, so that code written for torchdiffeq's function runs unchanged.
 
-    The backward pass uses the method and steps of the forward pass; under error control it takes ``adjoint_rtol`` and
-    ``adjoint_atol`` (default: those of the forward pass). Asking for another method or other options there raises
-    ValueError.
+    The backward pass uses the method of the forward pass; its steps follow ``adjoint_rtol`` and ``adjoint_atol``, or
+    ``adjoint_options={"step_size": ...}`` (default: those of the forward pass). Its error norm is that of state and
+    adjoint, without the parameters, which torchdiffeq calls ``{"norm": "seminorm"}``. Another ``adjoint_method`` or
+    other ``adjoint_options`` raise ValueError.
     """
-    method = arguments.get("method", "implicit_midpoint")
+    method = arguments.get("method") or DEFAULT_METHOD
     if adjoint_method not in (None, method):
         raise ValueError(f"adjoint_method must be the method of the forward pass, {method!r}, got {adjoint_method!r}")
     options = dict(arguments.pop("options", None) or {})
-    if adjoint_options not in (None, {}, options):
-        raise ValueError(f"adjoint_options must be the options of the forward pass, {options}, got {adjoint_options}")
-    if adjoint_rtol is not None:
-        options["adjoint_rtol"] = adjoint_rtol
-    if adjoint_atol is not None:
-        options["adjoint_atol"] = adjoint_atol
+    backward = dict(adjoint_options or {})
+    if backward.pop("norm", "seminorm") != "seminorm":
+        raise ValueError("adjoint_options: the only norm is 'seminorm'")
+    if "step_size" in backward:
+        options["adjoint_step_size"] = backward.pop("step_size")
+    if backward:
+        raise ValueError(f"adjoint_options may hold 'step_size' and 'norm', got {sorted(backward)}")
+    given = zip(ADJOINT_TOLERANCES, (adjoint_rtol, adjoint_atol))
+    options.update((name, value) for name, value in given if value is not None)
     arguments.setdefault("adjoint", "continuous")
     return odeint(func, y0, t, options=options, **arguments)
 

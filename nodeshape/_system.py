@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = Tensor | tuple[Tensor, ...]
 Time = float | Tensor  # one number for the batch, or one per sample, [samples]
@@ -18,6 +18,11 @@ class System:
 
     The first dimension of the state is the batch if every tensor of the state has at least two dimensions and the same
     first size; otherwise the whole state is one sample.
+
+    Attributes:
+        samples, size: of the rows.
+        parameters: what f depends on and that requires grad. If not given: the parameters of f, if it is a module, and
+            every leaf of the graph of the first evaluation; None before that.
     """
 
     def __init__(self, func: Callable[[Tensor, Any], Any], y0: State, parameters: Sequence[Tensor] | None) -> None:
@@ -25,14 +30,13 @@ class System:
         self._tuple = isinstance(y0, tuple)
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         self._shapes = [x.shape for x in tensors]
-        batched = all(x.dim() >= 2 and x.shape[0] == tensors[0].shape[0] for x in tensors)
-        self.samples = tensors[0].shape[0] if batched else 1
-        self._sizes = [x[0].numel() if batched and self.samples else x.numel() for x in tensors]
-        if batched and not self.samples:
-            self._sizes = [prod(x.shape[1:]) for x in tensors]
+        self._batched = all(x.dim() >= 2 and x.shape[0] == tensors[0].shape[0] for x in tensors)
+        self.samples = tensors[0].shape[0] if self._batched else 1
+        self._sizes = [prod(x.shape[1:]) if self._batched else x.numel() for x in tensors]
         self.size = sum(self._sizes)
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
-        self.parameters = None if parameters is None else tuple(parameters)
+        self.discovers = parameters is None
+        self.parameters = None if parameters is None else tuple(x for x in parameters if x.requires_grad)
 
     def rows(self, state: State) -> Tensor:
         """Flatten a state into ``[samples, size]``."""
@@ -61,12 +65,14 @@ class System:
         # The first evaluation also finds what f depends on, so that no extra one is spent on it.
         with torch.enable_grad():
             out = self._evaluate(time.detach(), rows.detach())
-        self.parameters = _leaves(out)
+        own = self._func.parameters() if isinstance(self._func, nn.Module) else ()
+        self.parameters = tuple(dict.fromkeys((*(x for x in own if x.requires_grad), *leaves(out))))
         return out.detach()
 
     def _evaluate(self, time: Tensor, rows: Tensor) -> Tensor:
         if time.dim():
-            return torch.func.vmap(self._one_sample)(time, rows)
+            each: Tensor = torch.func.vmap(self._one_sample)(time, rows)
+            return each
         out = self._func(time, self.state(rows))
         self._check(out)
         return self.rows(out)
@@ -74,10 +80,8 @@ class System:
     def _one_sample(self, time: Tensor, row: Tensor) -> Tensor:
         """f of one sample [size], which f itself sees as a batch of one."""
         parts = torch.split(row, self._sizes)
-        tensors = tuple(
-            x.reshape(1, *shape[1:]) if self.samples > 1 or len(shape) > 1 else x.reshape(shape)
-            for x, shape in zip(parts, self._shapes)
-        )
+        shapes = [(1, *shape[1:]) if self._batched else shape for shape in self._shapes]
+        tensors = tuple(x.reshape(shape) for x, shape in zip(parts, shapes))
         out = self._func(time, tensors if self._tuple else tensors[0])
         outs = out if isinstance(out, tuple) else (out,)
         for x, expected in zip(outs, tensors):
@@ -86,33 +90,26 @@ class System:
         return torch.cat([x.reshape(-1) for x in outs])
 
     def separable(self, t: float, rows: Tensor) -> bool:
-        """Whether f, given one sample alone, returns what it returns for it in the batch."""
-        if self.samples == 1:
-            return True
+        """Whether f, given one sample alone, returns what it returns for it in the batch. Evaluates f twice."""
         times = torch.full((self.samples,), t, dtype=self.dtype, device=self.device)
         try:
             alone = self(times, rows)
         except Exception:  # whatever vmap or f itself objects to: the answer is no
             return False
         together = self(t, rows)
-        scale = together.abs().amax().nan_to_num(0.0) + 1.0
-        return bool(((alone - together).abs().nan_to_num(0.0) <= 1e-4 * scale).all())
+        finite = torch.isfinite(alone).all(dim=1) & torch.isfinite(together).all(dim=1)
+        difference = (alone - together).abs().amax(dim=1)[finite]
+        size = together.abs().amax(dim=1)[finite]
+        return bool((difference <= 1e-3 * size + 1e-6 * size.sum()).all())
 
     def jacobian(self, t: Time, rows: Tensor) -> Tensor:
         """∂f/∂y of every sample, ``[samples, size, size]``."""
         times = self.time(t).expand(self.samples)
         try:
-            return torch.func.vmap(torch.func.jacrev(self._one_sample, argnums=1))(times, rows)
-        except Exception:  # f mixes batch-sized constants or resists vmap: one vector–Jacobian product a component
-            with torch.enable_grad():
-                point = rows.detach().requires_grad_()
-                out = self(t, point)
-                columns = [
-                    torch.autograd.grad(out[:, i].sum(), point, retain_graph=True, allow_unused=True)[0]
-                    for i in range(self.size)
-                ]
-            zero = torch.zeros_like(rows)
-            return torch.stack([zero if c is None else c for c in columns], dim=1)
+            each: Tensor = torch.func.vmap(torch.func.jacrev(self._one_sample, argnums=1))(times, rows)
+            return each
+        except Exception:  # f mixes batch-sized constants or resists vmap
+            return jacobian_by_rows(lambda y: self(t, y), rows)
 
     def _check(self, out: Any) -> None:
         outs = out if isinstance(out, tuple) else (out,)
@@ -131,11 +128,23 @@ class Linearisation:
             self._t = system.time(t).detach().requires_grad_(with_time)
             self._y = rows.detach().requires_grad_()
             self._f = system(self._t, self._y)
+        if system.discovers:
+            self._refuse_strangers(t)
         self.value = self._f.detach()
+
+    def _refuse_strangers(self, t: Time) -> None:
+        """Raise if f depends on something here that it did not depend on when its parameters were looked for."""
+        known = {id(x) for x in (self._t, self._y, *self._parameters)}
+        if any(id(x) not in known for x in leaves(self._f)):
+            raise RuntimeError(
+                "func depends on a tensor that its first evaluation did not use, so the gradient would lack it: make"
+                " func an nn.Module that owns it, or pass adjoint_params=[every tensor func depends on]"
+            )
 
     def transposed(self, w: Tensor) -> Tensor:
         """wᵀ ∂f/∂y, ``[samples, size]``."""
-        return self._products(w, [self._y])[0]
+        to_y: Tensor = self._products(w, [self._y])[0]
+        return to_y
 
     def products(self, w: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
         """wᵀ ∂f/∂y, wᵀ ∂f/∂t (scalar, or ``[samples]``; None unless asked for) and wᵀ ∂f/∂p for each parameter."""
@@ -157,9 +166,25 @@ class Linearisation:
         return grads
 
 
-def _leaves(out: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that ``out`` was computed from and that require grad, in the order of a depth-first walk."""
-    found: dict[int, Tensor] = {}
+def jacobian_by_rows(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """The Jacobian of every sample, ``[samples, size, size]``, one vector–Jacobian product a component."""
+    with torch.enable_grad():
+        point = rows.detach().requires_grad_()
+        out = function(point)
+        if not out.requires_grad:
+            return rows.new_zeros(*rows.shape, rows.shape[1])
+        grads = [
+            torch.autograd.grad(out[:, i].sum(), point, retain_graph=True, allow_unused=True)[0]
+            for i in range(rows.shape[1])
+        ]
+    return torch.stack([torch.zeros_like(rows) if x is None else x for x in grads], dim=1)
+
+
+def leaves(out: Tensor) -> tuple[Tensor, ...]:
+    """The leaf tensors that ``out`` was computed from and that require grad, in the order of a depth-first walk."""
+    if out.requires_grad and out.grad_fn is None:
+        return (out,)
+    found: dict[Tensor, None] = {}
     seen = set()
     stack = [out.grad_fn]
     while stack:
@@ -169,6 +194,6 @@ def _leaves(out: Tensor) -> tuple[Tensor, ...]:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            found.setdefault(id(leaf), leaf)
+            found[leaf] = None
         stack.extend(parent for parent, _ in reversed(node.next_functions))
-    return tuple(found.values())
+    return tuple(found)
