@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nodeshape._backend import Backend as Backend
+    from nodeshape._backend import backend as backend
     from nodeshape._block import ODEBlock as ODEBlock
     from nodeshape._checkpoint import load_classifier as load_classifier
     from nodeshape._classifier import ShapeClassifier as ShapeClassifier
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "backend": "_backend",
+    "Backend": "_backend",
     "odeint": "_odeint",
     "odeint_adjoint": "_odeint",
     "ODEBlock": "_block",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nodeshape import _fused
+from nodeshape._backend import backend
 from nodeshape._error_control import ErrorControl, Steps
 from nodeshape._march import EqualSteps, StageSolver
-from nodeshape._method import get_method
+from nodeshape._method import Method, get_method
 from nodeshape._solve import ADJOINTS, Problem, Solution
 from nodeshape._stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._stats import SolverStats
@@ -99,6 +102,26 @@ def odeint(
         step_size = settings["step_size"]
     _check_steps(steps, step_size)
     fixed = steps is not None or step_size is not None
+    solver = _stage_solver(settings, tensors[0].dtype)
+    drift_tolerance = settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[tensors[0].dtype])
+
+    path = backend(func, y0, steps=steps, step_size=step_size, options=settings, adjoint_params=adjoint_params)
+    if path.name == "fused":
+        equal = EqualSteps(steps, step_size)
+        counts = [equal.number(end - start) for start, end in pairwise(times)]
+        ys, evaluations, residual = _fused.solve(
+            func,
+            y0,
+            t,
+            counts,
+            scheme,
+            adjoint,
+            solver.tolerance,
+            solver.max_iterations,
+            settings.get("checkpoint_every"),
+            drift_tolerance,
+        )
+        return (ys, _fused_stats(scheme, sum(counts), evaluations, residual)) if return_stats else ys
 
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
@@ -125,13 +148,13 @@ def odeint(
         problem = Problem(
             system,
             scheme,
-            _stage_solver(settings, system.dtype),
+            solver,
             times,
             forward,
             backward,
             adjoint,
             settings.get("checkpoint_every"),
-            settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[system.dtype]),
+            drift_tolerance,
             stats,
         )
         ys = problem.solve(rows, keep=differentiable)
@@ -175,6 +198,18 @@ def odeint_adjoint(
     options.update((name, value) for name, value in given if value is not None)
     arguments.setdefault("adjoint", "continuous")
     return odeint(func, y0, t, options=options, **arguments)
+
+
+def _fused_stats(method: Method, steps: int, evaluations: Tensor, residual: Tensor) -> SolverStats:
+    forward, backward = evaluations
+    return SolverStats(
+        nfe_forward=forward,
+        nfe_backward=backward,  # filled in when the backward pass has run
+        accepted=torch.full_like(forward, steps),
+        rejected=torch.zeros_like(forward),
+        stage_iterations=torch.zeros_like(forward) if method.explicit else forward,
+        residual=residual,
+    )
 
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -230,10 +265,15 @@ def _tensors(y0: State) -> tuple[Tensor, ...]:
 
 
 def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
-    t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-    if t.dim() != 1 or len(t) < 1:
-        raise ValueError(f"t must be a one-dimensional tensor of at least one time, got shape {tuple(t.shape)}")
-    times = [float(x) for x in t.tolist()]
+    if isinstance(t, Tensor):
+        if t.dim() != 1:
+            raise ValueError(f"t must have one dimension, got shape {tuple(t.shape)}")
+        times = [float(x) for x in t.tolist()]
+    else:
+        times = [float(x) for x in t]
+        t = torch.tensor(times, dtype=torch.float64)
+    if not times:
+        raise ValueError("t must hold at least one time, got none")
     steps = [b - a for a, b in zip(times, times[1:])]
     if not all(map(isfinite, times)) or not (all(x > 0 for x in steps) or all(x < 0 for x in steps)):
         raise ValueError(f"t must be finite and strictly increasing or decreasing, got {times}")

@@ -17,12 +17,13 @@ from nodeshape._checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from nodeshape._classifier import MIN_IMAGE_SIZE, ShapeClassifier
 from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
 from nodeshape._datasets import DRAWN_TEST_SIZE, DRAWN_TRAIN_SIZE, Data, drawn_data, folder_data
+from nodeshape._error_control import StepSizeError
 from nodeshape._images import CHANNELS
-from nodeshape._march import StepSizeError
 from nodeshape._method import METHODS
 from nodeshape._shapes import CLASSES
-from nodeshape._solve import ADJOINTS, ReversalDriftError
+from nodeshape._solve import ADJOINTS
 from nodeshape._stage import StageSolveError
+from nodeshape._sweep import ReversalDriftError
 from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, predict
 
 RUNS = Path("runs")
