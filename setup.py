@@ -33,9 +33,13 @@ class BuildLibrary(build_ext):
         return os.path.join(*fullname.split(".")[:-1], "libnodeshape_cpu.so")
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None)
+        compiler = next(
+            (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None
+        )
         if compiler is None:
-            sys.exit("nodeshape needs a C++20 compiler and found none: install g++ 10 or clang 16 (or newer), or set CXX")
+            sys.exit(
+                "nodeshape needs a C++20 compiler and found none: install g++ 10 or clang 16 (or newer), or set CXX"
+            )
         import torch  # only here, so that metadata can be read without it
 
         root = Path(torch.__file__).parent
@@ -49,7 +53,9 @@ class BuildLibrary(build_ext):
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         for source, name, flags in units:
-            self.spawn([*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{name}.o")])
+            self.spawn(
+                [*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{name}.o")]
+            )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         link = [*command, "-shared", *extra, *(str(objects / f"{name}.o") for _, name, _ in units)]
