@@ -25,11 +25,12 @@ class _TimeConv(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         time = torch.ones_like(y[:, :1]) * t
-        return self._layer(torch.cat([time, y], dim=1))
+        out: Tensor = self._layer(torch.cat([time, y], dim=1))
+        return out
 
 
 class ConvDynamics(nn.Module):
-    """GN–ReLU–Conv3×3–GN–ReLU–Conv3×3–GN, the ODE function of Chen et al.'s MNIST network (arXiv:1806.07366, section 3).
+    """GN–ReLU–Conv3×3–GN–ReLU–Conv3×3–GN, the ODE function of Chen et al.'s MNIST network (arXiv:1806.07366, sec. 3).
 
     Args:
         channels: of the state; GroupNorm uses ``min(32, channels)`` groups, which must divide it.
@@ -53,7 +54,8 @@ class ConvDynamics(nn.Module):
         """Return dy/dt at time ``t`` and state ``y``."""
         y = self.conv1(t, torch.relu(self.norm1(y)))
         y = self.conv2(t, torch.relu(self.norm2(y)))
-        return self.norm3(y)
+        y = self.norm3(y)
+        return y
 
 
 class MLPDynamics(nn.Module):

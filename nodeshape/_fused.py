@@ -32,14 +32,11 @@ from torch import Tensor, nn
 from nodeshape._dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics
 from nodeshape._method import Method
 from nodeshape._stage import StageSolveError
+from nodeshape._sweep import ReversalDriftError
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
 _ADJOINTS = ("discrete", "reversible", "continuous")
 _missing: str | None = None  # why the library is not there
-
-
-class ReversalDriftError(RuntimeError):
-    """A trajectory could not be rebuilt backwards to the accuracy asked for."""
 
 
 def unavailable(dynamics: Any, y0: Any) -> str | None:

@@ -21,6 +21,8 @@ Function = Callable[[Tensor], Tensor]
 
 #: Columns of iteration history Anderson acceleration keeps.
 ANDERSON_MEMORY = 5
+#: A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the older ones.
+DEPENDENT = 1e-3
 #: Relative residual at which a stage counts as solved, by dtype.
 STAGE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
 MAX_STAGE_ITERATIONS = 50
@@ -114,13 +116,22 @@ def anderson_stage(
         new_residual = base + c * new_slope - new_value
         evaluations = evaluations + active
 
-        q, x = new_residual - residual, new_value - value
+        difference, moved = new_residual - residual, new_value - value
+        q, x = difference, moved
         for old_q, old_x in history:
             overlap = _dot(old_q, q)
             q, x = q - overlap * old_q, x - overlap * old_x
-        length = _dot(q, q).sqrt()
+        # A difference within the span of the older ones outdates them: the sample starts its history anew with it.
+        whole, length = _dot(difference, difference).sqrt(), _dot(q, q).sqrt()
+        stale = length <= DEPENDENT * whole
+        q, x, length = (
+            torch.where(stale, difference, q),
+            torch.where(stale, moved, x),
+            torch.where(stale, whole, length),
+        )
         usable = rows & (length > 0) & torch.isfinite(length)
         length = torch.where(usable, length, torch.ones_like(length))
+        history = [(torch.where(stale, 0.0, old_q), torch.where(stale, 0.0, old_x)) for old_q, old_x in history]
         history.append((torch.where(usable, q / length, 0.0), torch.where(usable, x / length, 0.0)))
         history = history[-ANDERSON_MEMORY:]
         value, slope, residual = new_value, new_slope, new_residual
