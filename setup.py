@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
@@ -52,10 +53,15 @@ class BuildLibrary(build_ext):
         command = shlex.split(compiler)
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
-        for source, name, flags in units:
+
+        def compile(unit: tuple[str, str, list[str]]) -> None:
+            source, name, flags = unit
             self.spawn(
                 [*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{name}.o")]
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile, units))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         link = [*command, "-shared", *extra, *(str(objects / f"{name}.o") for _, name, _ in units)]
