@@ -259,8 +259,7 @@ SolveResult run(const Common& common, const Model& model, ForwardKernel<Model, T
   sizes.insert(sizes.begin(), grid.count);
   const Tensor ys = empty(sizes, dtype_of<T>());
   const Tensor stored = empty(stored_sizes(stored_rows(common.store(), grid), y0), dtype_of<T>());
-  const Tensor evaluations = empty({2, samples}, aoti_torch_dtype_int64());
-  std::fill_n(data<int64_t>(evaluations) + samples, samples, 0);
+  const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);
   std::vector<Failure> failures(samples);
