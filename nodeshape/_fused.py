@@ -11,8 +11,8 @@ The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``
 
 - ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
   module's ``state_dict()``; ``t`` float64 ``[times]``; ``steps[j]`` equal steps between ``t[j]`` and ``t[j + 1]``.
-- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state after
-  every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
+- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
+  after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
 - ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``, feature maps channels last: the stages of
   ``discrete``, the checkpoints of ``reversible``, otherwise empty. ``evaluations`` int64 ``[batch]``: of f in the
   forward solve; in the backward sweep of f, where the trajectory is found again, and of its vector–Jacobian product.
@@ -48,7 +48,7 @@ def unavailable(dynamics: Any, y0: Any) -> str | None:
         return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
     if not isinstance(y0, Tensor):
         return "the state is a tuple"
-    if not y0.device.type == "cpu":
+    if y0.device.type != "cpu":
         return f"the state is on {y0.device}"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}"
@@ -76,7 +76,8 @@ def _altered(dynamics: nn.Module, y0: Tensor) -> str | None:
     for layer, kind, shape in layers:
         if type(layer) is not kind:
             return f"a {kind.__name__} was replaced by a {type(layer).__name__}"
-        weight, bias = layer.weight, layer.bias
+        weight: Any = layer.weight
+        bias: Any = layer.bias
         if weight is None or bias is None:
             return f"a {kind.__name__} has no weight or no bias"
         for x, expected in ((weight, shape), (bias, shape[:1])):
@@ -107,8 +108,8 @@ def _layers(dynamics: nn.Module) -> list[tuple[Any, type[nn.Module], tuple[int, 
 
 
 def solve(
-    dynamics: ConvDynamics | MLPDynamics,
-    y0: Tensor,
+    dynamics: Any,
+    y0: Any,
     t: Tensor,
     steps: Sequence[int],
     method: Method,
@@ -121,7 +122,7 @@ def solve(
     """Solve from ``t[0]`` through all of ``t``; only for arguments :func:`unavailable` has no objection to.
 
     Args:
-        dynamics: f.
+        dynamics: f, a ConvDynamics or an MLPDynamics.
         y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
         t: observation times, ``[times]``; differentiable.
         steps: equal steps in each interval between them.
@@ -155,15 +156,16 @@ def solve(
         float(drift_tolerance),
     )
     if isinstance(dynamics, MLPDynamics):
-        op, arguments = torch.ops.nodeshape.mlp_solve.default, (y0, times, weights, dynamics.activation, *scheme)
+        op: Any = torch.ops.nodeshape.mlp_solve.default
+        model: tuple[Any, ...] = (y0, times, weights, dynamics.activation)
     else:
-        op, arguments = torch.ops.nodeshape.conv_solve.default, (y0, times, weights, *scheme)
+        op, model = torch.ops.nodeshape.conv_solve.default, (y0, times, weights)
     eager = not torch.compiler.is_compiling()
     # Nothing to record: spare a small solve the detour through Python that an autograd formula is.
     below = torch._C._AutoDispatchBelowAutograd() if eager and not recorded else nullcontext()
     try:
         with below:
-            ys, _, forward, residual = op(*arguments)
+            ys, _, forward, residual = op(*model, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
     backward = torch.zeros_like(forward)
@@ -250,15 +252,17 @@ def _register(name: str) -> None:
     ops = torch.ops.nodeshape
 
     # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
-    @library.register_fake(f"nodeshape::{name}")
-    def _(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+    def solve(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
         *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
         return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
 
-    @library.register_fake(f"nodeshape::{name}_backward")
-    def _(grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+    def solve_backward(
+        grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any
+    ) -> Any:
         return _fake_backward(ys, t, weights)
 
+    library.register_fake(f"nodeshape::{name}", solve)
+    library.register_fake(f"nodeshape::{name}_backward", solve_backward)
     backward = getattr(ops, f"{name}_backward")
     library.register_autograd(f"nodeshape::{name}", _gradient_of(backward), setup_context=_setup_context)
     library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
@@ -268,7 +272,7 @@ def _load() -> str | None:
     if not _LIBRARY.exists():
         return f"{_LIBRARY.name} is not built: reinstall with a C++ compiler"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{_LIBRARY.name} does not load: {error}"
     for name in ("conv_solve", "mlp_solve"):

@@ -153,7 +153,7 @@ def test_an_empty_batch_gives_an_empty_solution(isa):
         assert all(not x.grad.any() for x in f.parameters())
 
 
-def test_evaluations_are_those_of_the_plain_loop(isa, monkeypatch):
+def test_evaluations_are_no_more_than_those_of_the_plain_loop(isa, monkeypatch):
     torch.manual_seed(0)
     f, y0 = random_conv(8).double(), torch.randn(4, 8, 8, 8, dtype=torch.float64)
     counts = []
@@ -163,10 +163,10 @@ def test_evaluations_are_those_of_the_plain_loop(isa, monkeypatch):
         ys, stats = ns.odeint(
             f, y, TIMES, method="implicit_midpoint", steps=5, options={"stage_tolerance": 1e-8}, return_stats=True
         )
-        ys.sum().backward()
+        ys.square().sum().backward()
         counts.append((stats.nfe_forward, stats.nfe_backward))
     assert torch.equal(counts[0][0], counts[1][0])
-    assert torch.equal(counts[0][1], counts[1][1])
+    assert (counts[0][1] <= counts[1][1]).all()  # the last product of a stage also gives the parameters' gradient
 
 
 @pytest.mark.parametrize("method", METHODS)
