@@ -236,7 +236,8 @@ def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
         wanted = getattr(ctx, "backward_evaluations", None)  # solve() leaves it there
         if wanted is not None:
             wanted.copy_(evaluations)
-        return grad_y0, grad_t, grad_weights, *(None for _ in ctx.scheme)
+        # An empty list of steps passes for a list of tensors, whose gradient is a list.
+        return grad_y0, grad_t, grad_weights, *([] if x == [] else None for x in ctx.scheme)
 
     return backward
 

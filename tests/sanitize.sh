@@ -11,9 +11,8 @@ shift || true
 python=${PYTHON:-python}
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r csrc nodeshape tests setup.py pyproject.toml README.md "$copy"
+git ls-files -z | xargs -0 cp --parents -t "$copy"
 cd "$copy"
-rm -f nodeshape/*.so
 
 case $mode in
 address)
