@@ -5,10 +5,10 @@
 // of pixel.
 #pragma once
 
-#include "../stage.h"
 #include "conv3x3.h"
 #include "groupnorm.h"
 #include "kernels.h"
+#include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 

@@ -3,10 +3,10 @@
 // A sample's units lie along the vector, padded with zeros; the samples of a group are the rows of each product.
 #pragma once
 
-#include "../stage.h"
 #include "activation.h"
 #include "arena.h"
 #include "gemm.h"
+#include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
