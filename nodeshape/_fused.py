@@ -273,7 +273,7 @@ def _load() -> str | None:
     if not _LIBRARY.exists():
         return f"{_LIBRARY.name} is not built: reinstall with a C++ compiler"
     try:
-        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"{_LIBRARY.name} does not load: {error}"
     for name in ("conv_solve", "mlp_solve"):
