@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
@@ -33,9 +34,13 @@ class BuildLibrary(build_ext):
         return os.path.join(*fullname.split(".")[:-1], "libnodeshape_cpu.so")
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None)
+        compiler = next(
+            (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None
+        )
         if compiler is None:
-            sys.exit("nodeshape needs a C++20 compiler and found none: install g++ 10 or clang 16 (or newer), or set CXX")
+            sys.exit(
+                "nodeshape needs a C++20 compiler and found none: install g++ 10 or clang 16 (or newer), or set CXX"
+            )
         import torch  # only here, so that metadata can be read without it
 
         root = Path(torch.__file__).parent
@@ -48,8 +53,15 @@ class BuildLibrary(build_ext):
         command = shlex.split(compiler)
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
-        for source, name, flags in units:
-            self.spawn([*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{name}.o")])
+
+        def compile(unit: tuple[str, str, list[str]]) -> None:
+            source, name, flags = unit
+            self.spawn(
+                [*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{name}.o")]
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile, units))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         link = [*command, "-shared", *extra, *(str(objects / f"{name}.o") for _, name, _ in units)]

@@ -109,6 +109,8 @@ class StageSolver {
     double base_norm;
   };
 
+  static constexpr double kRounding = sizeof(T) == 4 ? 1e-5 : 1e-13;
+
   double norm(const T* x) const {
     return std::sqrt(double(total<T>(size_, [=](int64_t i) { return load(x + i) * load(x + i); })));
   }
@@ -165,6 +167,7 @@ class StageSolver {
   void learn(Sample& sample) {
     if (!sample.proposed) return;
     T *q = sample.q[sample.history], *x = sample.x[sample.history];
+    const double whole = norm(q);
     for (int m = 0; m < sample.history; ++m) {
       const T *old_q = sample.q[m], *old_x = sample.x[m];
       const Vec<T> overlap = splat(total<T>(size_, [=](int64_t i) { return load(old_q + i) * load(q + i); }));
@@ -174,7 +177,8 @@ class StageSolver {
       });
     }
     const double length = norm(q);
-    if (!(length > 0) || !__builtin_isfinite(length)) return;
+    // What is left of a difference that older ones span is rounding error: it says nothing about F.
+    if (!(length > kRounding * whole) || !__builtin_isfinite(length)) return;
     const Vec<T> inverse = splat(T(1.0 / length));
     each<T>(size_, [=](int64_t i) {
       store(q + i, load(q + i) * inverse);

@@ -43,11 +43,12 @@ class Data:
 
 def drawn_data(task: str, train_size: int, test_size: int, image_size: int, channels: str, seed: int) -> Data:
     """Draw ``train_size`` and ``test_size`` images of a task; no image is in both."""
-    splits = []
+    splits: dict[str, Split] = {}
     for name, count in (("train", train_size), ("test", test_size)):
         images, labels = draw_set(task, name, count, seed, image_size)
-        splits.append(Split(torch.from_numpy(images).expand(-1, CHANNELS[channels], -1, -1), torch.from_numpy(labels)))
-    return Data(list(CLASSES[task]), *splits, unreadable=[])
+        colours = torch.from_numpy(images).expand(-1, CHANNELS[channels], -1, -1)
+        splits[name] = Split(colours, torch.from_numpy(labels))
+    return Data(list(CLASSES[task]), splits["train"], splits["test"], unreadable=[])
 
 
 def folder_data(
@@ -59,14 +60,15 @@ def folder_data(
         UserError: the folder has no usable classes, or with ``strict`` a file is unreadable.
     """
     folder = scan_folder(root, seed)
-    splits, unreadable = [], []
-    for files, size in ((folder.train, train_size), (folder.test, test_size)):
+    splits: dict[str, Split] = {}
+    unreadable: list[ImageError] = []
+    for name, files, size in (("train", folder.train, train_size), ("test", folder.test, test_size)):
         if size is not None and size < len(files):
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
             files = [files[i] for i in sorted(order[:size].tolist())]
         loaded = load_folder(files, image_size, channels, strict)
-        splits.append(Split(torch.from_numpy(loaded.images), torch.from_numpy(loaded.labels)))
+        splits[name] = Split(torch.from_numpy(loaded.images), torch.from_numpy(loaded.labels))
         unreadable += loaded.unreadable
-    if len(splits[0].labels.unique()) < 2:
+    if len(splits["train"].labels.unique()) < 2:
         raise UserError(f"{root}: the training images are all of one class; raise --train-size")
-    return Data(list(folder.classes), *splits, unreadable=unreadable)
+    return Data(list(folder.classes), splits["train"], splits["test"], unreadable)

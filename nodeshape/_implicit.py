@@ -64,7 +64,7 @@ def differentiable_stage(
 
     ``c`` is a scalar or ``[samples, 1]``; ``where`` is the step's start and size, for the error message.
     """
-    result: Tensor = _Stage.apply(function, solver, where, base, c, *inputs)  # type: ignore[no-untyped-call]
+    result: Tensor = _Stage.apply(function, solver, where, base, c, *inputs)
     return result
 
 

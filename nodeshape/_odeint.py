@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -110,8 +110,8 @@ def odeint(
         equal = EqualSteps(steps, step_size)
         counts = [equal.number(end - start) for start, end in pairwise(times)]
         ys, evaluations, residual = _fused.solve(
-            func,
-            y0,
+            cast("Any", func),  # ConvDynamics or MLPDynamics,
+            tensors[0],  # and a single tensor, as backend has seen
             t,
             counts,
             scheme,
@@ -160,7 +160,7 @@ def odeint(
         ys = problem.solve(rows, keep=differentiable)
     inputs = (*tensors, t, *(system.parameters or ()))
     if differentiable and any(x.requires_grad for x in inputs):
-        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))  # type: ignore[no-untyped-call]
+        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))
     solution = system.state(ys)
     return (solution, stats) if return_stats else solution
 

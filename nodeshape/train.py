@@ -130,7 +130,8 @@ class RunFolder:
         self.save_last(trainer)
         print(
             f"epoch {metrics.epoch}/{trainer.recipe.epochs}  loss {metrics.train_loss:.4f}  test accuracy"
-            f" {100 * metrics.test_accuracy:6.2f}%  {metrics.seconds:.1f} s training, {metrics.test_seconds:.1f} s testing"
+            f" {100 * metrics.test_accuracy:6.2f}%  {metrics.seconds:.1f} s training"
+            f", {metrics.test_seconds:.1f} s testing"
             f"  evaluations of f {metrics.nfe_forward:.1f} forward, {metrics.nfe_backward:.1f} backward",
             flush=True,
         )

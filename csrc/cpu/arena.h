@@ -9,20 +9,15 @@ namespace nodeshape::NODESHAPE_TARGET {
 
 class Arena {
  public:
-  Arena() : blocks_(spare().blocks), current_(blocks_) {
-    spare().blocks = nullptr;
-    if (current_ != nullptr) current_->used = 0;
-  }
+  Arena() = default;
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() {
-    int64_t bytes = 0;
-    for (const Block* block = blocks_; block != nullptr; block = block->next) bytes += block->bytes;
-    Chain& kept = spare();
-    if (kept.blocks == nullptr && bytes <= kMostKept)
-      kept.blocks = blocks_;
-    else
-      release_all(blocks_);
+    while (blocks_ != nullptr) {
+      Block* next = blocks_->next;
+      spare().give(blocks_);
+      blocks_ = next;
+    }
   }
 
   /// `count` uninitialised numbers, aligned to a cache line.
@@ -70,28 +65,51 @@ class Arena {
     int64_t bytes, used;
   };
 
-  struct Chain {
+  /// Blocks of this thread that no arena uses.
+  struct Spare {
     Block* blocks = nullptr;
-    ~Chain() { release_all(blocks); }
+    int64_t kept = 0;
+
+    ~Spare() {
+      while (blocks != nullptr) destroy(take(0));
+    }
+
+    /// A block of at least `bytes`, or null.
+    Block* take(int64_t bytes) {
+      for (Block** link = &blocks; *link != nullptr; link = &(*link)->next)
+        if ((*link)->bytes >= bytes) {
+          Block* block = *link;
+          *link = block->next;
+          kept -= block->bytes;
+          return block;
+        }
+      return nullptr;
+    }
+
+    void give(Block* block) {
+      if (kept + block->bytes > kMostKept) return destroy(block);
+      block->next = blocks;
+      blocks = block;
+      kept += block->bytes;
+    }
   };
 
-  static Chain& spare() {
-    static thread_local Chain chain;
-    return chain;
+  static Spare& spare() {
+    static thread_local Spare blocks;
+    return blocks;
   }
 
-  static void release_all(Block* blocks) {
-    while (blocks != nullptr) {
-      Block* next = blocks->next;
-      ::operator delete(blocks, std::align_val_t{kAlignment});
-      blocks = next;
-    }
-  }
+  static void destroy(Block* block) { ::operator delete(block, std::align_val_t{kAlignment}); }
 
   void append(int64_t bytes) {
     const int64_t room = bytes < kSmallestBlock ? kSmallestBlock : bytes;
-    Block* block = static_cast<Block*>(::operator new(kAlignment + room, std::align_val_t{kAlignment}));
-    *block = {nullptr, room, 0};
+    Block* block = spare().take(room);
+    if (block == nullptr) {
+      block = static_cast<Block*>(::operator new(kAlignment + room, std::align_val_t{kAlignment}));
+      block->bytes = room;
+    }
+    block->next = nullptr;
+    block->used = 0;
     if (current_ == nullptr)
       blocks_ = block;
     else

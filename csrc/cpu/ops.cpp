@@ -65,16 +65,16 @@ T* data(const Tensor& x) {
   throw std::runtime_error(op + ": " + message);
 }
 
-void check(bool good, const std::string& op, const std::string& message) {
-  if (!good) fail(op, message);
-}
+/// A macro so that a message is only put together when it is needed.
+#define NODESHAPE_CHECK(good, op, message) \
+  if (!(good)) fail(op, message)
 
 /// A tensor the kernels can read: on the CPU, of the state's dtype and of a given shape.
 void check_tensor(const std::string& op, const std::string& name, const Tensor& x, ScalarType dtype,
                   const Sizes& expected) {
-  check(x.is_cpu(), op, name + " must be on the CPU");
-  check(x.scalar_type() == dtype, op, name + " must have the dtype of y0");
-  check(sizes_of(x) == expected, op, name + " is " + text(sizes_of(x)) + " but must be " + text(expected));
+  NODESHAPE_CHECK(x.is_cpu(), op, name + " must be on the CPU");
+  NODESHAPE_CHECK(x.scalar_type() == dtype, op, name + " must have the dtype of y0");
+  NODESHAPE_CHECK(sizes_of(x) == expected, op, name + " is " + text(sizes_of(x)) + " but must be " + text(expected));
 }
 
 /// What every op is given besides the model.
@@ -99,26 +99,26 @@ struct Common {
   StageOptions stage() const { return {tolerance, max_iterations}; }
 
   void check_arguments(const Tensor& y0) const {
-    check(y0.is_cpu(), op, "y0 must be on the CPU");
-    check(y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double, op,
+    NODESHAPE_CHECK(y0.is_cpu(), op, "y0 must be on the CPU");
+    NODESHAPE_CHECK(y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double, op,
           "y0 must be float32 or float64");
-    check(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 1, op,
+    NODESHAPE_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 1, op,
           "t must be a one-dimensional float64 tensor on the CPU");
-    check(t.size(0) >= 1, op, "t must hold at least one observation time");
-    check(int64_t(steps.size()) == t.size(0) - 1, op,
+    NODESHAPE_CHECK(t.size(0) >= 1, op, "t must hold at least one observation time");
+    NODESHAPE_CHECK(int64_t(steps.size()) == t.size(0) - 1, op,
           "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(t.size(0)) +
               " observation times; give one for each interval between them");
     for (int64_t count : steps)
-      check(count >= 1, op, "every interval needs at least 1 step, got " + std::to_string(count));
-    check(theta == 0.0 || theta == 0.5 || theta == 1.0, op,
+      NODESHAPE_CHECK(count >= 1, op, "every interval needs at least 1 step, got " + std::to_string(count));
+    NODESHAPE_CHECK(theta == 0.0 || theta == 0.5 || theta == 1.0, op,
           "theta must be 0 (euler), 0.5 (implicit_midpoint) or 1 (implicit_euler), got " + std::to_string(theta));
-    check(tolerance > 0, op, "tolerance must be positive, got " + std::to_string(tolerance));
-    check(max_iterations >= 1, op, "max_iterations must be at least 1, got " + std::to_string(max_iterations));
-    check(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous", op,
+    NODESHAPE_CHECK(tolerance > 0, op, "tolerance must be positive, got " + std::to_string(tolerance));
+    NODESHAPE_CHECK(max_iterations >= 1, op, "max_iterations must be at least 1, got " + std::to_string(max_iterations));
+    NODESHAPE_CHECK(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous", op,
           "unknown adjoint '" + adjoint + "': choose one of none, discrete, reversible, continuous");
-    check(checkpoint_every >= 0, op,
+    NODESHAPE_CHECK(checkpoint_every >= 0, op,
           "checkpoint_every must be a number of steps, or 0 for none, got " + std::to_string(checkpoint_every));
-    check(drift_tolerance > 0, op, "drift_tolerance must be positive, got " + std::to_string(drift_tolerance));
+    NODESHAPE_CHECK(drift_tolerance > 0, op, "drift_tolerance must be positive, got " + std::to_string(drift_tolerance));
   }
 };
 
@@ -137,15 +137,15 @@ using ConvOwner = Owner<ConvModel>;
 using MlpOwner = Owner<MlpModel>;
 
 void conv_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights, ConvOwner& owner) {
-  check(y0.dim() == 4, op, "y0 must be [batch, channels, height, width], got " + text(sizes_of(y0)));
-  check(weights.size() == 10, op, "expected the 10 parameters of ConvDynamics, got " + std::to_string(weights.size()));
+  NODESHAPE_CHECK(y0.dim() == 4, op, "y0 must be [batch, channels, height, width], got " + text(sizes_of(y0)));
+  NODESHAPE_CHECK(weights.size() == 10, op, "expected the 10 parameters of ConvDynamics, got " + std::to_string(weights.size()));
   const int64_t c = y0.size(1), height = y0.size(2), width = y0.size(3);
-  check(height >= 1 && width >= 1, op, "y0 has an empty feature map, " + text(sizes_of(y0)));
-  check(weights[2].dim() == 4, op, "conv1.weight must have 4 dimensions");
-  check(weights[2].size(0) == c, op,
+  NODESHAPE_CHECK(height >= 1 && width >= 1, op, "y0 has an empty feature map, " + text(sizes_of(y0)));
+  NODESHAPE_CHECK(weights[2].dim() == 4, op, "conv1.weight must have 4 dimensions");
+  NODESHAPE_CHECK(weights[2].size(0) == c, op,
         "y0 has " + std::to_string(c) + " channels but conv1.weight expects " + std::to_string(weights[2].size(0)));
   const int64_t groups = std::min<int64_t>(32, c);
-  check(c >= 1 && c % groups == 0, op, "channels must be 1 to 32 or a multiple of 32, got " + std::to_string(c));
+  NODESHAPE_CHECK(c >= 1 && c % groups == 0, op, "channels must be 1 to 32 or a multiple of 32, got " + std::to_string(c));
   static const char* const names[] = {"norm1.weight", "norm1.bias",   "conv1.weight", "conv1.bias",   "norm2.weight",
                                       "norm2.bias",   "conv2.weight", "conv2.bias",   "norm3.weight", "norm3.bias"};
   owner.model = {c, height, width, groups, {}};
@@ -158,24 +158,24 @@ void conv_model(const std::string& op, const Tensor& y0, const std::vector<Tenso
 
 void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights,
                const std::string& activation, MlpOwner& owner) {
-  check(y0.dim() == 2, op, "y0 must be [batch, dim], got " + text(sizes_of(y0)));
-  check(!weights.empty() && weights.size() % 2 == 0, op,
+  NODESHAPE_CHECK(y0.dim() == 2, op, "y0 must be [batch, dim], got " + text(sizes_of(y0)));
+  NODESHAPE_CHECK(!weights.empty() && weights.size() % 2 == 0, op,
         "weights must be a weight and a bias for each layer, got " + std::to_string(weights.size()) + " tensors");
   static const char* const names[] = {"tanh", "relu", "softplus", "silu"};
   const auto found = std::find(std::begin(names), std::end(names), activation);
-  check(found != std::end(names), op,
+  NODESHAPE_CHECK(found != std::end(names), op,
         "unknown activation '" + activation + "': choose one of tanh, relu, softplus, silu");
   const int64_t dim = y0.size(1), layers = int64_t(weights.size()) / 2;
-  check(dim >= 1, op, "y0 must have at least one component");
+  NODESHAPE_CHECK(dim >= 1, op, "y0 must have at least one component");
   int64_t in = dim + 1;
   for (int64_t l = 0; l < layers; ++l) {
     const std::string layer = "layers." + std::to_string(l);
     const Tensor& weight = weights[2 * l];
-    check(weight.dim() == 2, op, layer + ".weight must have 2 dimensions");
+    NODESHAPE_CHECK(weight.dim() == 2, op, layer + ".weight must have 2 dimensions");
     const int64_t out = l + 1 == layers ? dim : weight.size(0);
-    check(out >= 1, op, layer + " must have at least one output");
+    NODESHAPE_CHECK(out >= 1, op, layer + " must have at least one output");
     if (l == 0)
-      check(weight.size(1) == in, op,
+      NODESHAPE_CHECK(weight.size(1) == in, op,
             "y0 has " + std::to_string(dim) + " components but layers.0.weight expects " +
                 std::to_string(weight.size(1) - 1) + " and the time");
     check_tensor(op, layer + ".weight", weight, y0.scalar_type(), {out, in});
@@ -281,7 +281,7 @@ SolveResult solve(const Common& common, const Model& model, ForwardKernel<Model,
 
 /// y0, as the first observation.
 Tensor first(const std::string& op, const Tensor& ys) {
-  check(ys.dim() >= 2 && ys.size(0) >= 1, op, "ys must hold at least one observation, got " + text(sizes_of(ys)));
+  NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op, "ys must hold at least one observation, got " + text(sizes_of(ys)));
   return torch::stable::select(ys, 0, 0);
 }
 
@@ -290,7 +290,7 @@ struct BackwardArguments {
 };
 
 Adjoint adjoint_of(const Common& common) {
-  check(common.adjoint != "none", common.op, "the forward solve was asked for no gradient, adjoint='none'");
+  NODESHAPE_CHECK(common.adjoint != "none", common.op, "the forward solve was asked for no gradient, adjoint='none'");
   if (common.adjoint == "discrete") return Adjoint::discrete;
   return common.adjoint == "reversible" ? Adjoint::reversible : Adjoint::continuous;
 }
