@@ -11,11 +11,11 @@ The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``
 
 - ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
   module's ``state_dict()``; ``t`` float64 ``[times]``; ``steps[j]`` equal steps between ``t[j]`` and ``t[j + 1]``.
-- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state after
-  every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
+- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
+  after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
 - ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``, feature maps channels last: the stages of
-  ``discrete``, the checkpoints of ``reversible``, otherwise empty. ``evaluations`` int64 ``[2, batch]``: of f in the
-  forward solve; and, once a backward pass has run in eager mode, of f and of its vector–Jacobian product there.
+  ``discrete``, the checkpoints of ``reversible``, otherwise empty. ``evaluations`` int64 ``[batch]``: of f in the
+  forward solve; in the backward sweep of f, where the trajectory is found again, and of its vector–Jacobian product.
   ``residual`` float64 ``[batch]``: the largest relative residual of a stage.
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,18 @@ def unavailable(dynamics: Any, y0: Any) -> str | None:
         return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
     if not isinstance(y0, Tensor):
         return "the state is a tuple"
-    if not y0.device.type == "cpu":
+    if y0.device.type != "cpu":
         return f"the state is on {y0.device}"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}"
     expected = 4 if type(dynamics) is ConvDynamics else 2
     if y0.dim() != expected:
         return f"the state has {y0.dim()} dimensions, the kernel takes {expected}"
-    if type(y0) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
-        return f"the state is a {type(y0).__name__}"
+    if not torch.compiler.is_compiling():
+        if type(y0) not in (Tensor, nn.Parameter):
+            return f"the state is a {type(y0).__name__}"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return "a torch.func transform or forward-mode differentiation is active"
     return _altered(dynamics, y0) or _missing
 
 
@@ -72,7 +76,8 @@ def _altered(dynamics: nn.Module, y0: Tensor) -> str | None:
     for layer, kind, shape in layers:
         if type(layer) is not kind:
             return f"a {kind.__name__} was replaced by a {type(layer).__name__}"
-        weight, bias = layer.weight, layer.bias
+        weight: Any = layer.weight
+        bias: Any = layer.bias
         if weight is None or bias is None:
             return f"a {kind.__name__} has no weight or no bias"
         for x, expected in ((weight, shape), (bias, shape[:1])):
@@ -103,8 +108,8 @@ def _layers(dynamics: nn.Module) -> list[tuple[Any, type[nn.Module], tuple[int, 
 
 
 def solve(
-    dynamics: ConvDynamics | MLPDynamics,
-    y0: Tensor,
+    dynamics: Any,
+    y0: Any,
     t: Tensor,
     steps: Sequence[int],
     method: Method,
@@ -113,11 +118,11 @@ def solve(
     max_iterations: int,
     checkpoint_every: int | None,
     drift_tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Solve from ``t[0]`` through all of ``t``; only for arguments :func:`unavailable` has no objection to.
 
     Args:
-        dynamics: f.
+        dynamics: f, a ConvDynamics or an MLPDynamics.
         y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
         t: observation times, ``[times]``; differentiable.
         steps: equal steps in each interval between them.
@@ -129,8 +134,8 @@ def solve(
         drift_tolerance: for ``"reversible"``.
 
     Returns:
-        ``ys`` ``[times, *y0.shape]``, ``evaluations`` int64 ``[2, batch]`` (forward, and backward once that has run in
-        eager mode) and ``residual`` float64 ``[batch]``.
+        ``ys`` ``[times, *y0.shape]``, evaluations in the forward and in the backward pass, int64 ``[batch]`` each (the
+        latter are filled in when that pass has run, in eager mode only), and ``residual`` float64 ``[batch]``.
 
     Raises:
         StageSolveError: a stage was not solved; in the backward pass too.
@@ -150,16 +155,23 @@ def solve(
         int(checkpoint_every or 0),
         float(drift_tolerance),
     )
+    if isinstance(dynamics, MLPDynamics):
+        op: Any = torch.ops.nodeshape.mlp_solve.default
+        model: tuple[Any, ...] = (y0, times, weights, dynamics.activation)
+    else:
+        op, model = torch.ops.nodeshape.conv_solve.default, (y0, times, weights)
+    eager = not torch.compiler.is_compiling()
+    # Nothing to record: spare a small solve the detour through Python that an autograd formula is.
+    below = torch._C._AutoDispatchBelowAutograd() if eager and not recorded else nullcontext()
     try:
-        if isinstance(dynamics, MLPDynamics):
-            ys, _, evaluations, residual = torch.ops.nodeshape.mlp_solve(
-                y0, times, weights, dynamics.activation, *scheme
-            )
-        else:
-            ys, _, evaluations, residual = torch.ops.nodeshape.conv_solve(y0, times, weights, *scheme)
+        with below:
+            ys, _, forward, residual = op(*model, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
-    return ys, evaluations, residual
+    backward = torch.zeros_like(forward)
+    if eager and recorded:
+        ys.grad_fn.backward_evaluations = backward
+    return ys, (forward, backward), residual
 
 
 def _translated(error: RuntimeError) -> RuntimeError:
@@ -192,7 +204,7 @@ def _fake_solve(
     return (
         y0.new_empty((t.shape[0], *y0.shape)),
         y0.new_empty((rows, batch, *shape)),
-        y0.new_empty((2, batch), dtype=torch.int64),
+        y0.new_empty((batch,), dtype=torch.int64),
         y0.new_empty((batch,), dtype=torch.float64),
     )
 
@@ -212,7 +224,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(stages, evaluations, residual)
     ctx.save_for_backward(ys, stages, t, *weights)
     ctx.scheme = scheme
-    ctx.evaluations = evaluations
 
 
 def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,9 +233,11 @@ def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
             grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
         except RuntimeError as error:
             raise _translated(error) from None
-        if type(ctx.evaluations) is Tensor:  # not while a compiler traces
-            ctx.evaluations[1].copy_(evaluations)
-        return grad_y0, grad_t, grad_weights, *(None for _ in ctx.scheme)
+        wanted = getattr(ctx, "backward_evaluations", None)  # solve() leaves it there
+        if wanted is not None:
+            wanted.copy_(evaluations)
+        # An empty list of steps passes for a list of tensors, whose gradient is a list.
+        return grad_y0, grad_t, grad_weights, *([] if x == [] else None for x in ctx.scheme)
 
     return backward
 
@@ -240,15 +253,17 @@ def _register(name: str) -> None:
     ops = torch.ops.nodeshape
 
     # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
-    @library.register_fake(f"nodeshape::{name}")
-    def _(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+    def solve(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
         *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
         return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
 
-    @library.register_fake(f"nodeshape::{name}_backward")
-    def _(grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+    def solve_backward(
+        grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any
+    ) -> Any:
         return _fake_backward(ys, t, weights)
 
+    library.register_fake(f"nodeshape::{name}", solve)
+    library.register_fake(f"nodeshape::{name}_backward", solve_backward)
     backward = getattr(ops, f"{name}_backward")
     library.register_autograd(f"nodeshape::{name}", _gradient_of(backward), setup_context=_setup_context)
     library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)

@@ -200,7 +200,7 @@ def odeint_adjoint(
     return odeint(func, y0, t, options=options, **arguments)
 
 
-def _fused_stats(method: Method, steps: int, evaluations: Tensor, residual: Tensor) -> SolverStats:
+def _fused_stats(method: Method, steps: int, evaluations: tuple[Tensor, Tensor], residual: Tensor) -> SolverStats:
     forward, backward = evaluations
     return SolverStats(
         nfe_forward=forward,

@@ -1,7 +1,8 @@
 // ConvDynamics: f = norm3(z2), z2 = conv2(t, relu(norm2(z1))), z1 = conv1(t, relu(norm1(y))).
 //
-// Time is a constant input channel, so all it does is shift a convolution's output by t times a map that depends on nothing
-// but which borders a pixel touches; bias and time together are sixteen vectors of channels, one for each kind of pixel.
+// Time is a constant input channel, so all it does is shift a convolution's output by t times a map that depends on
+// nothing but which borders a pixel touches; bias and time together are sixteen vectors of channels, one for each kind
+// of pixel.
 #pragma once
 
 #include "conv3x3.h"
@@ -21,7 +22,8 @@ NODESHAPE_INLINE int kind_of(int64_t y, int64_t x, const MapShape& shape) {
 /// Whether the filter's tap reads inside the map at such a pixel.
 NODESHAPE_INLINE bool inside(int tap, int kind) {
   const int down = tap / 3, across = tap % 3;
-  return !(down == 0 && kind & 1) && !(down == 2 && kind & 2) && !(across == 0 && kind & 4) && !(across == 2 && kind & 8);
+  return !(down == 0 && kind & 1) && !(down == 2 && kind & 2) && !(across == 0 && kind & 4) &&
+         !(across == 2 && kind & 8);
 }
 
 /// Parameters as the kernels read them.
@@ -56,8 +58,7 @@ struct ConvWeights {
       const auto filter = [=](int64_t o, int64_t i, int tap) { return weight[(o * (c + 1) + i + 1) * 9 + tap]; };
       const auto flipped = [=](int64_t i, int64_t o, int tap) { return filter(o, i, 8 - tap); };
       layers[l].forward = new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, filter);
-      layers[l].backward =
-          with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, flipped) : nullptr;
+      layers[l].backward = with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, flipped) : nullptr;
       layers[l].bias = padded_row(parameter(4 * l + 3), arena);
       T* time = arena.zeros<T>(kKinds * padded<T>(c));
       for (int kind = 0; kind < kKinds; ++kind)
@@ -158,9 +159,10 @@ class ConvDynamics {
         each<T>(width_, [&](int64_t c) {
           store(shift + kind * width_ + c, fma(time, load(layer.time + kind * width_ + c), load(layer.bias + c)));
         });
-      layer.forward->apply(shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
-        store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
-      });
+      layer.forward->apply(
+          shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
+            store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
+          });
     }
     for (int i = 0; i < batch.count; ++i) {
       Slot& slot = slots_[batch.slot[i]];
@@ -219,13 +221,12 @@ class ConvDynamics {
         Slot& slot = slots_[s];
         const T* dz = slot.dz[l];
         transform_activations(slot, l, count, s);
-        transform_cotangents<T>(shape_, rows, s * shape_.tiles(), outputs_, [&](int64_t p, int64_t c) {
-          return load(dz + p * width_ + c) * scale;
-        });
+        transform_cotangents<T>(shape_, rows, s * shape_.tiles(), outputs_,
+                                [&](int64_t p, int64_t c) { return load(dz + p * width_ + c) * scale; });
         sum_kinds(dz);
         const T* map = w_.layers[l].time;
-        slot.time_product += double(
-            total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
+        slot.time_product +=
+            double(total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
         T *bias = bias_gradient_[l], *time = time_gradient_[l];
         for (int kind = 0; kind < kKinds; ++kind)
           each<T>(width_, [&](int64_t c) {
@@ -271,8 +272,8 @@ class ConvDynamics {
   /// What eval() and vjp() leave of a sample.
   struct Slot {
     const T* y;
-    T* z[2];            // outputs of the convolutions, [pixels, padded channels]
-    T* dz[2];           // their cotangents
+    T* z[2];   // outputs of the convolutions, [pixels, padded channels]
+    T* dz[2];  // their cotangents
     GroupNorm<T>* norm[3];
     double time_product;
 
@@ -326,7 +327,7 @@ class ConvDynamics {
   T* inputs_;            // [36, rows, padded channels], transformed inputs
   T* outputs_;           // [36, rows, panel], products; [36, rows, padded channels], transformed cotangents
   Slot slots_[kMaxGroup];
-  T* shift_[2];      // [kinds, padded channels], bias + t time
+  T* shift_[2];  // [kinds, padded channels], bias + t time
   T* kinds_ = nullptr;
   T* norm_gradient_ = nullptr;  // [3, (gamma, beta), padded channels]
   FilterGradient<T>* filter_gradient_[2];

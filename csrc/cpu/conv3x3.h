@@ -1,8 +1,8 @@
 // The 3x3 convolutions of a few feature maps at once, in the Winograd domain.
 //
-// Maps are channels last, [height, width, padded channels], so that every transform is a transform of vectors of channels.
-// A map has `tiles` tiles; a batch of maps has rows = maps * tiles of them, and transformed inputs and outputs are
-// [36, rows, padded channels]: 36 matrix products. The products lie product_stride() apart.
+// Maps are channels last, [height, width, padded channels], so that every transform is a transform of vectors of
+// channels. A map has `tiles` tiles; a batch of maps has rows = maps * tiles of them, and transformed inputs and
+// outputs are [36, rows, padded channels]: 36 matrix products. The products lie product_stride() apart.
 #pragma once
 
 #include "arena.h"
@@ -34,7 +34,8 @@ NODESHAPE_INLINE void each_tile(const MapShape& shape, int64_t row, Body&& body)
     for (int64_t left = 0; left < shape.width; left += winograd::kTile) body(row++, top, left);
 }
 
-/// A feature map in a frame of zeros as wide as the tiles' patches reach: [framed height, framed width, padded channels].
+/// A feature map in a frame of zeros as wide as the tiles' patches reach: [framed height, framed width, padded
+/// channels].
 template <class T>
 class FramedMap {
  public:
@@ -151,9 +152,8 @@ class Filters {
     const int64_t in_stride = product_stride<T>(rows, columns), out_stride = product_stride<T>(rows, width);
     for (; from + width <= columns; from += width) {
       for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-        detail::panel<T, Vectors, false>(
-            rows, channels_, {inputs + xi * in_stride, columns, 1}, transformed_ + place(xi, 0, from), width,
-            outputs + xi * out_stride, width);
+        detail::panel<T, Vectors, false>(rows, channels_, {inputs + xi * in_stride, columns, 1},
+                                         transformed_ + place(xi, 0, from), width, outputs + xi * out_stride, width);
       for (int64_t map = 0; map < maps; ++map)
         each_tile(shape, map * shape.tiles(), [&](int64_t row, int64_t top, int64_t left) {
           const int64_t last_i = shape.height - top, last_j = shape.width - left, corner = top * shape.width + left;
@@ -190,7 +190,8 @@ class FilterGradient {
   void add(int64_t rows, const T* inputs, const T* cotangents) {
     const int64_t columns = padded<T>(channels_), stride = product_stride<T>(rows, columns);
     for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-      gemm<T, true>(channels_, columns, rows, {inputs + xi * stride, 1, columns}, cotangents + xi * stride, columns, sums_ + xi * channels_ * columns, columns);
+      gemm<T, true>(channels_, columns, rows, {inputs + xi * stride, 1, columns}, cotangents + xi * stride, columns,
+                    sums_ + xi * channels_ * columns, columns);
   }
 
   /// Calls sink(o, i, taps[9]) for every filter and starts again from zero.

@@ -46,16 +46,14 @@ template <class T>
 void mlp_forward(const MlpModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
   const MlpWeights<T> weights(model, arena);
-  with_activation(model.activation,
-                  [&]<Activation A>() { forward<MlpDynamics<T, A>>(weights, problem, executor); });
+  with_activation(model.activation, [&]<Activation A>() { forward<MlpDynamics<T, A>>(weights, problem, executor); });
 }
 
 template <class T>
 void mlp_backward(const MlpModel& model, const BackwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
   const MlpWeights<T> weights(model, arena);
-  with_activation(model.activation,
-                  [&]<Activation A>() { backward<MlpDynamics<T, A>>(weights, problem, executor); });
+  with_activation(model.activation, [&]<Activation A>() { backward<MlpDynamics<T, A>>(weights, problem, executor); });
 }
 
 template <class T>

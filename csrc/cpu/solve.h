@@ -1,8 +1,8 @@
 // Shares a batch out to threads: groups of samples for the forward solve, chunks of groups for the backward sweep.
 #pragma once
 
-#include "../scheme.h"
 #include "arena.h"
+#include "../scheme.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
