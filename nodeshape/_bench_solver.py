@@ -19,17 +19,17 @@ from nodeshape._solve import ADJOINTS
 
 NODESHAPE, OP, PLAIN, COMPILED = "nodeshape", "op alone", "plain loop", "torch.compile"
 TORCHDIFFEQ, ADJOINT, DIFFRAX = "torchdiffeq", "torchdiffeq adjoint", "diffrax"
-CONV, SIZES, CONV_TRAINING = (
-    "Conv 64×8×8, 20 Euler steps, forward",
-    "Conv, 20 Euler steps, forward",
-    "Conv training step",
+BATCH, SIZES, STEPS = (
+    "Conv forward, Euler: batch",
+    "Conv forward, Euler: channels and maps",
+    "Conv forward, Euler: steps",
 )
+THREADS, CONV_TRAINING = "Conv forward, Euler: threads", "Conv training step, Euler"
 METHOD, GRADIENT = "Methods, forward, trained weights", "Gradient modes, training step, trained weights"
-STEPS, THREADS = "Conv 64×8×8, batch 16, Euler steps", "Conv 64×8×8, 20 Euler steps, threads"
-MLP, MLP_TRAINING = "MLP 2→16→2, 20 Euler steps, forward", "MLP 2→16→2, 20 Euler steps, training step"
+MLP, MLP_TRAINING = "MLP forward, Euler: batch", "MLP training step, Euler"
 STAGE_TOLERANCE = 1e-5
 #: The sections a plot shows, and the name of its horizontal axis.
-PLOTS = {CONV: "batch", STEPS: "steps", THREADS: "threads", MLP: "batch"}
+PLOTS = {BATCH: "batch", STEPS: "steps", THREADS: "threads", MLP: "batch"}
 
 
 def cases(quick: bool) -> list[Case]:
@@ -40,33 +40,40 @@ def cases(quick: bool) -> list[Case]:
     conv = partial(_conv, channels=channels, side=side)
     found = []
     for n in (1, 2) if quick else (1, 16, 120, 1024):
-        found.append(_case(CONV, f"batch {n}", conv(n), some if n in (1, batch) else rivals, scale=n))
-    for c, s in ((48, 4), (32, 6)) if quick else ((32, 8), (128, 8), (64, 14)):
-        if c % min(32, c) == 0:
-            found.append(_case(SIZES, f"{c}×{s}×{s}, batch {batch}", _conv(batch, c, s), rivals))
-    found.append(
-        _case(CONV_TRAINING, f"batch {batch}", conv(batch, training=True), [*some[:-1], ADJOINT]),
-    )
-    found += _methods(quick)
+        found.append(_case(BATCH, conv(n), some if n in (1, batch) else rivals, scale=n))
+    for c, s in ((64, 4), (32, 6)) if quick else ((32, 8), (128, 8), (64, 14)):
+        found.append(_case(SIZES, _conv(batch, c, s), rivals))
     for steps in (1, 4) if quick else (1, 4, 16, 64):
-        found.append(_case(STEPS, f"{steps} steps", conv(2 if quick else 16, steps=steps), rivals, scale=steps))
+        found.append(_case(STEPS, conv(2 if quick else 16, steps=steps), rivals, scale=steps))
     for threads in _thread_counts():
-        found.append(
-            _case(THREADS, f"{threads} threads", conv(batch), rivals, scale=threads, threads=threads),
-        )
+        found.append(_case(THREADS, conv(batch), rivals, scale=threads, threads=threads))
+    found.append(_case(CONV_TRAINING, conv(batch, training=True), [*some, ADJOINT]))
+    found += _methods(quick)
     for n in (1, 8) if quick else (1, 128, 4096):
-        found.append(_case(MLP, f"batch {n}", _mlp(n), [OP, *some], scale=n))
-    found.append(_case(MLP_TRAINING, "batch 128", _mlp(128, training=True), [*some, ADJOINT]))
+        found.append(_case(MLP, _mlp(n), [OP, *some], scale=n))
+    found.append(_case(MLP_TRAINING, _mlp(128, training=True), [*some, ADJOINT]))
     return found
 
 
+def _conv_row(batch: int) -> str:
+    return f"64×8×8, batch {batch}, 20 steps"
+
+
+def _mlp_row(batch: int) -> str:
+    return f"2→16→2, batch {batch}, 20 steps"
+
+
 TARGETS: list[Target] = [
-    AtLeast("conv 64×8×8, batch 120: faster than torchdiffeq", 4, CONV, "batch 120", TORCHDIFFEQ, NODESHAPE),
-    AtLeast("conv 64×8×8, batch 120: faster than the direct limit", 1.8, CONV, "batch 120", "direct limit", NODESHAPE),
-    AtLeast("conv 64×8×8, batch 1: faster than torchdiffeq", 8, CONV, "batch 1", TORCHDIFFEQ, NODESHAPE),
-    AtLeast("training step: faster than torchdiffeq's adjoint", 4, CONV_TRAINING, "batch 120", ADJOINT, NODESHAPE),
-    AtLeast("training step: faster than torchdiffeq's backprop", 3, CONV_TRAINING, "batch 120", TORCHDIFFEQ, NODESHAPE),
-    AtLeast("training step: faster than the compiled loop", 3, CONV_TRAINING, "batch 120", COMPILED, NODESHAPE),
+    AtLeast("conv 64×8×8, batch 120: faster than torchdiffeq", 4, BATCH, _conv_row(120), TORCHDIFFEQ, NODESHAPE),
+    AtLeast(
+        "conv 64×8×8, batch 120: faster than the direct limit", 1.8, BATCH, _conv_row(120), "direct limit", NODESHAPE
+    ),
+    AtLeast("conv 64×8×8, batch 1: faster than torchdiffeq", 8, BATCH, _conv_row(1), TORCHDIFFEQ, NODESHAPE),
+    AtLeast("training step: faster than torchdiffeq's adjoint", 4, CONV_TRAINING, _conv_row(120), ADJOINT, NODESHAPE),
+    AtLeast(
+        "training step: faster than torchdiffeq's backprop", 3, CONV_TRAINING, _conv_row(120), TORCHDIFFEQ, NODESHAPE
+    ),
+    AtLeast("training step: faster than the compiled loop", 3, CONV_TRAINING, _conv_row(120), COMPILED, NODESHAPE),
     AtMost("reversible, euler: time of discrete", 2.5, GRADIENT, "euler", "reversible", "discrete"),
     AtMost("reversible, implicit_euler: time of discrete", 1.1, GRADIENT, "implicit_euler", "reversible", "discrete"),
     AtMost(
@@ -74,17 +81,17 @@ TARGETS: list[Target] = [
     ),
     Limit("implicit_midpoint: evaluations a step", 4, METHOD, NODESHAPE, "implicit_midpoint evaluations a step"),
     AtMost("implicit_midpoint: time of euler", 5, METHOD, NODESHAPE, "implicit_midpoint", "euler"),
-    AtLeast("MLP, batch 1: faster than torchdiffeq", 50, MLP, "batch 1", TORCHDIFFEQ, NODESHAPE),
-    AtLeast("MLP, batch 128: faster than torchdiffeq", 50, MLP, "batch 128", TORCHDIFFEQ, NODESHAPE),
-    AtLeast("MLP op, batch 1: faster than diffrax", 1, MLP, "batch 1", DIFFRAX, OP),
-    AtLeast("MLP op, batch 128: faster than diffrax", 1, MLP, "batch 128", DIFFRAX, OP),
-    AtLeast("MLP op, batch 4096: faster than diffrax", 1, MLP, "batch 4096", DIFFRAX, OP),
-    AtLeast("MLP training step: faster than torchdiffeq", 20, MLP_TRAINING, "batch 128", TORCHDIFFEQ, NODESHAPE),
+    AtLeast("MLP, batch 1: faster than torchdiffeq", 50, MLP, _mlp_row(1), TORCHDIFFEQ, NODESHAPE),
+    AtLeast("MLP, batch 128: faster than torchdiffeq", 50, MLP, _mlp_row(128), TORCHDIFFEQ, NODESHAPE),
+    AtLeast("MLP op, batch 1: faster than diffrax", 1, MLP, _mlp_row(1), DIFFRAX, OP),
+    AtLeast("MLP op, batch 128: faster than diffrax", 1, MLP, _mlp_row(128), DIFFRAX, OP),
+    AtLeast("MLP op, batch 4096: faster than diffrax", 1, MLP, _mlp_row(4096), DIFFRAX, OP),
+    AtLeast("MLP training step: faster than torchdiffeq", 20, MLP_TRAINING, _mlp_row(128), TORCHDIFFEQ, NODESHAPE),
 ]
 
 
 def _case(
-    section: str, name: str, problem: Problem, rivals: list[str], scale: float | None = None, threads: int | None = None
+    section: str, problem: Problem, rivals: list[str], scale: float | None = None, threads: int | None = None
 ) -> Case:
     ways = {
         OP: Contender(partial(contenders.op, problem), like=NODESHAPE),
@@ -95,8 +102,14 @@ def _case(
         DIFFRAX: Contender(partial(contenders.diffrax, problem), like=NODESHAPE),
     }
     chosen = {NODESHAPE: Contender(partial(contenders.nodeshape, problem))} | {rival: ways[rival] for rival in rivals}
-    conv_forward = isinstance(problem.dynamics, ConvDynamics) and not problem.training
-    return Case(section, name, chosen, scale, direct_operations(problem) if conv_forward else 0.0, threads)
+    conv = isinstance(problem.dynamics, ConvDynamics)
+    batch, *shape = problem.y0.shape
+    row = f"{'×'.join(map(str, shape)) if conv else '2→16→2'}, batch {batch}, {problem.steps} steps"
+    if threads is not None:
+        row += f", {threads} threads"
+    return Case(
+        section, row, chosen, scale, direct_operations(problem) if conv and not problem.training else 0.0, threads
+    )
 
 
 def _methods(quick: bool) -> list[Case]:
