@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nodeshape._bench_contenders import Call, Problem, Unavailable
-from nodeshape._bench_timing import Effort, Timing, measure, sgemm, sgemm_rate, torch_threads
+from nodeshape._bench_timing import Effort, Timing, measure, sgemm, torch_threads
 from nodeshape._dynamics import ConvDynamics
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
@@ -108,10 +108,11 @@ def run_case(case: Case, effort: Effort) -> Result:
                     continue
             calls[name] = call
         if case.direct:
-            calls[DIRECT_LIMIT] = sgemm
+            calls[DIRECT_LIMIT], operations = sgemm(effort)
+            calls[DIRECT_LIMIT]()
         result.seconds = measure(calls, effort)
         if case.direct:
-            result.direct_limit = case.direct / sgemm_rate(result.seconds.pop(DIRECT_LIMIT).median)
+            result.direct_limit = result.seconds.pop(DIRECT_LIMIT).median * case.direct / operations
         result.figures = case.describe()
     return result
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-SGEMM_SIZE = 2048
-
 
 @dataclass(frozen=True)
 class Effort:
@@ -25,14 +23,16 @@ class Effort:
     Attributes:
         rounds: samples of each contender.
         sample_seconds: a sample repeats its call for at least this long.
+        sgemm_size: of the square matrices whose product measures the machine.
     """
 
     rounds: int
     sample_seconds: float
+    sgemm_size: int = 2048
 
 
 FULL = Effort(rounds=7, sample_seconds=0.02)
-QUICK = Effort(rounds=3, sample_seconds=0.002)
+QUICK = Effort(rounds=3, sample_seconds=0.002, sgemm_size=256)
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,21 @@ def measure(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[s
     return {name: _timing(samples[name], repeats[name]) for name in calls}
 
 
-def sgemm() -> torch.Tensor:
-    """A float32 matrix product of ``2 SGEMM_SIZE³`` operations: what this machine's arithmetic can do."""
-    return torch.mm(*_matrices())
+def sgemm(effort: Effort) -> tuple[Callable[[], object], float]:
+    """A float32 matrix product, what this machine's arithmetic can do at best, and its number of operations."""
+    a, b = torch.rand(2, effort.sgemm_size, effort.sgemm_size)
+    return lambda: torch.mm(a, b), 2.0 * effort.sgemm_size**3
 
 
-def sgemm_rate(seconds: float) -> float:
-    """Operations a second of an :func:`sgemm` that took ``seconds``."""
-    return 2 * SGEMM_SIZE**3 / seconds
-
-
-def machine() -> dict[str, Any]:
+def machine(effort: Effort) -> dict[str, Any]:
     """What the figures depend on; the rates of sgemm in operations a second."""
     threads = torch.get_num_threads()
     rates = {}
+    product, operations = sgemm(effort)
     for count in sorted({1, threads}):
         with torch_threads(count):
-            sgemm()
-            rates[str(count)] = sgemm_rate(measure({"sgemm": sgemm}, Effort(5, 0.0))["sgemm"].median)
+            product()
+            rates[str(count)] = operations / measure({"sgemm": product}, effort)["sgemm"].median
     return {
         "cpu": _cpu_model(),
         "isa": os.environ.get("NODESHAPE_ISA") or _widest_isa(),
@@ -102,15 +99,6 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-_operands: list[torch.Tensor] = []
-
-
-def _matrices() -> list[torch.Tensor]:
-    if not _operands:
-        _operands.extend(torch.rand(2, SGEMM_SIZE, SGEMM_SIZE))
-    return _operands
 
 
 def _repeats(call: Callable[[], object], least: float) -> int:
@@ -140,10 +128,12 @@ def _timing(samples: list[float], repeats: int) -> Timing:
 def _no_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.collect()
+    gc.freeze()  # so that a collection between rounds looks at the garbage of the last one only
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args.json)
 
     suite, effort = SUITES[args.suite], QUICK if args.quick else FULL
-    here = machine()
+    here = machine(effort)
     print(_bench_report.describe_machine(here))
     results = []
     with tqdm(desc="preparing", unit="case", disable=None, leave=False) as bar:
