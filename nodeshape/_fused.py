@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodeshape._dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics
+from nodeshape._dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics, _TimeConv
 from nodeshape._method import Method
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
@@ -60,51 +60,62 @@ def unavailable(dynamics: Any, y0: Any) -> str | None:
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
-    return _altered(dynamics, y0) or _missing
+    weights = _weights(dynamics)
+    return weights if isinstance(weights, str) else _missing
 
 
-def _altered(dynamics: nn.Module, y0: Tensor) -> str | None:
-    """Why the module may not compute what its class does: hooks, replaced layers, parametrisations, other dtypes."""
-    layers = _layers(dynamics)
-    if isinstance(dynamics, MLPDynamics) and type(dynamics._activate) is not ACTIVATIONS.get(dynamics.activation):
-        return "its activation was replaced"
-    for module in dynamics.modules():
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            return f"{type(module).__name__} has hooks or a forward of its own"
-        if module._backward_hooks or module._backward_pre_hooks:
-            return f"{type(module).__name__} has backward hooks"
-    for layer, kind, shape in layers:
-        if type(layer) is not kind:
-            return f"a {kind.__name__} was replaced by a {type(layer).__name__}"
-        weight: Any = layer.weight
-        bias: Any = layer.bias
-        if weight is None or bias is None:
-            return f"a {kind.__name__} has no weight or no bias"
-        for x, expected in ((weight, shape), (bias, shape[:1])):
-            if tuple(x.shape) != expected:
-                return f"a {kind.__name__} has parameters of shape {tuple(x.shape)}, not {expected}"
-            if x.dtype != y0.dtype or x.device != y0.device:
-                return f"the state is {y0.dtype} on {y0.device} but a parameter is {x.dtype} on {x.device}"
-    return None
+def _weights(dynamics: nn.Module) -> list[Tensor] | str:
+    """The parameters in state_dict order; or why the module may not compute what its class does.
+
+    Looks into the modules' dictionaries, because this is most of what a small solve costs in Python.
+    """
+    modules = dynamics.__dict__["_modules"]
+    layers: list[tuple[Any, type[nn.Module]]]
+    if type(dynamics) is ConvDynamics:
+        layers = [(modules[name], kind) for name, kind in _CONV_LAYERS]
+    else:
+        activation = modules["_activate"]
+        if type(activation) is not ACTIVATIONS.get(dynamics.__dict__["activation"]) or _is_altered(activation):
+            return "its activation was replaced"
+        layers = [(layer, nn.Linear) for layer in modules["layers"]._modules.values()]
+    if _is_altered(dynamics):
+        return f"{type(dynamics).__name__} has hooks or a forward of its own"
+    weights: list[Tensor] = []
+    for layer, kind in layers:
+        if type(layer) is not kind or _is_altered(layer):
+            return f"a {kind.__name__} was replaced or has hooks"
+        if kind is _TimeConv:
+            layer, kind = layer._modules["_layer"], nn.Conv2d
+            if type(layer) is not kind or _is_altered(layer):
+                return f"a {kind.__name__} was replaced or has hooks"
+        parameters = layer.__dict__["_parameters"]
+        for name in ("weight", "bias"):
+            x = parameters.get(name)
+            if type(x) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+                return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
+            weights.append(x)
+    return weights
 
 
-def _layers(dynamics: nn.Module) -> list[tuple[Any, type[nn.Module], tuple[int, ...]]]:
-    """The layers that hold parameters, in state_dict order, with the type and weight shape each must have."""
-    if isinstance(dynamics, ConvDynamics):
-        c = dynamics.channels
-        norm, conv = (nn.GroupNorm, (c,)), (nn.Conv2d, (c, c + 1, 3, 3))
-        modules = (
-            dynamics.norm1,
-            getattr(dynamics.conv1, "_layer", None),
-            dynamics.norm2,
-            getattr(dynamics.conv2, "_layer", None),
-            dynamics.norm3,
-        )
-        return [(m, *expected) for m, expected in zip(modules, (norm, conv, norm, conv, norm))]
-    assert isinstance(dynamics, MLPDynamics)
-    linears = list(dynamics.layers)
-    widths = [dynamics.dim + 1, *(getattr(m, "out_features", 0) for m in linears)]
-    return [(m, nn.Linear, (b, a)) for m, a, b in zip(linears, widths, widths[1:])]
+_CONV_LAYERS = (
+    ("norm1", nn.GroupNorm),
+    ("conv1", _TimeConv),
+    ("norm2", nn.GroupNorm),
+    ("conv2", _TimeConv),
+    ("norm3", nn.GroupNorm),
+)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks or a forward of its own may change what the module's class computes."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
 
 
 def solve(
@@ -143,8 +154,10 @@ def solve(
     """
     if adjoint not in _ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(_ADJOINTS)}")
-    times = t.to(device="cpu", dtype=torch.float64)
-    weights = [x for layer, *_ in _layers(dynamics) for x in (layer.weight, layer.bias)]
+    times = t if t.dtype == torch.float64 and t.device.type == "cpu" else t.to(device="cpu", dtype=torch.float64)
+    weights = _weights(dynamics)
+    if isinstance(weights, str):
+        raise ValueError(weights)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
     scheme = (
         list(steps),

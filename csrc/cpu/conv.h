@@ -8,6 +8,7 @@
 #include "conv3x3.h"
 #include "groupnorm.h"
 #include "kernels.h"
+#include "share.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
@@ -35,13 +36,13 @@ struct ConvWeights {
   const T* gamma[3];  // [padded channels]
   const T* beta[3];
   struct Layer {
-    const Filters<T>* forward;
-    const Filters<T>* backward;  // transposed and flipped: from output cotangents to input cotangents
-    const T* bias;               // [padded channels]
-    const T* time;               // [kinds, padded channels]
+    Filters<T>* forward;
+    Filters<T>* backward;  // transposed and flipped: from output cotangents to input cotangents
+    const T* bias;         // [padded channels]
+    const T* time;         // [kinds, padded channels]
   } layers[2];
 
-  ConvWeights(const ConvModel& model, Arena& arena, bool with_gradient)
+  ConvWeights(const ConvModel& model, Arena& arena, const Executor& executor, bool with_gradient)
       : shape{model.channels, model.height, model.width}, groups(model.groups) {
     const int64_t c = shape.channels;
     int* kind = arena.take<int>(shape.pixels());
@@ -55,10 +56,8 @@ struct ConvWeights {
     }
     for (int l = 0; l < 2; ++l) {
       const T* weight = parameter(4 * l + 2);
-      const auto filter = [=](int64_t o, int64_t i, int tap) { return weight[(o * (c + 1) + i + 1) * 9 + tap]; };
-      const auto flipped = [=](int64_t i, int64_t o, int tap) { return filter(o, i, 8 - tap); };
-      layers[l].forward = new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, filter);
-      layers[l].backward = with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, flipped) : nullptr;
+      layers[l].forward = new (arena.take<Filters<T>>(1)) Filters<T>(c, arena);
+      layers[l].backward = with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena) : nullptr;
       layers[l].bias = padded_row(parameter(4 * l + 3), arena);
       T* time = arena.zeros<T>(kKinds * padded<T>(c));
       for (int kind = 0; kind < kKinds; ++kind)
@@ -67,6 +66,16 @@ struct ConvWeights {
             if (inside(tap, kind)) time[kind * padded<T>(c) + o] += weight[o * (c + 1) * 9 + tap];
       layers[l].time = time;
     }
+    const int64_t vectors = layers[0].forward->vectors(), directions = with_gradient ? 2 : 1;
+    share(executor, 2 * directions * vectors, [&](int64_t task, Arena&) {
+      const int64_t v = task % vectors, l = task / vectors % 2;
+      const T* weight = parameter(4 * l + 2);
+      const auto filter = [=](int64_t o, int64_t i, int tap) { return weight[(o * (c + 1) + i + 1) * 9 + tap]; };
+      if (task / vectors < 2)
+        layers[l].forward->transform(v, filter);
+      else
+        layers[l].backward->transform(v, [=](int64_t i, int64_t o, int tap) { return filter(o, i, 8 - tap); });
+    });
   }
 
   int64_t parameters() const { return 6 * shape.channels + 2 * shape.channels * (9 * (shape.channels + 1) + 1); }

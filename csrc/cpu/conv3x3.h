@@ -104,22 +104,28 @@ void transform_cotangents(const MapShape& shape, int64_t rows, int64_t first_row
 template <class T>
 class Filters {
  public:
-  /// weight(o, i, tap) is the filter from input channel i to output channel o.
+  Filters(int64_t channels, Arena& arena)
+      : channels_(channels), transformed_(arena.take<T>(winograd::kProducts * padded<T>(channels) * (channels + 1))) {}
+
+  /// Vectors of output channels, which transform() takes one at a time.
+  int64_t vectors() const { return padded<T>(channels_) / kLanes<T>; }
+
+  /// Set the filters to output channels v lanes ... (v + 1) lanes; weight(o, i, tap) is the one from channel i to o.
   template <class Weight>
-  Filters(int64_t channels, Arena& arena, Weight&& weight) : channels_(channels) {
+  void transform(int64_t v, Weight&& weight) {
     constexpr int64_t lanes = kLanes<T>;
-    const int64_t columns = padded<T>(channels);
-    transformed_ = arena.take<T>(winograd::kProducts * columns * (channels + 1));
-    for (int64_t o = 0; o < columns; o += lanes)
-      for (int64_t i = 0; i < channels; ++i) {
-        T taps[9][lanes];
-        for (int64_t lane = 0; lane < lanes; ++lane)
-          for (int tap = 0; tap < 9; ++tap) taps[tap][lane] = o + lane < channels ? weight(o + lane, i, tap) : T(0);
-        Vec<T> g[3][3], u[6][6];
-        for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = load(taps[tap]);
-        winograd::both_ways<T>(g, u, [](const auto& a, auto& b) { winograd::filter<T>(a, b); });
-        for (int xi = 0; xi < 36; ++xi) store(transformed_ + place(xi, i, o), u[xi / 6][xi % 6]);
-      }
+    const int64_t o = v * lanes;
+    for (int64_t i = 0; i < channels_; ++i) {
+      T taps[9][lanes];
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int tap = 0; tap < 9; ++tap) taps[tap][lane] = o + lane < channels_ ? weight(o + lane, i, tap) : T(0);
+      Vec<T> g[3][3], u[6][6];
+      for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = load(taps[tap]);
+      winograd::both_ways<T>(g, u, [](const auto& a, auto& b) { winograd::filter<T>(a, b); });
+      T* to = transformed_ + place(0, i, o);
+      const int64_t stride = place(1, i, o) - place(0, i, o);
+      for (int xi = 0; xi < 36; ++xi) store(to + xi * stride, u[xi / 6][xi % 6]);
+    }
   }
 
   /// Convolve: for each panel of output channels, sink(map, pixel, channel vector c, value) of every output.
