@@ -202,11 +202,14 @@ def odeint_adjoint(
     return odeint(func, y0, t, options=options, **arguments)
 
 
-def _fused_stats(method: Method, steps: int, evaluations: tuple[Tensor, Tensor], residual: Tensor) -> SolverStats:
+def _fused_stats(
+    method: Method, steps: int, evaluations: tuple[Tensor, Tensor | None], residual: Tensor
+) -> SolverStats:
     forward, backward = evaluations
     return SolverStats(
         nfe_forward=forward,
-        nfe_backward=backward,  # filled in when the backward pass has run
+        # filled in when the backward pass has run
+        nfe_backward=torch.zeros_like(forward) if backward is None else backward,
         accepted=torch.full_like(forward, steps),
         rejected=torch.zeros_like(forward),
         stage_iterations=torch.zeros_like(forward) if method.explicit else forward,
