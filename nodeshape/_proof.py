@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ def milliseconds(classify: Classify, image: Tensor, budget: float = 0.5) -> floa
 
 def load_torchscript(path: Path) -> Classify:
     """Read an exported TorchScript file as a function of images."""
-    module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        module = torch.jit.load(path, map_location="cpu")
 
     def classify(images: Tensor) -> Tensor:
         out = module(images)

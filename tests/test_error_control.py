@@ -27,12 +27,12 @@ def test_the_error_follows_the_tolerance(method: str) -> None:
     t = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
     exact = torch.stack([spiral_solution(y0, float(x)) for x in t])
     errors, steps = [], []
-    for rtol in (1e-2, 1e-3, 1e-4):
+    for rtol in (1e-1, 1e-2, 1e-3):
         ys, stats = ns.odeint(spiral, y0, t, method=method, rtol=rtol, atol=rtol / 10, return_stats=True)
         errors.append(float((ys - exact).abs().max()))
         steps.append(int(stats.accepted.max()))
         assert stats.step_control == "per sample"
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 3e-2
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.1
     assert steps[0] < steps[1] < steps[2]
 
 
@@ -70,13 +70,13 @@ def test_continuous_gradients_follow_their_own_tolerance() -> None:
     func, y0 = dynamics_and_state("mlp")
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     inputs = (y0, *func.parameters())
-    exact = gradients(ns.odeint(func, y0, t, steps=2000), inputs)
+    exact = gradients(ns.odeint(func, y0, t, steps=400), inputs)
     errors = []
-    for tolerance in (1e-2, 1e-4, 1e-6):
+    for tolerance in (1e-2, 1e-3, 1e-5):
         options = {"adjoint_rtol": tolerance, "adjoint_atol": tolerance}
-        ys = ns.odeint(func, y0, t, rtol=1e-6, atol=1e-6, adjoint="continuous", options=options)
+        ys = ns.odeint(func, y0, t, rtol=1e-5, atol=1e-5, adjoint="continuous", options=options)
         errors.append(relative_error(gradients(ys, inputs), exact))
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-4
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
 
 
 def test_each_sample_takes_its_own_steps() -> None:
@@ -148,7 +148,7 @@ def test_a_rejected_attempt_is_counted_and_does_not_touch_the_solution(method: s
 
 def test_tolerances_work_in_float32_and_for_an_empty_batch() -> None:
     func, y0 = dynamics_and_state("conv", torch.float32)
-    ys = ns.odeint(func, y0, [0.0, 1.0], rtol=1e-3, atol=1e-3)
-    fine = ns.odeint(func, y0, [0.0, 1.0], steps=200)
-    assert ys.dtype == torch.float32 and float((ys - fine).abs().max()) < 1e-2
+    ys = ns.odeint(func, y0, [0.0, 1.0], rtol=1e-2, atol=1e-2)
+    fine = ns.odeint(func, y0, [0.0, 1.0], steps=50)
+    assert ys.dtype == torch.float32 and float((ys - fine).abs().max()) < 5e-2
     assert ns.odeint(func, y0[:0], [0.0, 1.0]).shape == (2, 0, *y0.shape[1:])
