@@ -247,7 +247,8 @@ def _judge(name: str, batch_size: int, agreement: Agreement, tolerance: float) -
 def _save_torchscript(module: torch.nn.Module, metadata: dict[str, str], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(torch.jit.script(module), path, _extra_files={"metadata.json": json.dumps(metadata)})
+        extra = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
+        torch.jit.save(torch.jit.script(module), path, _extra_files=extra)
 
 
 def _free(out: Path) -> Path:

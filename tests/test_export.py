@@ -29,7 +29,7 @@ def untrained(**settings):
     settings = {"num_classes": 3, "image_size": 24, "width": 16, "method": "euler", "steps": STEPS} | settings
     model = ShapeClassifier(**settings)
     with torch.no_grad():
-        model.ode.dynamics.norm3.weight.mul_(0.2)  # untrained, the flow is stiffer than a trained one
+        model.ode.dynamics.norm3.weight.mul_(0.05)  # untrained, the flow is stiffer than a trained one
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = None
