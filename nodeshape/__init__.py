@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nodeshape._backend import Backend as Backend
+    from nodeshape._backend import backend as backend
     from nodeshape._block import ODEBlock as ODEBlock
+    from nodeshape._checkpoint import load_classifier as load_classifier
     from nodeshape._classifier import ShapeClassifier as ShapeClassifier
     from nodeshape._dynamics import ConvDynamics as ConvDynamics
     from nodeshape._dynamics import MLPDynamics as MLPDynamics
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "backend": "_backend",
+    "Backend": "_backend",
     "odeint": "_odeint",
     "odeint_adjoint": "_odeint",
     "ODEBlock": "_block",
@@ -33,6 +38,7 @@ _HOME = {
     "ConvDynamics": "_dynamics",
     "MLPDynamics": "_dynamics",
     "ShapeClassifier": "_classifier",
+    "load_classifier": "_checkpoint",
     "SolverStats": "_stats",
     "StageSolveError": "_stage",
     "StepSizeError": "_error_control",

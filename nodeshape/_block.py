@@ -68,7 +68,7 @@ class ODEBlock(nn.Module):
         ys, self.stats = odeint(
             self.dynamics,
             y,
-            torch.tensor([0.0, 1.0], dtype=torch.float64),
+            (0.0, 1.0),
             method=self.method,
             steps=self.steps,
             step_size=self.step_size,

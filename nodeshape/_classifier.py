@@ -6,20 +6,23 @@ from copy import copy
 from math import ceil, log2
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nodeshape._block import ODEBlock
 from nodeshape._dynamics import ConvDynamics
 
+#: Channels of the stem's first layer.
+FIRST_WIDTH = 16
 #: The stem halves the image until its side is at most this many pixels.
 MAX_FEATURE_SIZE = 12
+MIN_IMAGE_SIZE = 8
 
 
 class ShapeClassifier(nn.Module):
     """Stem → ODEBlock → head (Chen et al., arXiv:1806.07366, section 3, with batch normalisation around the ODE).
 
-    Batch normalisation stays outside the dynamics, which must be a function of one sample.
+    Batch normalisation stays outside the dynamics, which must be a function of one sample. The first one normalises
+    the image itself, so that images go in with values in [0, 1].
 
     Args:
         num_classes: number of logits.
@@ -39,31 +42,19 @@ class ShapeClassifier(nn.Module):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}")
-        if image_size < 8:
-            raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
+        if image_size < MIN_IMAGE_SIZE:
+            raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
         self.num_classes, self.image_size, self.in_channels, self.width = num_classes, image_size, in_channels, width
-        halvings = max(0, ceil(log2(image_size / MAX_FEATURE_SIZE)))
-        layers: list[nn.Module] = [nn.BatchNorm2d(in_channels)]
-        channels = in_channels
-        for i in range(halvings + 1):
-            following = max(16, width >> (halvings - i))
-            layers += [
-                nn.Conv2d(channels, following, kernel_size=3, stride=1 if i == 0 else 2, padding=1, bias=False),
-                nn.BatchNorm2d(following),
-                nn.ReLU(),
-            ]
-            channels = following
-        self.stem = nn.Sequential(*layers)
+        self.stem = _stem(in_channels, width, halvings=max(0, ceil(log2(image_size / MAX_FEATURE_SIZE))))
         self.ode = ODEBlock(ConvDynamics(width), **solver)
-        self.head = nn.Sequential(
-            nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
-        )
+        self.head = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), _GlobalMaxPool(), nn.Linear(width, num_classes))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
         expected = (self.in_channels, self.image_size, self.image_size)
         if image.dim() != 4 or image.shape[1:] != expected:
-            raise ValueError(f"ShapeClassifier: expected images [batch, {', '.join(map(str, expected))}], got {tuple(image.shape)}")
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"ShapeClassifier expects images [batch, {sizes}], got {list(image.shape)}")
         logits: Tensor = self.head(self.ode(self.stem(image)))
         return logits
 
@@ -75,3 +66,31 @@ class ShapeClassifier(nn.Module):
         model._modules = dict(self._modules)
         model.ode = self.ode.with_solver(method=method, steps=steps, step_size=step_size)
         return model
+
+
+def _stem(in_channels: int, width: int, halvings: int) -> nn.Sequential:
+    """Convolutions from ``in_channels`` to ``width`` channels, the side halved ``halvings`` times.
+
+    The first layer is rectified by absolute value (Jarrett et al., ICCV 2009, doi:10.1109/ICCV.2009.5459469), so that
+    an edge counts alike from dark to bright and from bright to dark.
+    """
+    widths = [FIRST_WIDTH, *[width] * max(1, halvings)]
+    layers: list[nn.Module] = [nn.BatchNorm2d(in_channels)]
+    for i, (before, after) in enumerate(zip([in_channels, *widths], widths)):
+        if 0 < i <= halvings:
+            layers.append(nn.MaxPool2d(2))
+        layers.append(nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False))
+        layers += [_Abs(), nn.BatchNorm2d(after)] if i == 0 else [nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class _Abs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+class _GlobalMaxPool(nn.Module):
+    """The largest value of each channel: ``[batch, channels, height, width]`` to ``[batch, channels]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(dim=(2, 3))

@@ -72,7 +72,7 @@ def differentiable_stage(
     ``c`` is a scalar or ``[samples, 1]``; ``where`` is the step's start and size, for the error message.
     """
     arguments = (function, solver, where, len(passed), base, c, *passed, *closed)
-    result: Tensor = _Stage.apply(*arguments)  # type: ignore[no-untyped-call]
+    result: Tensor = _Stage.apply(*arguments)
     return result
 
 
@@ -114,7 +114,7 @@ def _products(
     function: Differentiable, w: Tensor, passed: Sequence[Tensor], closed: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """(∂F/∂x)ᵀ w for each x passed and closed over, all taken for independent, as often differentiable as F is."""
-    products: tuple[Tensor, ...] = _Products.apply(function, len(passed), w, *passed, *closed)  # type: ignore[no-untyped-call]
+    products: tuple[Tensor, ...] = _Products.apply(function, len(passed), w, *passed, *closed)
     return products
 
 

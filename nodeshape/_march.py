@@ -149,8 +149,8 @@ class EqualSteps:
         if self.count is not None:
             return self.count
         assert self.size is not None
-        # A length that is a multiple of the size up to rounding takes that multiple.
-        return max(1, ceil(abs(length) / self.size * (1.0 - 1e-12)))
+        # A length that is a multiple of the size up to rounding (of float32 times) takes that multiple.
+        return max(1, ceil(abs(length) / self.size * (1.0 - 1e-6)))
 
     def march(
         self, marcher: Marcher, y: Tensor, start: float, end: float

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from nodeshape import _fused
+from nodeshape._backend import plain_reason
 from nodeshape._error_control import ErrorControl, Steps
 from nodeshape._march import EqualSteps, StageSolver
-from nodeshape._method import get_method
+from nodeshape._method import Method, get_method
 from nodeshape._solve import ADJOINTS, Problem, Solution
 from nodeshape._stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._stats import SolverStats
@@ -90,7 +93,7 @@ def odeint(
     scheme = get_method(method or DEFAULT_METHOD)
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
-    settings = _settings(options)
+    settings = _settings(options) if options else {}
     tensors = _tensors(y0)
     t, times = _times(t)
     if "step_size" in settings:
@@ -99,7 +102,29 @@ def odeint(
         step_size = settings["step_size"]
     _check_steps(steps, step_size)
     fixed = steps is not None or step_size is not None
+    stage_tolerance = STAGE_TOLERANCE[tensors[0].dtype]
+    drift_tolerance = settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * stage_tolerance)
+    stage_tolerance = settings.get("stage_tolerance", stage_tolerance)
+    max_iterations = settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS)
 
+    if plain_reason(func, y0, steps, step_size, settings, adjoint_params) is None:
+        equal = EqualSteps(steps, step_size)
+        counts = [equal.number(end - start) for start, end in pairwise(times)]
+        ys, evaluations, residual = _fused.solve(
+            cast("Any", func),  # ConvDynamics or MLPDynamics,
+            tensors[0],  # and a single tensor, as backend has seen
+            t,
+            counts,
+            scheme,
+            adjoint,
+            stage_tolerance,
+            max_iterations,
+            settings.get("checkpoint_every"),
+            drift_tolerance,
+        )
+        return (ys, _fused_stats(scheme, sum(counts), evaluations, residual)) if return_stats else ys
+
+    solver = StageSolver(settings.get("stage_solver", "anderson"), stage_tolerance, max_iterations)
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
         system = System(func, y0, adjoint_params if differentiable else ())
@@ -125,19 +150,19 @@ def odeint(
         problem = Problem(
             system,
             scheme,
-            _stage_solver(settings, system.dtype),
+            solver,
             times,
             forward,
             backward,
             adjoint,
             settings.get("checkpoint_every"),
-            settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[system.dtype]),
+            drift_tolerance,
             stats,
         )
         ys = problem.solve(rows, keep=differentiable)
     inputs = (*tensors, t, *(system.parameters or ()))
     if differentiable and any(x.requires_grad for x in inputs):
-        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))  # type: ignore[no-untyped-call]
+        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))
     solution = system.state(ys)
     return (solution, stats) if return_stats else solution
 
@@ -177,6 +202,21 @@ def odeint_adjoint(
     return odeint(func, y0, t, options=options, **arguments)
 
 
+def _fused_stats(
+    method: Method, steps: int, evaluations: tuple[Tensor, Tensor | None], residual: Tensor
+) -> SolverStats:
+    forward, backward = evaluations
+    return SolverStats(
+        nfe_forward=forward,
+        # filled in when the backward pass has run
+        nfe_backward=torch.zeros_like(forward) if backward is None else backward,
+        accepted=torch.full_like(forward, steps),
+        rejected=torch.zeros_like(forward),
+        stage_iterations=torch.zeros_like(forward) if method.explicit else forward,
+        residual=residual,
+    )
+
+
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
     settings = dict(options or {})
     for name, value in settings.items():
@@ -209,15 +249,9 @@ def _check_steps(steps: int | None, step_size: float | None) -> None:
         _positive("step_size", step_size, step_size)
 
 
-def _stage_solver(settings: Mapping[str, Any], dtype: torch.dtype) -> StageSolver:
-    return StageSolver(
-        settings.get("stage_solver", "anderson"),
-        settings.get("stage_tolerance", STAGE_TOLERANCE[dtype]),
-        settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS),
-    )
-
-
 def _tensors(y0: State) -> tuple[Tensor, ...]:
+    if isinstance(y0, Tensor) and y0.dtype in STAGE_TOLERANCE:
+        return (y0,)
     tensors = y0 if isinstance(y0, tuple) else (y0,)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(y0).__name__}")
@@ -230,11 +264,16 @@ def _tensors(y0: State) -> tuple[Tensor, ...]:
 
 
 def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
-    t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
-    if t.dim() != 1 or len(t) < 1:
-        raise ValueError(f"t must be a one-dimensional tensor of at least one time, got shape {tuple(t.shape)}")
-    times = [float(x) for x in t.tolist()]
+    if isinstance(t, Tensor):
+        if t.dim() != 1:
+            raise ValueError(f"t must have one dimension, got shape {tuple(t.shape)}")
+        times = [float(x) for x in t.tolist()]
+    else:
+        times = [float(x) for x in t]
+        t = torch.tensor(times, dtype=torch.float64)
+    if not times:
+        raise ValueError("t must hold at least one time, got none")
     steps = [b - a for a, b in zip(times, times[1:])]
-    if not all(map(isfinite, times)) or not (all(x > 0 for x in steps) or all(x < 0 for x in steps)):
+    if not all(map(isfinite, times)) or (steps and not (min(steps) > 0 or max(steps) < 0)):
         raise ValueError(f"t must be finite and strictly increasing or decreasing, got {times}")
     return t, times

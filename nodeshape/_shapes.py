@@ -29,8 +29,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
 SPLITS = ("train", "test", "files")
 """Independent streams of images; ``files`` is for pictures written to disk, which no model has been trained on."""
 
-MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 24, 1024
-"""Pixels. Below the first, a circle and a square of a pair look alike."""
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 1024
+"""Pixels. Below about 24, a circle and a square of a pair look alike."""
 
 _TASKS = tuple(CLASSES)
 _LABEL, _SCENE = 0, 1
@@ -127,9 +127,11 @@ def draw_set(
         ValueError: unknown task or split, or a number out of range.
     """
     _check(task, split, seed, count, image_size)
+    from tqdm import tqdm  # for large images; drawing one alone needs NumPy only
+
     images = np.empty((count, 1, image_size, image_size), np.uint8)
     labels = np.empty(count, np.int64)
-    for index in range(count):
+    for index in tqdm(range(count), "drawing", unit=" images", delay=2, leave=False, disable=None):
         images[index, 0], labels[index] = draw(task, seed, index, image_size, split)
     return images, labels
 

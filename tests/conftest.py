@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many and small: threads would only wait for each other
+
 import pytest
 import torch
 

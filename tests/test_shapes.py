@@ -144,8 +144,8 @@ def test_images_vary_in_polarity_and_outline():
         (("single", -1, 0, 32, "train"), "seed must be 0 to"),
         (("single", 2**32, 0, 32, "train"), "seed must be 0 to"),
         (("single", 0, -1, 32, "train"), "must be 0 to"),
-        (("single", 0, 0, 0, "train"), "image size must be 24 to 1024"),
-        (("single", 0, 0, 20_000, "train"), "image size must be 24 to 1024"),
+        (("single", 0, 0, 0, "train"), "image size must be 8 to 1024"),
+        (("single", 0, 0, 20_000, "train"), "image size must be 8 to 1024"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -1,0 +1,100 @@
+// Activations of MLPDynamics and their derivatives, a vector at a time.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+/// e^x to about one unit in the last place (Cephes' expf), for x clamped to where float neither overflows nor
+/// underflows to a denormal.
+NODESHAPE_INLINE Vec<float> exp(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  x = min(max(x, splat(-87.0f)), splat(88.0f));
+  const Vec<float> magic = splat(12582912.0f);  // 1.5 2^23: adding it rounds to an integer
+  const Vec<float> n = fma(x, splat(1.44269504f), magic) - magic;
+  Vec<float> r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p * r, r, r) + splat(1.0f);
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return p * (Vec<float>)power;  // the same bits
+}
+
+NODESHAPE_INLINE Vec<float> tanh(Vec<float> x) {
+  const Vec<float> zero{}, a = x < zero ? -x : x, square = x * x;
+  Vec<float> p = splat(-5.70498872745e-3f);  // Cephes' tanhf below 0.625
+  p = fma(p, square, splat(2.06390887954e-2f));
+  p = fma(p, square, splat(-5.37397155531e-2f));
+  p = fma(p, square, splat(1.33314422036e-1f));
+  p = fma(p, square, splat(-3.33332819422e-1f));
+  const Vec<float> small = fma(p * square, x, x);
+  const Vec<float> large = splat(1.0f) - splat(2.0f) / (exp(a + a) + splat(1.0f));
+  const Vec<float> y = a < splat(0.625f) ? small : (x < zero ? -large : large);
+  return x != x ? x : y;
+}
+
+NODESHAPE_INLINE Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> y = splat(1.0f) / (splat(1.0f) + exp(-x));
+  return x != x ? x : y;
+}
+
+/// log(1 + e^x) = max(x, 0) + log1p(e^-|x|); log1p(u) = 2 atanh(u / (2 + u)), whose series is short as u <= 1.
+NODESHAPE_INLINE Vec<float> softplus(Vec<float> x) {
+  const Vec<float> zero{}, u = exp(x < zero ? x : -x);
+  const Vec<float> s = u / (splat(2.0f) + u), square = s * s;
+  Vec<float> p = splat(2.0f / 15);
+  p = fma(p, square, splat(2.0f / 13));
+  p = fma(p, square, splat(2.0f / 11));
+  p = fma(p, square, splat(2.0f / 9));
+  p = fma(p, square, splat(2.0f / 7));
+  p = fma(p, square, splat(2.0f / 5));
+  p = fma(p, square, splat(2.0f / 3));
+  p = fma(p, square, splat(2.0f));
+  const Vec<float> y = fma(p, s, x > zero ? x : zero);
+  return x != x ? x : y;
+}
+
+template <class Function>
+NODESHAPE_INLINE Vec<double> lane_by_lane(Vec<double> x, Function&& function) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]);
+  return x;
+}
+NODESHAPE_INLINE Vec<double> tanh(Vec<double> x) {
+  return lane_by_lane(x, [](double a) { return ::tanh(a); });
+}
+NODESHAPE_INLINE Vec<double> sigmoid(Vec<double> x) {
+  return lane_by_lane(x, [](double a) { return 1.0 / (1.0 + ::exp(-a)); });
+}
+NODESHAPE_INLINE Vec<double> softplus(Vec<double> x) {
+  return lane_by_lane(x, [](double a) { return (a > 0 ? a : 0 * a) + ::log1p(::exp(-::fabs(a))); });
+}
+
+/// a(z)
+template <Activation A, class V>
+NODESHAPE_INLINE V activate(V z) {
+  if constexpr (A == Activation::tanh) return tanh(z);
+  if constexpr (A == Activation::relu) return V{} > z ? V{} : z;  // keeps NaN
+  if constexpr (A == Activation::softplus) return softplus(z);
+  if constexpr (A == Activation::silu) return z * sigmoid(z);
+}
+
+/// a'(z), given a = a(z) too
+template <Activation A, class V>
+NODESHAPE_INLINE V slope_of(V z, V a) {
+  const V zero{}, one = zero + 1;
+  if constexpr (A == Activation::tanh) return one - a * a;
+  if constexpr (A == Activation::relu) return z > zero ? one : zero;
+  if constexpr (A == Activation::softplus) return sigmoid(z);
+  if constexpr (A == Activation::silu) {
+    const V s = sigmoid(z);
+    return s * (one + z * (one - s));
+  }
+}
+
+}  // namespace nodeshape::NODESHAPE_TARGET

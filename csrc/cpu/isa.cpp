@@ -1,0 +1,45 @@
+// Which instruction set to run.
+#include "isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace nodeshape {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+}  // namespace
+
+const Kernels& kernels() {
+  // Widest first. The compiler's builtins ask the processor and, for its registers, the operating system.
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  const Candidate candidates[] = {{&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+#else
+  const Candidate candidates[] = {{&kernels_portable, true}};
+#endif
+  const char* forced = std::getenv("NODESHAPE_ISA");
+  std::string known;
+  for (const Candidate& candidate : candidates) {
+    if (forced == nullptr || *forced == '\0') {
+      if (candidate.supported) return *candidate.kernels;
+      continue;
+    }
+    if (candidate.kernels->isa == std::string(forced)) {
+      if (candidate.supported) return *candidate.kernels;
+      throw std::runtime_error(std::string("NODESHAPE_ISA=") + forced + ": this processor does not have it; unset it");
+    }
+    known += std::string(known.empty() ? "" : ", ") + candidate.kernels->isa;
+  }
+  throw std::runtime_error(std::string("NODESHAPE_ISA=") + forced + " is not known here: choose one of " + known);
+}
+
+}  // namespace nodeshape

@@ -1,0 +1,11 @@
+// Which instruction set to run.
+#pragma once
+
+#include "kernels.h"
+
+namespace nodeshape {
+
+/// The widest instruction set of this machine, or the one NODESHAPE_ISA names; throws if the machine lacks that one.
+const Kernels& kernels();
+
+}  // namespace nodeshape

@@ -1,0 +1,232 @@
+// MLPDynamics: z_l = W_l a_{l-1} + b_l, a_l = activation(z_l), with a_0 = [y, t] and f = z_L.
+//
+// A sample's units lie along the vector, padded with zeros; the samples of a group are the rows of each product.
+#pragma once
+
+#include "activation.h"
+#include "arena.h"
+#include "gemm.h"
+#include "../stage.h"
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+/// Weights as the kernels read them. Time's column of W_0 is kept apart: it only shifts the bias.
+template <class T>
+struct MlpWeights {
+  struct Layer {
+    int64_t in, out;    // without time
+    const T* forward;   // [in, padded out], W transposed
+    const T* backward;  // [out, padded in], W
+    const T* bias;      // [padded out]
+    const T* time;      // [padded out], layer 0 only
+  };
+  int64_t dim, count;
+  Activation activation;
+  Layer* layers;  // [count]
+
+  MlpWeights(const MlpModel& model, Arena& arena) : dim(model.dim), count(model.layers), activation(model.activation) {
+    layers = arena.take<Layer>(count);
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t in = l == 0 ? dim : model.widths[l - 1], out = model.widths[l], columns = l == 0 ? in + 1 : in;
+      const T* weight = static_cast<const T*>(model.parameters[2 * l]);
+      T* forward = arena.zeros<T>(in * padded<T>(out));
+      T* backward = arena.zeros<T>(out * padded<T>(in));
+      T* bias = arena.zeros<T>(padded<T>(out));
+      T* time = arena.zeros<T>(padded<T>(out));
+      for (int64_t o = 0; o < out; ++o) {
+        for (int64_t i = 0; i < in; ++i) {
+          forward[i * padded<T>(out) + o] = weight[o * columns + i];
+          backward[o * padded<T>(in) + i] = weight[o * columns + i];
+        }
+        bias[o] = static_cast<const T*>(model.parameters[2 * l + 1])[o];
+        if (l == 0) time[o] = weight[o * columns + dim];
+      }
+      layers[l] = {in, out, forward, backward, bias, time};
+    }
+  }
+
+  int64_t parameters() const {
+    int64_t total = 0;
+    for (int64_t l = 0; l < count; ++l) total += layers[l].out * (layers[l].in + (l == 0) + 1);
+    return total;
+  }
+
+  int64_t group() const { return kMaxGroup; }
+};
+
+template <class T, Activation A>
+class MlpDynamics {
+ public:
+  using Scalar = T;
+  using Weights = MlpWeights<T>;
+
+  MlpDynamics(const Weights& weights, Arena& arena, int group, bool with_gradient) : w_(weights) {
+    layers_ = arena.take<Layer>(w_.count);
+    input_ = arena.take<T>(group * size());
+    for (int64_t l = 0; l < w_.count; ++l) {
+      const int64_t width = padded<T>(w_.layers[l].out);
+      Layer& layer = layers_[l];
+      layer.width = width;
+      layer.shift = arena.take<T>(width);
+      layer.z = arena.take<T>(group * width);
+      layer.a = l + 1 < w_.count ? arena.take<T>(group * width) : nullptr;
+      if (!with_gradient) continue;
+      layer.dz = arena.take<T>(group * width);
+      layer.weight_gradient = arena.zeros<T>(w_.layers[l].in * width);
+      layer.bias_gradient = arena.zeros<T>(width);
+    }
+    if (with_gradient) time_gradient_ = arena.zeros<T>(layers_[0].width);
+  }
+
+  int64_t size() const { return padded<T>(w_.dim); }
+  int64_t sample() const { return w_.dim; }
+
+  void read(const T* tensor, T* y) const {
+    for (int64_t i = 0; i < size(); ++i) y[i] = i < w_.dim ? tensor[i] : T(0);
+  }
+  void write(const T* y, T* tensor) const {
+    for (int64_t i = 0; i < w_.dim; ++i) tensor[i] = y[i];
+  }
+  void pack(const T* y, T* row) const { write(y, row); }
+  void unpack(const T* row, T* y) const { read(row, y); }
+
+  void eval(double t, const Batch<T>& batch) {
+    const Vec<T> time = splat(T(t));
+    for (int64_t l = 0; l < w_.count; ++l) {
+      T* shift = layers_[l].shift;
+      const T *bias = w_.layers[l].bias, *slope = w_.layers[l].time;
+      each<T>(layers_[l].width, [=](int64_t i) {
+        store(shift + i, l == 0 ? fma(time, load(slope + i), load(bias + i)) : load(bias + i));
+      });
+    }
+    for (int i = 0; i < batch.count; ++i) {
+      const T* from = batch.in[i];
+      T* to = input_ + batch.slot[i] * size();
+      each<T>(size(), [=](int64_t k) { store(to + k, load(from + k)); });
+    }
+    each_run(batch, [&](int first, int rows) {
+      const T* a = input_ + first * size();
+      int64_t a_row = size();
+      for (int64_t l = 0; l < w_.count; ++l) {
+        const Layer& layer = layers_[l];
+        T* z = layer.z + first * layer.width;
+        for (int r = 0; r < rows; ++r)
+          each<T>(layer.width, [=, &layer](int64_t i) { store(z + r * layer.width + i, load(layer.shift + i)); });
+        gemm<T, true>(rows, layer.width, w_.layers[l].in, {a, a_row, 1}, w_.layers[l].forward, layer.width, z,
+                      layer.width);
+        if (l + 1 == w_.count) break;
+        T* activated = layer.a + first * layer.width;
+        each<T>(rows * layer.width, [=](int64_t i) { store(activated + i, activate<A>(load(z + i))); });
+        a = activated;
+        a_row = layer.width;
+      }
+    });
+    copy_out(batch, layers_[w_.count - 1].z);
+  }
+
+  void vjp(const Batch<T>& batch) {
+    T* last = layers_[w_.count - 1].dz;
+    for (int i = 0; i < batch.count; ++i) {
+      const T* from = batch.in[i];
+      T* to = last + batch.slot[i] * size();
+      each<T>(size(), [=](int64_t k) { store(to + k, load(from + k)); });
+    }
+    each_run(batch, [&](int first, int rows) {
+      for (int64_t l = w_.count - 1; l > 0; --l) {
+        const Layer &layer = layers_[l], &below = layers_[l - 1];
+        T* dz = below.dz + first * below.width;
+        gemm<T, false>(rows, below.width, w_.layers[l].out, {layer.dz + first * layer.width, layer.width, 1},
+                       w_.layers[l].backward, below.width, dz, below.width);
+        const T *z = below.z + first * below.width, *a = below.a + first * below.width;
+        each<T>(rows * below.width,
+                [=](int64_t i) { store(dz + i, load(dz + i) * slope_of<A>(load(z + i), load(a + i))); });
+      }
+      for (int i = 0; i < batch.count; ++i) {
+        const int s = batch.slot[i];
+        if (s < first || s >= first + rows) continue;
+        gemm<T, false>(1, size(), w_.layers[0].out, {layers_[0].dz + s * layers_[0].width, layers_[0].width, 1},
+                       w_.layers[0].backward, size(), batch.out[i], size());
+      }
+    });
+  }
+
+  void accumulate(double t, double h, int count) {
+    for (int s = 0; s < count; ++s) {
+      const T *dz = layers_[0].dz + s * layers_[0].width, *time = w_.layers[0].time;
+      time_products_[s] = double(total<T>(layers_[0].width, [=](int64_t i) { return load(dz + i) * load(time + i); }));
+    }
+    const Vec<T> scale = splat(T(h)), time = splat(T(t));
+    for (int64_t l = 0; l < w_.count; ++l) {
+      const Layer& layer = layers_[l];
+      T* time_gradient = l == 0 ? time_gradient_ : nullptr;
+      for (int s = 0; s < count; ++s) {
+        T *dz = layer.dz + s * layer.width, *bias_gradient = layer.bias_gradient;
+        each<T>(layer.width, [=](int64_t i) {
+          const Vec<T> d = load(dz + i) * scale;
+          store(dz + i, d);
+          store(bias_gradient + i, load(bias_gradient + i) + d);
+          if (time_gradient != nullptr) store(time_gradient + i, fma(time, d, load(time_gradient + i)));
+        });
+      }
+      const T* a = l == 0 ? input_ : layers_[l - 1].a;
+      gemm<T, true>(w_.layers[l].in, layer.width, count, {a, 1, l == 0 ? size() : layers_[l - 1].width}, layer.dz,
+                    layer.width, layer.weight_gradient, layer.width);
+    }
+  }
+
+  double time_product(int s) const { return time_products_[s]; }
+
+  /// Hand over what accumulate() gathered, in the order of the parameters, and start again from zero.
+  void take_gradient(T* row) {
+    for (int64_t l = 0; l < w_.count; ++l) {
+      const Layer& layer = layers_[l];
+      const int64_t in = w_.layers[l].in, out = w_.layers[l].out;
+      for (int64_t o = 0; o < out; ++o) {
+        for (int64_t i = 0; i < in; ++i) *row++ = layer.weight_gradient[i * layer.width + o];
+        if (l == 0) *row++ = time_gradient_[o];
+      }
+      for (int64_t o = 0; o < out; ++o) *row++ = layer.bias_gradient[o];
+      __builtin_memset(layer.weight_gradient, 0, in * layer.width * sizeof(T));
+      __builtin_memset(layer.bias_gradient, 0, layer.width * sizeof(T));
+    }
+    __builtin_memset(time_gradient_, 0, layers_[0].width * sizeof(T));
+  }
+
+ private:
+  struct Layer {
+    int64_t width;       // of a row: the layer's outputs, padded
+    T* shift;            // [width], bias and the part of time
+    T* z;                // [group, width]
+    T* a;                // [group, width]
+    T* dz;               // [group, width]
+    T* weight_gradient;  // [in, width]
+    T* bias_gradient;    // [width]
+  };
+
+  /// Calls body(first, rows) for each run of neighbouring slots.
+  template <class Body>
+  void each_run(const Batch<T>& batch, Body&& body) {
+    for (int i = 0; i < batch.count;) {
+      int rows = 1;
+      while (i + rows < batch.count && batch.slot[i + rows] == batch.slot[i] + rows) ++rows;
+      body(batch.slot[i], rows);
+      i += rows;
+    }
+  }
+
+  void copy_out(const Batch<T>& batch, const T* rows) {
+    for (int i = 0; i < batch.count; ++i) {
+      const T* from = rows + batch.slot[i] * size();
+      T* to = batch.out[i];
+      each<T>(size(), [=](int64_t k) { store(to + k, load(from + k)); });
+    }
+  }
+
+  const Weights& w_;
+  Layer* layers_;
+  T* input_;  // [group, size]
+  T* time_gradient_ = nullptr;
+  double time_products_[kMaxGroup];
+};
+
+}  // namespace nodeshape::NODESHAPE_TARGET

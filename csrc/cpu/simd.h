@@ -1,0 +1,138 @@
+// The only file that knows an instruction set: vectors of T, and the two loops everything else is written in.
+//
+// Included once per instruction set, each time in its own namespace (NODESHAPE_TARGET), so that no function compiled
+// for one is ever linked into another. For the same reason nothing here instantiates a template of the standard
+// library.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kRegisters = 16;
+#elif defined(__ARM_NEON)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kRegisters = 16;
+#endif
+
+#define NODESHAPE_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+/// Numbers in a vector of T.
+template <class T>
+inline constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+
+/// n rounded up to whole vectors.
+template <class T>
+NODESHAPE_INLINE constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <class T>
+NODESHAPE_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+NODESHAPE_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+NODESHAPE_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+/// a b + c, rounded once where the instruction set can.
+NODESHAPE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+NODESHAPE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class V>
+NODESHAPE_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class V>
+NODESHAPE_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+/// The sum of a vector's lanes, in a fixed order.
+template <class T>
+NODESHAPE_INLINE T sum(Vec<T> v) {
+  T lanes[kLanes<T>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int64_t width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+/// Calls body(i) for i = 0, lanes, 2 lanes, ... below `size`, a multiple of lanes.
+template <class T, class Body>
+NODESHAPE_INLINE void each(int64_t size, Body&& body) {
+  for (int64_t i = 0; i < size; i += kLanes<T>) body(i);
+}
+
+/// The sum over i of the vectors body(i), as one number; four running sums hide the latency of addition.
+template <class T, class Body>
+NODESHAPE_INLINE T total(int64_t size, Body&& body) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= size; i += 4 * lanes) {
+    s0 += body(i);
+    s1 += body(i + lanes);
+    s2 += body(i + 2 * lanes);
+    s3 += body(i + 3 * lanes);
+  }
+  for (; i < size; i += lanes) s0 += body(i);
+  return sum<T>((s0 + s1) + (s2 + s3));
+}
+
+}  // namespace nodeshape::NODESHAPE_TARGET

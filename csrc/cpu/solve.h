@@ -1,0 +1,56 @@
+// Shares a batch out to threads: groups of samples for the forward solve, chunks of groups for the backward sweep.
+#pragma once
+
+#include "share.h"
+#include "../scheme.h"
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+/// Results do not depend on how samples are grouped, so groups may be as many as keep all threads busy.
+template <class D, class T>
+void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& executor) {
+  const int64_t group = larger(1, smaller(weights.group(), ceil_div(problem.samples, executor.threads)));
+  share(executor, ceil_div(problem.samples, group), [&](int64_t task, Arena& arena) {
+    const Group samples{task * group, int(smaller(group, problem.samples - task * group))};
+    D dynamics(weights, arena, samples.count, false);
+    solve_forward(dynamics, arena, problem, samples);
+  });
+}
+
+/// Parameter gradients are summed within chunks and then over chunks, in an order that depends on the batch alone, so
+/// that they are the same for any number of threads.
+template <class D, class T>
+void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& executor) {
+  constexpr int64_t kChunks = 64, kWantedChunks = 8;
+  const int64_t samples = problem.samples, parameters = weights.parameters(), times = problem.grid.count;
+  const int64_t group = larger(1, smaller(weights.group(), samples / kWantedChunks));
+  const int64_t groups = ceil_div(samples, group), chunks = smaller(groups, kChunks);
+  Arena shared;
+  T* rows = shared.take<T>(chunks * parameters);
+  double* time_rows = shared.zeros<double>(chunks * times);
+
+  share(executor, chunks, [&](int64_t chunk, Arena& arena) {
+    D dynamics(weights, arena, int(group), true);
+    for (int64_t g = groups * chunk / chunks; g < groups * (chunk + 1) / chunks; ++g) {
+      const Arena::Mark mark = arena.mark();
+      const Group members{g * group, int(smaller(group, samples - g * group))};
+      BackwardSweep<D, Arena>(dynamics, arena, problem, members, time_rows + chunk * times).run();
+      arena.release(mark);
+    }
+    dynamics.take_gradient(rows + chunk * parameters);
+  });
+
+  constexpr int64_t kSlice = 4096;
+  share(executor, ceil_div(parameters, kSlice), [&](int64_t slice, Arena&) {
+    const int64_t end = smaller(parameters, (slice + 1) * kSlice);
+    for (int64_t i = slice * kSlice; i < end; ++i) problem.grad_parameters[i] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = slice * kSlice; i < end; ++i) problem.grad_parameters[i] += rows[chunk * parameters + i];
+  });
+  for (int64_t j = 0; j < times; ++j) {
+    problem.grad_t[j] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) problem.grad_t[j] += time_rows[chunk * times + j];
+  }
+}
+
+}  // namespace nodeshape::NODESHAPE_TARGET

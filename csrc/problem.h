@@ -1,0 +1,98 @@
+// What a solve is asked for: plain numbers and pointers, the same for every device and instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace nodeshape {
+
+/// Equal steps between observation times: `steps[j]` of them from `times[j]` to `times[j + 1]`.
+struct Grid {
+  const double* times;   // [count], increasing or decreasing
+  int64_t count;         // at least 1
+  const int64_t* steps;  // [count - 1], each at least 1
+  double theta;          // where in a step the stage lies: 0, 1/2 or 1
+
+  int64_t total_steps() const {
+    int64_t total = 0;
+    for (int64_t j = 0; j + 1 < count; ++j) total += steps[j];
+    return total;
+  }
+};
+
+/// When a stage counts as solved.
+struct StageOptions {
+  double tolerance;  // on rms(Y - base - c F(Y)) / max(rms(Y), rms(base))
+  int64_t max_iterations;
+};
+
+enum class Sweep : int { forward, reversed, transposed, augmented };
+
+/// Why a sample could not be carried on; `step` < 0 if it could.
+struct Failure {
+  enum Kind : int { stage, drift };
+  int64_t step = -1;  // counted in the order of the sweep
+  Kind kind = stage;
+  Sweep sweep = Sweep::forward;
+  double t = 0, h = 0;  // of the step
+  double residual = 0;  // relative residual of the stage, or relative drift
+  int64_t evaluations = 0;
+};
+
+enum class Adjoint : int { discrete, reversible, continuous };
+
+/// Arrays of a forward solve. `sample` below counts the numbers of one sample.
+template <class T>
+struct ForwardProblem {
+  Grid grid;
+  StageOptions stage;
+  int64_t samples;
+  int64_t store;         // kStoreNothing, kStoreStages, or m > 0: the state after every m-th step of an interval
+  const T* y0;           // [samples, sample]
+  T* ys;                 // [times, samples, sample]
+  T* stored;             // [stored, samples, sample], channels last
+  int64_t* evaluations;  // [samples]
+  double* residual;      // [samples], the largest of all stages
+  Failure* failures;     // [samples]
+};
+
+inline constexpr int64_t kStoreNothing = 0;
+inline constexpr int64_t kStoreStages = -1;
+
+/// Rows of `stored` that an interval of `steps` steps fills; its last state is an observation anyway.
+inline int64_t stored_rows(int64_t store, int64_t steps) {
+  if (store == kStoreStages) return steps;
+  return store > 0 ? (steps - 1) / store : 0;
+}
+
+inline int64_t stored_rows(int64_t store, const Grid& grid) {
+  int64_t rows = 0;
+  for (int64_t j = 0; j + 1 < grid.count; ++j) rows += stored_rows(store, grid.steps[j]);
+  return rows;
+}
+
+/// Arrays of a backward sweep.
+template <class T>
+struct BackwardProblem {
+  Grid grid;
+  StageOptions stage;
+  int64_t samples;
+  Adjoint adjoint;
+  int64_t store;           // as in the forward solve
+  double drift_tolerance;  // reversible: on rms(rebuilt - stored) / max(rms(stored), rms(interval's end))
+  const T* grad_ys;        // [times, samples, sample]
+  const T* ys;             // [times, samples, sample]
+  const T* stored;         // as the forward solve left it
+  T* grad_y0;              // [samples, sample]
+  double* grad_t;          // [times]
+  T* grad_parameters;      // [parameters], all of them in one row
+  int64_t* evaluations;    // [samples], of f and of its vector-Jacobian product
+  Failure* failures;       // [samples]
+};
+
+/// Runs `task(i, context)` for i in [0, tasks), in any order and on any thread.
+struct Executor {
+  int64_t threads;
+  void (*run)(int64_t tasks, void (*task)(int64_t, void*), void* context);
+};
+
+}  // namespace nodeshape

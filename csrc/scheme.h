@@ -1,0 +1,310 @@
+// The time loop: one-stage Runge-Kutta steps in theta, forwards and backwards, for a few samples side by side.
+//
+//     stage    Y       = y_k + theta h f(t_k + theta h, Y)
+//     update   y_{k+1} = y_k + h f(t_k + theta h, Y)
+//
+// A dynamics D knows f of one sample and nothing of time; the loop knows theta and nothing of layers. D has
+//     Scalar
+//     size()                       numbers in a state as D keeps it, a multiple of the vector
+//     sample()                     numbers in a state as tensors keep it
+//     read(tensor, y), write(y, tensor)      one sample from and to a tensor's layout
+//     pack(y, row), unpack(row, y)           the same for `stored`, which is channels last
+//     eval(t, batch)               out = f(t, in), and linearises each slot about its `in`, which stays in place
+//     vjp(batch)                   out = J^T in at the slot's linearisation
+//     accumulate(t, h, count)      dL/dp += h (df/dp)^T w, where w is each slot's latest vjp argument
+//     time_product(slot)           w . df/dt, likewise; valid after accumulate
+#pragma once
+
+#include "stage.h"
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+/// Samples [first, first + count) of a problem, as one thread carries them through time.
+struct Group {
+  int64_t first;
+  int count;
+};
+
+namespace detail {
+
+template <class T>
+double dot(int64_t size, const T* x, const T* y) {
+  return double(total<T>(size, [=](int64_t i) { return load(x + i) * load(y + i); }));
+}
+
+/// y += a x
+template <class T>
+void add(int64_t size, T a, const T* x, T* y) {
+  const Vec<T> factor = splat(a);
+  each<T>(size, [=](int64_t i) { store(y + i, fma(factor, load(x + i), load(y + i))); });
+}
+
+template <class T>
+void fill(int64_t size, T a, T* y) {
+  each<T>(size, [=](int64_t i) { store(y + i, splat(a)); });
+}
+
+/// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation a stage.
+template <class T>
+void judge(const StageSolver<T>& stages, Group group, int64_t size, int64_t step, Sweep sweep, double t, double h,
+           T* const* state, Failure* failures) {
+  for (int s = 0; s < group.count; ++s) {
+    if (stages[s].solved) continue;
+    failures[group.first + s] = {step, Failure::stage, sweep, t, h, stages[s].residual, stages[s].evaluations};
+    fill(size, T(__builtin_nan("")), state[s]);
+  }
+}
+
+}  // namespace detail
+
+/// Carry a group from the first observation time to the last.
+template <class D, class Arena>
+void solve_forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& p, Group group) {
+  using T = typename D::Scalar;
+  const Grid& grid = p.grid;
+  const int64_t size = f.size(), sample = f.sample();
+  StageSolver<T> stages(arena, size, group.count, p.stage, grid.theta == 0.0);
+  T* y[kMaxGroup];
+  for (int s = 0; s < group.count; ++s) {
+    const int64_t n = group.first + s;
+    y[s] = arena.template take<T>(size);
+    f.read(p.y0 + n * sample, y[s]);
+    f.write(y[s], p.ys + n * sample);
+    p.evaluations[n] = 0;
+    p.residual[n] = 0;
+  }
+
+  int64_t step = 0, row = 0;
+  for (int64_t j = 0; j + 1 < grid.count; ++j) {
+    const double h = (grid.times[j + 1] - grid.times[j]) / double(grid.steps[j]);
+    for (int64_t k = 0; k < grid.steps[j]; ++k) {
+      const double t = grid.times[j] + double(k) * h;
+      stages.solve(group.count, y, grid.theta * h, [&](const Batch<T>& b) { f.eval(t + grid.theta * h, b); });
+      for (int s = 0; s < group.count; ++s) {
+        const int64_t n = group.first + s;
+        p.evaluations[n] += stages[s].evaluations;
+        if (!(stages[s].residual <= p.residual[n])) p.residual[n] = stages[s].residual;
+        if (p.store == kStoreStages) f.pack(stages[s].value, p.stored + (row * p.samples + n) * sample);
+        detail::add(size, T(h), stages[s].slope, y[s]);
+      }
+      detail::judge(stages, group, size, step, Sweep::forward, t, h, y, p.failures);
+      ++step;
+      const bool checkpoint = p.store > 0 && (k + 1) % p.store == 0 && k + 1 < grid.steps[j];
+      if (checkpoint)
+        for (int s = 0; s < group.count; ++s) f.pack(y[s], p.stored + (row * p.samples + group.first + s) * sample);
+      if (checkpoint || p.store == kStoreStages) ++row;
+    }
+    for (int s = 0; s < group.count; ++s) f.write(y[s], p.ys + ((j + 1) * p.samples + group.first + s) * sample);
+  }
+}
+
+/// The backward sweep of a group. Gradients of the parameters stay in f; those of the times are added to `grad_t`.
+template <class D, class Arena>
+class BackwardSweep {
+  using T = typename D::Scalar;
+
+ public:
+  BackwardSweep(D& f, Arena& arena, const BackwardProblem<T>& p, Group group, double* grad_t)
+      : f_(f),
+        p_(p),
+        group_(group),
+        grad_t_(grad_t),
+        size_(f.size()),
+        sample_(f.sample()),
+        pair_(p.adjoint == Adjoint::continuous),
+        explicit_(p.grid.theta == 0.0),
+        rebuilt_(arena, pair_ ? 2 * size_ : size_, group.count, p.stage, rebuilds_explicitly()),
+        transposed_(arena, size_, pair_ ? 0 : group.count, p.stage, explicit_) {
+    for (int s = 0; s < group.count; ++s) {
+      y_[s] = arena.template take<T>(2 * size_);  // the pair (y, lambda)
+      lam_[s] = y_[s] + size_;
+      truth_[s] = arena.template take<T>(size_);
+      slope_[s] = arena.template take<T>(size_);
+    }
+  }
+
+  void run() {
+    const Grid& grid = p_.grid;
+    for (int s = 0; s < group_.count; ++s) {
+      p_.evaluations[group_.first + s] = 0;
+      f_.read(observed(p_.ys, grid.count - 1, s), y_[s]);
+      f_.read(observed(p_.grad_ys, grid.count - 1, s), lam_[s]);
+    }
+    int64_t step = grid.total_steps();
+    int64_t row = stored_rows(p_.store, grid);
+    for (int64_t j = grid.count - 2; j >= 0; --j) {
+      const double h = (grid.times[j + 1] - grid.times[j]) / double(grid.steps[j]);
+      if (pair_) observe_slopes(j + 1);
+      double to_h = 0, to_start = 0;  // dL/dh of the interval's steps, dL/dt of all their starts
+      for (int64_t k = grid.steps[j] - 1; k >= 0; --k) {
+        --step;
+        const double t = grid.times[j] + double(k) * h;
+        if (pair_) {
+          augmented_step(step, t, h);
+        } else {
+          if (p_.adjoint == Adjoint::reversible) {
+            rebuild_stage(step, t, h);
+          } else {
+            restore_stage(--row, t, h);
+          }
+          const auto [to_length, to_t] = transposed_step(step, t, h);
+          to_h += to_length + double(k) * to_t;
+          to_start += to_t;
+          if (p_.adjoint == Adjoint::reversible) {
+            step_back(h);
+            if (p_.store > 0 && k > 0 && k % p_.store == 0) compare(step, j, t, h, stored(--row, 0), true);
+          }
+        }
+      }
+      if (!pair_) {
+        grad_t_[j] += to_start - to_h / double(grid.steps[j]);
+        grad_t_[j + 1] += to_h / double(grid.steps[j]);
+      }
+      arrive(j, step, grid.times[j], h);
+    }
+    for (int s = 0; s < group_.count; ++s) f_.write(lam_[s], p_.grad_y0 + (group_.first + s) * sample_);
+  }
+
+ private:
+  /// Stages of the sweep that finds the trajectory again are given, not solved for.
+  bool rebuilds_explicitly() const {
+    return p_.adjoint == Adjoint::discrete || (p_.adjoint == Adjoint::reversible && p_.grid.theta == 1.0) ||
+           (pair_ && explicit_);
+  }
+
+  const T* observed(const T* tensor, int64_t j, int s) const {
+    return tensor + (j * p_.samples + group_.first + s) * sample_;
+  }
+  const T* stored(int64_t row, int s) const { return observed(p_.stored, row, s); }
+
+  void count(const StageSolver<T>& stages) {
+    for (int s = 0; s < group_.count; ++s) p_.evaluations[group_.first + s] += stages[s].evaluations;
+  }
+
+  /// discrete: the forward solve kept the stage; linearise about it.
+  void restore_stage(int64_t row, double t, double h) {
+    for (int s = 0; s < group_.count; ++s) f_.unpack(stored(row, s), y_[s]);
+    rebuilt_.solve(group_.count, y_, 0.0, [&](const Batch<T>& b) { f_.eval(t + p_.grid.theta * h, b); });
+  }
+
+  /// reversible: Y = y_{k+1} - (1 - theta) h f(Y), the very stage of the forward step.
+  void rebuild_stage(int64_t step, double t, double h) {
+    const double theta = p_.grid.theta;
+    rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
+    count(rebuilt_);
+    detail::judge(rebuilt_, group_, size_, step, Sweep::reversed, t, h, y_, p_.failures);
+  }
+
+  /// reversible: y_k = y_{k+1} - h f(Y)
+  void step_back(double h) {
+    for (int s = 0; s < group_.count; ++s) detail::add(size_, T(-h), rebuilt_[s].slope, y_[s]);
+  }
+
+  struct TimeGradient {
+    double to_h, to_t;
+  };
+
+  /// w = lambda + theta h J^T w, then lambda += h J^T w; returns dL/dh and dL/dt of the step.
+  TimeGradient transposed_step(int64_t step, double t, double h) {
+    const double theta = p_.grid.theta;
+    transposed_.solve(group_.count, lam_, theta * h, [&](const Batch<T>& b) { f_.vjp(b); });
+    count(transposed_);
+    f_.accumulate(t + theta * h, h, group_.count);
+    TimeGradient gradient{0, 0};
+    for (int s = 0; s < group_.count; ++s) {
+      const double to_t = f_.time_product(s);
+      gradient.to_h += detail::dot(size_, transposed_[s].value, rebuilt_[s].slope) + theta * h * to_t;
+      gradient.to_t += h * to_t;
+      detail::add(size_, T(h), transposed_[s].slope, lam_[s]);
+    }
+    detail::judge(transposed_, group_, size_, step, Sweep::transposed, t, h, lam_, p_.failures);
+    return gradient;
+  }
+
+  /// continuous (Chen et al. 2018, section 2): (y, a)' = (f, -J^T a), stepped with -h from t + h.
+  void augmented_step(int64_t step, double t, double h) {
+    const double theta = p_.grid.theta, at = t + (1.0 - theta) * h;
+    rebuilt_.solve(group_.count, y_, -theta * h, [&](const Batch<T>& b) {
+      f_.eval(at, b);
+      Batch<T> adjoints;
+      for (int i = 0; i < b.count; ++i) adjoints.add(b.slot[i], b.in[i] + size_, b.out[i] + size_);
+      f_.vjp(adjoints);
+      for (int i = 0; i < b.count; ++i) {
+        T* slope = b.out[i] + size_;
+        each<T>(size_, [=](int64_t k) { store(slope + k, -load(slope + k)); });
+      }
+    });
+    count(rebuilt_);
+    f_.accumulate(at, h, group_.count);
+    for (int s = 0; s < group_.count; ++s) detail::add(2 * size_, T(-h), rebuilt_[s].slope, y_[s]);
+    detail::judge(rebuilt_, group_, 2 * size_, step, Sweep::augmented, t + h, -h, y_, p_.failures);
+  }
+
+  /// continuous: dL/dt_j = dL/dy(t_j) . f(t_j, y(t_j)), and for t_0 minus the adjoint that reached it.
+  void observe_slopes(int64_t j) {
+    Batch<T> batch;
+    for (int s = 0; s < group_.count; ++s) batch.add(s, y_[s], slope_[s]);
+    f_.eval(p_.grid.times[j], batch);
+    for (int s = 0; s < group_.count; ++s) {
+      ++p_.evaluations[group_.first + s];
+      if (j == 0)
+        grad_t_[j] -= detail::dot(size_, lam_[s], slope_[s]);
+      else
+        grad_t_[j] += detail::dot(size_, jump(j, s), slope_[s]);
+    }
+  }
+
+  /// At observation time j: back to the stored trajectory, and the jump of lambda by dL/dy(t_j).
+  void arrive(int64_t j, int64_t step, double t, double h) {
+    if (p_.adjoint == Adjoint::reversible) compare(step, j, t, h, observed(p_.ys, j, 0), false);
+    if (pair_) {
+      for (int s = 0; s < group_.count; ++s) f_.read(observed(p_.ys, j, s), y_[s]);
+      if (j == 0) observe_slopes(0);
+    }
+    for (int s = 0; s < group_.count; ++s) detail::add(size_, T(1), jump(j, s), lam_[s]);
+  }
+
+  /// dL/dy(t_j) as the loss gives it, until the next call for this sample.
+  const T* jump(int64_t j, int s) {
+    f_.read(observed(p_.grad_ys, j, s), truth_[s]);
+    return truth_[s];
+  }
+
+  /// reversible: how far the rebuilt state has drifted from the stored one, from which the sweep goes on.
+  void compare(int64_t step, int64_t j, double t, double h, const T* rows, bool packed) {
+    for (int s = 0; s < group_.count; ++s) {
+      f_.read(observed(p_.ys, j + 1, s), slope_[s]);
+      const double end = detail::dot(size_, slope_[s], slope_[s]);
+      T *truth = truth_[s], *y = y_[s];
+      if (packed)
+        f_.unpack(rows + s * sample_, truth);
+      else
+        f_.read(rows + s * sample_, truth);
+      const double square = double(total<T>(size_, [=](int64_t i) {
+        const Vec<T> d = load(y + i) - load(truth + i);
+        return d * d;
+      }));
+      const double start = detail::dot(size_, truth, truth);
+      const double drift = square == 0 ? 0.0 : std::sqrt(square / (start >= end ? start : end));
+      Failure& failure = p_.failures[group_.first + s];
+      if (__builtin_isfinite(start) && !(drift <= p_.drift_tolerance) && failure.step < 0)
+        failure = {step, Failure::drift, Sweep::reversed, t, h, drift, 0};
+      each<T>(size_, [=](int64_t i) { store(y + i, load(truth + i)); });
+    }
+  }
+
+  D& f_;
+  const BackwardProblem<T>& p_;
+  const Group group_;
+  double* grad_t_;
+  const int64_t size_, sample_;
+  const bool pair_, explicit_;
+  StageSolver<T> rebuilt_;     // of the trajectory, or of the pair (y, lambda)
+  StageSolver<T> transposed_;  // of w
+  T* y_[kMaxGroup];
+  T* lam_[kMaxGroup];
+  T* truth_[kMaxGroup];  // what a tensor says
+  T* slope_[kMaxGroup];  // scratch
+};
+
+}  // namespace nodeshape::NODESHAPE_TARGET

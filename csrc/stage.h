@@ -1,0 +1,247 @@
+// The stage equation Y = base + c F(Y), for a few samples side by side: Anderson acceleration as in
+// nodeshape/_stage.py.
+//
+// Written in `each` and `total`, the loops over one sample's numbers that the including file brings (cpu/simd.h), and
+// knowing nothing of what F is. Samples share calls of F and nothing else: each has its own history, stops at its own
+// tolerance and fails alone, so what becomes of one does not depend on its company.
+#pragma once
+
+#include "problem.h"
+
+namespace nodeshape::NODESHAPE_TARGET {
+
+/// Samples that are evaluated together, so that weights are fetched once for all of them.
+inline constexpr int kMaxGroup = 16;
+
+/// Iterates of history Anderson acceleration keeps.
+inline constexpr int kAndersonMemory = 5;
+/// A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the newer ones.
+inline constexpr double kDependent = 1e-3;
+
+/// Arguments of one call of a function of a few samples: out[i] = F(in[i]). `slot` numbers the sample within its group.
+template <class T>
+struct Batch {
+  int count = 0;
+  int slot[kMaxGroup];
+  const T* in[kMaxGroup];
+  T* out[kMaxGroup];
+
+  void add(int s, const T* from, T* to) {
+    slot[count] = s;
+    in[count] = from;
+    out[count++] = to;
+  }
+};
+
+template <class T>
+class StageSolver {
+ public:
+  /// One sample's stage: Y = value, F(Y) = slope.
+  struct Stage {
+    const T* value;
+    T* slope;
+    int64_t evaluations;
+    double residual;  // relative
+    bool solved;      // to the tolerance, or its base is not finite: such a sample propagates like any NaN
+  };
+
+  /// `size` numbers a sample, a multiple of the vector; `explicit_only` if every c will be 0.
+  template <class Arena>
+  StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool explicit_only)
+      : size_(size), options_(options) {
+    for (int s = 0; s < group; ++s) {
+      Sample& sample = samples_[s];
+      sample.stage.slope = arena.template take<T>(size);
+      if (explicit_only) continue;
+      sample.value = arena.template take<T>(size);
+      sample.residual = arena.template take<T>(size);
+      for (int m = 0; m < kAndersonMemory; ++m) {
+        sample.difference[m] = arena.template take<T>(size);
+        sample.move[m] = arena.template take<T>(size);
+      }
+    }
+    if (explicit_only) return;
+    step_ = arena.template take<T>(size);
+    rest_ = arena.template take<T>(size);
+    for (int m = 0; m < kAndersonMemory; ++m) {
+      q_[m] = arena.template take<T>(size);
+      x_[m] = arena.template take<T>(size);
+    }
+  }
+
+  const Stage& operator[](int s) const { return samples_[s].stage; }
+
+  /// Forget the last slope: the next stage is guessed to be its base.
+  void restart() { started_ = false; }
+
+  /// Solve for samples 0 ... count - 1. The last call of `function` for a sample is at the Y it ends with.
+  template <class Function>
+  void solve(int count, T* const* base, double c, Function&& function) {
+    Batch<T> batch;
+    if (c == 0.0) {
+      for (int s = 0; s < count; ++s) {
+        Stage& stage = samples_[s].stage;
+        stage = {base[s], stage.slope, 1, 0.0, true};
+        batch.add(s, stage.value, stage.slope);
+      }
+      function(batch);
+    } else {
+      for (int s = 0; s < count; ++s) {
+        begin(samples_[s], base[s], T(c));
+        batch.add(s, samples_[s].value, samples_[s].stage.slope);
+      }
+      while (batch.count > 0) {
+        function(batch);
+        const Batch<T> evaluated = batch;
+        batch.count = 0;
+        for (int i = 0; i < evaluated.count; ++i) {
+          Sample& sample = samples_[evaluated.slot[i]];
+          if (finished(sample, T(c))) continue;
+          propose(sample);
+          batch.add(evaluated.slot[i], sample.value, sample.stage.slope);
+        }
+      }
+    }
+    started_ = true;
+  }
+
+ private:
+  struct Sample {
+    Stage stage{};
+    const T* base;
+    T* value;
+    T* residual;
+    T* difference[kAndersonMemory];  // of residuals, the newest first
+    T* move[kAndersonMemory];        // of Y, that made them
+    int history;                     // differences in use
+    bool broken;                     // whether the base is not finite
+    double base_norm;
+  };
+
+  double norm(const T* x) const {
+    return std::sqrt(double(total<T>(size_, [=](int64_t i) { return load(x + i) * load(x + i); })));
+  }
+
+  void begin(Sample& sample, const T* base, T c) {
+    T *value = sample.value, *slope = sample.stage.slope;
+    const Vec<T> factor = splat(c);
+    if (started_)
+      each<T>(size_, [=](int64_t i) { store(value + i, fma(factor, load(slope + i), load(base + i))); });
+    else
+      each<T>(size_, [=](int64_t i) { store(value + i, load(base + i)); });
+    sample.stage = {value, slope, 0, 0.0, false};
+    sample.base = base;
+    sample.base_norm = norm(base);
+    // An element that is not finite, times 0, is NaN; a norm may also overflow.
+    sample.broken = !__builtin_isfinite(sample.base_norm) &&
+                    !(double(total<T>(size_, [=](int64_t i) { return load(base + i) * splat(T(0)); })) == 0.0);
+    sample.history = 0;
+  }
+
+  /// Take in a new F(Y): the residual, and whether the iteration ends here.
+  bool finished(Sample& sample, T c) {
+    const T *base = sample.base, *value = sample.value, *slope = sample.stage.slope;
+    T *residual = sample.residual, *difference = sample.difference[0];
+    const Vec<T> factor = splat(c);
+    const auto renew = [=](int64_t i) {
+      const Vec<T> r = fma(factor, load(slope + i), load(base + i)) - load(value + i);
+      store(residual + i, r);
+      return r;
+    };
+    T square;
+    if (sample.history > 0)
+      square = total<T>(size_, [=](int64_t i) {
+        const Vec<T> before = load(residual + i), r = renew(i);
+        store(difference + i, r - before);
+        return r * r;
+      });
+    else
+      square = total<T>(size_, [=](int64_t i) {
+        const Vec<T> r = renew(i);
+        return r * r;
+      });
+
+    Stage& stage = sample.stage;
+    ++stage.evaluations;
+    const double length = std::sqrt(double(square));
+    const double value_norm = norm(value);
+    const double scale = sample.base_norm >= value_norm ? sample.base_norm : value_norm;
+    stage.residual = length > 0 ? length / (__builtin_isfinite(scale) ? scale : __builtin_nan("")) : length;
+    stage.solved = stage.residual <= options_.tolerance || sample.broken;
+    return stage.solved || !__builtin_isfinite(stage.residual) || stage.evaluations >= options_.max_iterations;
+  }
+
+  /// Y += the residual, less its part in the span of the differences, plus the moves of Y that part calls for.
+  /// Modified Gram-Schmidt, the newest difference first, so that old ones never spoil new ones.
+  void propose(Sample& sample) {
+    const T* residual = sample.residual;
+    T *value = sample.value, *step = step_, *rest = rest_;
+    each<T>(size_, [=](int64_t i) {
+      store(step + i, splat(T(0)));
+      store(rest + i, load(residual + i));
+    });
+    int columns = 0;
+    for (int k = 0; k < sample.history; ++k) {
+      T *q = q_[columns], *x = x_[columns];
+      if (!orthonormalise(sample.difference[k], sample.move[k], columns, q, x)) continue;
+      ++columns;
+      const Vec<T> along = splat(total<T>(size_, [=](int64_t i) { return load(q + i) * load(rest + i); }));
+      each<T>(size_, [=](int64_t i) {
+        store(rest + i, load(rest + i) - along * load(q + i));
+        store(step + i, load(step + i) - along * load(x + i));
+      });
+    }
+    remember(sample);
+    T* move = sample.move[0];
+    each<T>(size_, [=](int64_t i) {
+      const Vec<T> moved = load(step + i) + load(rest + i);
+      store(move + i, moved);
+      store(value + i, load(value + i) + moved);
+    });
+  }
+
+  /// (q, x) = (difference, move), made orthonormal in q to the first `columns` of (q_, x_); false if nothing is left.
+  bool orthonormalise(const T* difference, const T* move, int columns, T* q, T* x) {
+    const double whole = norm(difference);
+    each<T>(size_, [=](int64_t i) {
+      store(q + i, load(difference + i));
+      store(x + i, load(move + i));
+    });
+    for (int m = 0; m < columns; ++m) {
+      const T *newer_q = q_[m], *newer_x = x_[m];
+      const Vec<T> overlap = splat(total<T>(size_, [=](int64_t i) { return load(newer_q + i) * load(q + i); }));
+      each<T>(size_, [=](int64_t i) {
+        store(q + i, load(q + i) - overlap * load(newer_q + i));
+        store(x + i, load(x + i) - overlap * load(newer_x + i));
+      });
+    }
+    const double length = columns ? norm(q) : whole;
+    if (!(length > kDependent * whole) || !__builtin_isfinite(length)) return false;
+    const Vec<T> inverse = splat(T(1.0 / length));
+    each<T>(size_, [=](int64_t i) {
+      store(q + i, load(q + i) * inverse);
+      store(x + i, load(x + i) * inverse);
+    });
+    return true;
+  }
+
+  /// Make room for the newest difference at the front, in place of the oldest once the history is full.
+  void remember(Sample& sample) {
+    const int last = sample.history < kAndersonMemory ? sample.history++ : kAndersonMemory - 1;
+    T *difference = sample.difference[last], *move = sample.move[last];
+    for (int m = last; m > 0; --m) {
+      sample.difference[m] = sample.difference[m - 1];
+      sample.move[m] = sample.move[m - 1];
+    }
+    sample.difference[0] = difference;
+    sample.move[0] = move;
+  }
+
+  int64_t size_;
+  StageOptions options_;
+  Sample samples_[kMaxGroup];
+  T *step_, *rest_, *q_[kAndersonMemory], *x_[kAndersonMemory];  // of the sample at hand
+  bool started_ = false;
+};
+
+}  // namespace nodeshape::NODESHAPE_TARGET

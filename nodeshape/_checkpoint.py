@@ -1,0 +1,70 @@
+"""Checkpoints: plain tensors, numbers and strings, written atomically and loaded without executing anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nodeshape._classifier import ShapeClassifier
+from nodeshape._cli import UserError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` so that a reader, or a kill, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors and plain Python values) to ``path`` atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; it can hold data only, never code.
+
+    Raises:
+        UserError: there is no such file, or it is not a nodeshape checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with: python -m nodeshape.train")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint") from error
+    if not isinstance(state, dict) or not {"model", "architecture", "classes"} <= state.keys():
+        raise UserError(f"{path}: not a nodeshape checkpoint")
+    return state
+
+
+def load_classifier(path: Path | str) -> tuple[ShapeClassifier, list[str]]:
+    """Load the classifier of a checkpoint, in evaluation mode, and the names of its classes.
+
+    Args:
+        path: ``best.pt`` or ``last.pt`` of a run folder.
+
+    Raises:
+        UserError: there is no such file, or it is not a nodeshape checkpoint.
+    """
+    path = Path(path)
+    state = load_checkpoint(path)
+    try:
+        model = ShapeClassifier(**state["architecture"])
+        model.load_state_dict(state["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: its weights do not fit its architecture") from error
+    return model.eval(), list(state["classes"])

@@ -1,0 +1,332 @@
+"""The fused CPU solver: its ops, their shapes and gradients, and one function that calls them.
+
+The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``mlp_*`` have ``str activation`` after
+``weights``):
+
+    conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance, int max_iterations,
+               str adjoint, int checkpoint_every, float drift_tolerance)
+        -> (Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)
+    conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights, ...the same...)
+        -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)
+
+- ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
+  module's ``state_dict()``; ``t`` float64 ``[times]``; ``steps[j]`` equal steps between ``t[j]`` and ``t[j + 1]``.
+- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
+  after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
+- ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``, feature maps channels last: the stages of
+  ``discrete``, the checkpoints of ``reversible``, otherwise empty. ``evaluations`` int64 ``[batch]``: of f in the
+  forward solve; in the backward sweep of f, where the trajectory is found again, and of its vector–Jacobian product.
+  ``residual`` float64 ``[batch]``: the largest relative residual of a stage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodeshape._dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics, _TimeConv
+from nodeshape._method import Method
+from nodeshape._stage import StageSolveError
+from nodeshape._sweep import ReversalDriftError
+
+_LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
+_ADJOINTS = ("discrete", "reversible", "continuous")
+_missing: str | None = None  # why the library is not there
+
+
+def unavailable(dynamics: Any, y0: Any) -> str | None:
+    """Say why the fused solver does not take a solve of ``dynamics`` from ``y0``; None if it does."""
+    if os.environ.get("NODESHAPE_FUSED", "1") == "0":
+        return "NODESHAPE_FUSED=0"
+    if type(dynamics) not in (ConvDynamics, MLPDynamics):
+        return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
+    if not isinstance(y0, Tensor):
+        return "the state is a tuple"
+    if y0.device.type != "cpu":
+        return f"the state is on {y0.device}"
+    if y0.dtype not in (torch.float32, torch.float64):
+        return f"the state is {y0.dtype}"
+    expected = 4 if type(dynamics) is ConvDynamics else 2
+    if y0.dim() != expected:
+        return f"the state has {y0.dim()} dimensions, the kernel takes {expected}"
+    if not torch.compiler.is_compiling():
+        if type(y0) not in (Tensor, nn.Parameter):
+            return f"the state is a {type(y0).__name__}"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return "a torch.func transform or forward-mode differentiation is active"
+    weights = _weights(dynamics)
+    return weights if isinstance(weights, str) else _missing
+
+
+def _weights(dynamics: nn.Module) -> list[Tensor] | str:
+    """The parameters in state_dict order; or why the module may not compute what its class does.
+
+    Looks into the modules' dictionaries, because this is most of what a small solve costs in Python.
+    """
+    modules = dynamics.__dict__["_modules"]
+    layers: list[tuple[Any, type[nn.Module]]]
+    if type(dynamics) is ConvDynamics:
+        layers = [(modules[name], kind) for name, kind in _CONV_LAYERS]
+    else:
+        activation = modules["_activate"]
+        if type(activation) is not ACTIVATIONS.get(dynamics.__dict__["activation"]) or _is_altered(activation):
+            return "its activation was replaced"
+        layers = [(layer, nn.Linear) for layer in modules["layers"]._modules.values()]
+    if _is_altered(dynamics):
+        return f"{type(dynamics).__name__} has hooks or a forward of its own"
+    weights: list[Tensor] = []
+    for layer, kind in layers:
+        if type(layer) is not kind or _is_altered(layer):
+            return f"a {kind.__name__} was replaced or has hooks"
+        if kind is _TimeConv:
+            layer, kind = layer._modules["_layer"], nn.Conv2d
+            if type(layer) is not kind or _is_altered(layer):
+                return f"a {kind.__name__} was replaced or has hooks"
+        parameters = layer.__dict__["_parameters"]
+        for name in ("weight", "bias"):
+            x = parameters.get(name)
+            if type(x) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+                return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
+            weights.append(x)
+    return weights
+
+
+_CONV_LAYERS = (
+    ("norm1", nn.GroupNorm),
+    ("conv1", _TimeConv),
+    ("norm2", nn.GroupNorm),
+    ("conv2", _TimeConv),
+    ("norm3", nn.GroupNorm),
+)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks or a forward of its own may change what the module's class computes."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
+
+
+def solve(
+    dynamics: Any,
+    y0: Any,
+    t: Tensor,
+    steps: Sequence[int],
+    method: Method,
+    adjoint: str,
+    tolerance: float,
+    max_iterations: int,
+    checkpoint_every: int | None,
+    drift_tolerance: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None], Tensor]:
+    """Solve from ``t[0]`` through all of ``t``; only for arguments :func:`unavailable` has no objection to.
+
+    Args:
+        dynamics: f, a ConvDynamics or an MLPDynamics.
+        y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
+        t: observation times, ``[times]``; differentiable.
+        steps: equal steps in each interval between them.
+        method: which gives theta.
+        adjoint: ``"discrete"``, ``"reversible"`` or ``"continuous"``; nothing is stored where no gradient is recorded.
+        tolerance: relative residual of a solved stage.
+        max_iterations: evaluations a stage may take.
+        checkpoint_every: for ``"reversible"``; None or 0 for no checkpoints within an interval.
+        drift_tolerance: for ``"reversible"``.
+
+    Returns:
+        ``ys`` ``[times, *y0.shape]``, evaluations in the forward and in the backward pass, int64 ``[batch]`` each (the
+        latter are filled in when that pass has run, in eager mode only; None without a gradient), and ``residual``
+        float64 ``[batch]``.
+
+    Raises:
+        StageSolveError: a stage was not solved; in the backward pass too.
+        ReversalDriftError: in the backward pass of ``"reversible"``.
+    """
+    if adjoint not in _ADJOINTS:
+        raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(_ADJOINTS)}")
+    times = t if t.dtype == torch.float64 and t.device.type == "cpu" else t.to(device="cpu", dtype=torch.float64)
+    weights = _weights(dynamics)
+    if isinstance(weights, str):
+        raise ValueError(weights)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
+    scheme = (
+        list(steps),
+        float(method.theta),
+        float(tolerance),
+        int(max_iterations),
+        adjoint if recorded else "none",
+        int(checkpoint_every or 0),
+        float(drift_tolerance),
+    )
+    mlp = isinstance(dynamics, MLPDynamics)
+    op: Any = torch.ops.nodeshape.mlp_solve.default if mlp else torch.ops.nodeshape.conv_solve.default
+    model = (dynamics.activation, *scheme) if mlp else scheme
+    backward = torch.zeros(y0.shape[:1], dtype=torch.int64) if recorded else None
+    try:
+        if torch.compiler.is_compiling():
+            ys, _, forward, residual = op(y0, times, weights, *model)
+        elif recorded:
+            ys, forward, residual = _Recorded.apply(op, model, backward, y0, times, *weights)
+        else:
+            ys, _, forward, residual = _below_autograd(op, y0, times, weights, *model)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return ys, (forward, backward), residual
+
+
+def _translated(error: RuntimeError) -> RuntimeError:
+    """The kernel's error as the class its message names."""
+    message = str(error).split("\n")[0]
+    for kind in (StageSolveError, ReversalDriftError):
+        if message.startswith(f"{kind.__name__}: "):
+            return kind(message.removeprefix(f"{kind.__name__}: "))
+    return error
+
+
+# ---- shapes and gradients of the ops ---------------------------------------------------------------------------------
+
+
+def _stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> int:
+    if adjoint == "discrete":
+        return sum(steps)
+    if adjoint == "reversible" and checkpoint_every > 0:
+        return sum((count - 1) // checkpoint_every for count in steps)
+    return 0
+
+
+def _fake_solve(
+    y0: Tensor, t: Tensor, steps: Sequence[int], adjoint: str, checkpoint_every: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _stored_rows(steps, adjoint, checkpoint_every)
+    batch, *shape = y0.shape
+    if len(shape) == 3:  # channels last
+        shape = [*shape[1:], shape[0]]
+    return (
+        y0.new_empty((t.shape[0], *y0.shape)),
+        y0.new_empty((rows, batch, *shape)),
+        y0.new_empty((batch,), dtype=torch.int64),
+        y0.new_empty((batch,), dtype=torch.float64),
+    )
+
+
+def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    return (
+        ys.new_empty(ys.shape[1:]),
+        t.new_empty(t.shape),
+        [x.new_empty(x.shape) for x in weights],
+        ys.new_empty((ys.shape[1],), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, t, weights, *scheme = inputs
+    ys, stages, evaluations, residual = output
+    ctx.mark_non_differentiable(stages, evaluations, residual)
+    ctx.save_for_backward(ys, stages, t, *weights)
+    ctx.scheme = scheme
+    ctx.backward_evaluations = None
+
+
+def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
+        ys, stages, t, *weights = ctx.saved_tensors
+        try:
+            grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
+        except RuntimeError as error:
+            raise _translated(error) from None
+        if ctx.backward_evaluations is not None:
+            ctx.backward_evaluations.copy_(evaluations)
+        # An empty list of steps passes for a list of tensors, whose gradient is a list.
+        return grad_y0, grad_t, grad_weights, *([] if x == [] else None for x in ctx.scheme)
+
+    return backward
+
+
+def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an op whose gradient nobody records, past the Python that an autograd formula is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+class _Recorded(torch.autograd.Function):
+    """The solve with its gradient, in eager mode: the ops' autograd formula in half the time of torch.library's.
+
+    Lists of tensors make torch.library flatten and unflatten every argument in Python, 0.15 ms a training step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Any,
+        scheme: tuple[Any, ...],
+        backward_evaluations: Tensor,
+        y0: Tensor,
+        t: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _below_autograd(op, y0, t, list(weights), *scheme)
+        _setup_context(ctx, (y0, t, weights, *scheme), output)
+        ctx.backward_evaluations = backward_evaluations
+        ctx.op = getattr(torch.ops.nodeshape, f"{op.overloadpacket.__name__}_backward").default
+        ys, _, evaluations, residual = output
+        return ys, evaluations, residual
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
+        # create_graph=True records this: then the op itself, which says that it has no second derivative.
+        op = ctx.op if torch.is_grad_enabled() else partial(_below_autograd, ctx.op)
+        grad_y0, grad_t, grad_weights, *_ = _gradient_of(op)(ctx, grad_ys)
+        return None, None, None, grad_y0, grad_t, *grad_weights
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the fused solver has no second derivatives: set NODESHAPE_FUSED=0 to differentiate twice (adjoint='discrete')"
+    )
+
+
+def _register(name: str) -> None:
+    library = torch.library
+    ops = torch.ops.nodeshape
+
+    # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
+    def solve(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+        *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
+        return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
+
+    def solve_backward(
+        grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any
+    ) -> Any:
+        return _fake_backward(ys, t, weights)
+
+    library.register_fake(f"nodeshape::{name}", solve)
+    library.register_fake(f"nodeshape::{name}_backward", solve_backward)
+    backward = getattr(ops, f"{name}_backward")
+    library.register_autograd(f"nodeshape::{name}", _gradient_of(backward), setup_context=_setup_context)
+    library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return f"{_LIBRARY.name} is not built: reinstall with a C++ compiler"
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load: {error}"
+    for name in ("conv_solve", "mlp_solve"):
+        _register(name)
+    return None
+
+
+_missing = _load()

@@ -1,0 +1,122 @@
+"""The classifier: shapes, other solvers with the same weights, parent weights, and independence of batch-mates."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import nodeshape as ns
+from nodeshape._checkpoint import load_classifier, save_checkpoint
+from nodeshape._training import calibrate_batch_norm
+
+
+def warm_classifier(**settings: object) -> ns.ShapeClassifier:
+    """A classifier of 16×16 images whose batch normalisation has seen some, as after training."""
+    torch.manual_seed(0)
+    model = ns.ShapeClassifier(3, 16, width=64, **settings)  # type: ignore[arg-type]
+    calibrate_batch_norm(model, iter([torch.rand(32, 1, 16, 16)]))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("image_size", "in_channels"), [(8, 1), (13, 3), (28, 1), (32, 1), (65, 3)])
+def test_any_image_size_and_channels_give_logits(image_size: int, in_channels: int) -> None:
+    model = ns.ShapeClassifier(5, image_size, in_channels, width=32, steps=2)
+    assert model(torch.rand(3, in_channels, image_size, image_size)).shape == (3, 5)
+
+
+def test_wrong_image_shape_names_both_shapes() -> None:
+    model = ns.ShapeClassifier(3, steps=1)
+    with pytest.raises(ValueError, match=r"\[batch, 1, 32, 32\], got \[2, 3, 32, 32\]"):
+        model(torch.rand(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("method", ["euler", "implicit_euler", "implicit_midpoint"])
+def test_an_image_alone_and_in_a_batch_has_the_same_logits(method: str) -> None:
+    model = warm_classifier(method=method, steps=8)
+    images = torch.rand(9, 1, 16, 16)
+    with torch.inference_mode():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
+
+
+def test_with_solver_shares_weights_and_leaves_the_original_alone() -> None:
+    model = ns.ShapeClassifier(3, 16, width=32, method="euler", steps=4)
+    other = model.with_solver(method="implicit_midpoint", steps=7)
+    assert (other.ode.method, other.ode.steps) == ("implicit_midpoint", 7)
+    assert (model.ode.method, model.ode.steps) == ("euler", 4)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_methods_agree_as_steps_grow() -> None:
+    model = warm_classifier(steps=16)
+    images = torch.rand(2, 1, 16, 16)
+    with torch.inference_mode():
+        exact = model.with_solver("implicit_midpoint", steps=128)(images)
+        for method in ("euler", "implicit_euler"):
+            errors = [(model.with_solver(method, steps=n)(images) - exact).abs().max() for n in (16, 64)]
+            assert errors[1] < 0.5 * errors[0]
+
+
+def test_conv_dynamics_loads_the_parent_papers_state_dict() -> None:
+    names = {"norm1.weight", "norm1.bias", "conv1._layer.weight", "conv1._layer.bias", "norm2.weight", "norm2.bias"}
+    names |= {"conv2._layer.weight", "conv2._layer.bias", "norm3.weight", "norm3.bias"}
+    state = ns.ConvDynamics(64).state_dict()
+    assert set(state) == names
+    assert state["conv1._layer.weight"].shape == (64, 65, 3, 3)
+
+
+def test_conv_dynamics_is_the_written_out_network() -> None:
+    torch.manual_seed(0)
+    f = ns.ConvDynamics(64).double()
+    y, t = torch.randn(2, 64, 5, 4, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    x = torch.relu(torch.nn.functional.group_norm(y, 32, f.norm1.weight, f.norm1.bias))
+    weight = f.conv1._layer.weight
+    x = torch.nn.functional.conv2d(x, weight[:, 1:], f.conv1._layer.bias, padding=1)
+    x = x + 0.3 * torch.nn.functional.conv2d(torch.ones(1, 1, 5, 4, dtype=torch.float64), weight[:, :1], padding=1)
+    x = torch.relu(torch.nn.functional.group_norm(x, 32, f.norm2.weight, f.norm2.bias))
+    x = f.norm3(f.conv2(t, x))
+    torch.testing.assert_close(f(t, y), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_gives_the_same_logits(copied: object) -> None:
+    model = ns.ShapeClassifier(3, 16, width=32, steps=2).eval()
+    images = torch.rand(2, 1, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(copied(model)(images), model(images))  # type: ignore[operator]
+
+
+def test_a_checkpoint_gives_back_the_classifier(tmp_path: Path) -> None:
+    architecture = {"num_classes": 3, "image_size": 16, "in_channels": 1, "width": 32, "step_size": 0.5}
+    model = ns.ShapeClassifier(**architecture).eval()
+    save_checkpoint(
+        tmp_path / "best.pt", {"model": model.state_dict(), "architecture": architecture, "classes": ["a", "b", "c"]}
+    )
+    loaded, classes = load_classifier(tmp_path / "best.pt")
+    assert classes == ["a", "b", "c"] and not loaded.training
+    images = torch.rand(2, 1, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_calibrated_batch_norm_has_the_mean_statistics_of_its_batches() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.BatchNorm2d(3)
+    batches = [torch.randn(10, 3, 4, 4) * (i + 1) + i for i in range(4)]
+    calibrate_batch_norm(layer, iter(batches))
+    mean = torch.stack([b.mean(dim=(0, 2, 3)) for b in batches]).mean(dim=0)
+    torch.testing.assert_close(layer.running_mean, mean)
+    assert layer.momentum == 0.1
+
+
+def test_backend_names_the_path_and_the_reason() -> None:
+    f, y = ns.MLPDynamics(2), torch.zeros(3, 2)
+    assert ns.backend(f, y).reason == "error control chooses the steps"
+    assert ns.backend(lambda t, y: y, y, steps=3).name == "plain"
+    assert "NODESHAPE_FUSED" in ns.backend(f, y, steps=3).reason or ns.backend(f, y, steps=3).name == "fused"
