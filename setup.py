@@ -34,12 +34,12 @@ class BuildLibrary(build_ext):
         return os.path.join(*fullname.split(".")[:-1], "libnodeshape_cpu.so")
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = next(
-            (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c.split()[0])), None
-        )
+        candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+        compiler = next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
         if compiler is None:
             sys.exit(
-                "nodeshape needs a C++20 compiler and found none: install g++ 10 or clang 16 (or newer), or set CXX"
+                f"nodeshape needs a C++20 compiler and found none (looked for {', '.join(candidates)}):"
+                " install g++ 11 or clang 16, or newer, or set CXX to one"
             )
         import torch  # only here, so that metadata can be read without it
 
@@ -56,9 +56,8 @@ class BuildLibrary(build_ext):
 
         def compile(unit: tuple[str, str, list[str]]) -> None:
             source, name, flags = unit
-            self.spawn(
-                [*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(objects / f"{name}.o")]
-            )
+            output = str(objects / f"{name}.o")
+            self.spawn([*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", output])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile, units))

@@ -33,8 +33,8 @@ struct Failure {
   int64_t step = -1;  // counted in the order of the sweep
   Kind kind = stage;
   Sweep sweep = Sweep::forward;
-  double t = 0, h = 0;   // of the step
-  double residual = 0;   // relative residual of the stage, or relative drift
+  double t = 0, h = 0;  // of the step
+  double residual = 0;  // relative residual of the stage, or relative drift
   int64_t evaluations = 0;
 };
 
@@ -77,16 +77,16 @@ struct BackwardProblem {
   StageOptions stage;
   int64_t samples;
   Adjoint adjoint;
-  int64_t store;             // as in the forward solve
-  double drift_tolerance;    // reversible: on rms(rebuilt - stored) / max(rms(stored), rms(interval's end))
-  const T* grad_ys;          // [times, samples, sample]
-  const T* ys;               // [times, samples, sample]
-  const T* stored;           // as the forward solve left it
-  T* grad_y0;                // [samples, sample]
-  double* grad_t;            // [times]
-  T* grad_parameters;        // [parameters], all of them in one row
-  int64_t* evaluations;      // [samples], of f and of its vector-Jacobian product
-  Failure* failures;         // [samples]
+  int64_t store;           // as in the forward solve
+  double drift_tolerance;  // reversible: on rms(rebuilt - stored) / max(rms(stored), rms(interval's end))
+  const T* grad_ys;        // [times, samples, sample]
+  const T* ys;             // [times, samples, sample]
+  const T* stored;         // as the forward solve left it
+  T* grad_y0;              // [samples, sample]
+  double* grad_t;          // [times]
+  T* grad_parameters;      // [parameters], all of them in one row
+  int64_t* evaluations;    // [samples], of f and of its vector-Jacobian product
+  Failure* failures;       // [samples]
 };
 
 /// Runs `task(i, context)` for i in [0, tasks), in any order and on any thread.

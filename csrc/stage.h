@@ -1,4 +1,5 @@
-// The stage equation Y = base + c F(Y), for a few samples side by side: Anderson acceleration as in nodeshape/_stage.py.
+// The stage equation Y = base + c F(Y), for a few samples side by side: Anderson acceleration as in
+// nodeshape/_stage.py.
 //
 // Written in `each` and `total`, the loops over one sample's numbers that the including file brings (cpu/simd.h), and
 // knowing nothing of what F is. Samples share calls of F and nothing else: each has its own history, stops at its own
@@ -12,8 +13,10 @@ namespace nodeshape::NODESHAPE_TARGET {
 /// Samples that are evaluated together, so that weights are fetched once for all of them.
 inline constexpr int kMaxGroup = 16;
 
-/// Columns of iteration history Anderson acceleration keeps.
+/// Iterates of history Anderson acceleration keeps.
 inline constexpr int kAndersonMemory = 5;
+/// A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the newer ones.
+inline constexpr double kDependent = 1e-3;
 
 /// Arguments of one call of a function of a few samples: out[i] = F(in[i]). `slot` numbers the sample within its group.
 template <class T>
@@ -52,10 +55,17 @@ class StageSolver {
       if (explicit_only) continue;
       sample.value = arena.template take<T>(size);
       sample.residual = arena.template take<T>(size);
-      for (int m = 0; m <= kAndersonMemory; ++m) {
-        sample.q[m] = arena.template take<T>(size);
-        sample.x[m] = arena.template take<T>(size);
+      for (int m = 0; m < kAndersonMemory; ++m) {
+        sample.difference[m] = arena.template take<T>(size);
+        sample.move[m] = arena.template take<T>(size);
       }
+    }
+    if (explicit_only) return;
+    step_ = arena.template take<T>(size);
+    rest_ = arena.template take<T>(size);
+    for (int m = 0; m < kAndersonMemory; ++m) {
+      q_[m] = arena.template take<T>(size);
+      x_[m] = arena.template take<T>(size);
     }
   }
 
@@ -87,7 +97,6 @@ class StageSolver {
         for (int i = 0; i < evaluated.count; ++i) {
           Sample& sample = samples_[evaluated.slot[i]];
           if (finished(sample, T(c))) continue;
-          learn(sample);
           propose(sample);
           batch.add(evaluated.slot[i], sample.value, sample.stage.slope);
         }
@@ -102,14 +111,12 @@ class StageSolver {
     const T* base;
     T* value;
     T* residual;
-    T* q[kAndersonMemory + 1];  // orthonormal differences of residuals; the last one in use is being made
-    T* x[kAndersonMemory + 1];  // the steps of Y that made them
-    int history;                // columns in use, without the one being made
-    bool proposed;              // whether a column is being made
+    T* difference[kAndersonMemory];  // of residuals, the newest first
+    T* move[kAndersonMemory];        // of Y, that made them
+    int history;                     // differences in use
+    bool broken;                     // whether the base is not finite
     double base_norm;
   };
-
-  static constexpr double kRounding = sizeof(T) == 4 ? 1e-5 : 1e-13;
 
   double norm(const T* x) const {
     return std::sqrt(double(total<T>(size_, [=](int64_t i) { return load(x + i) * load(x + i); })));
@@ -125,14 +132,16 @@ class StageSolver {
     sample.stage = {value, slope, 0, 0.0, false};
     sample.base = base;
     sample.base_norm = norm(base);
+    // An element that is not finite, times 0, is NaN; a norm may also overflow.
+    sample.broken = !__builtin_isfinite(sample.base_norm) &&
+                    !(double(total<T>(size_, [=](int64_t i) { return load(base + i) * splat(T(0)); })) == 0.0);
     sample.history = 0;
-    sample.proposed = false;
   }
 
   /// Take in a new F(Y): the residual, and whether the iteration ends here.
   bool finished(Sample& sample, T c) {
     const T *base = sample.base, *value = sample.value, *slope = sample.stage.slope;
-    T *residual = sample.residual, *q = sample.q[sample.history];
+    T *residual = sample.residual, *difference = sample.difference[0];
     const Vec<T> factor = splat(c);
     const auto renew = [=](int64_t i) {
       const Vec<T> r = fma(factor, load(slope + i), load(base + i)) - load(value + i);
@@ -140,10 +149,10 @@ class StageSolver {
       return r;
     };
     T square;
-    if (sample.proposed)
+    if (sample.history > 0)
       square = total<T>(size_, [=](int64_t i) {
         const Vec<T> before = load(residual + i), r = renew(i);
-        store(q + i, r - before);
+        store(difference + i, r - before);
         return r * r;
       });
     else
@@ -157,63 +166,81 @@ class StageSolver {
     const double length = std::sqrt(double(square));
     const double value_norm = norm(value);
     const double scale = sample.base_norm >= value_norm ? sample.base_norm : value_norm;
-    stage.residual = length > 0 ? length / scale : length;
-    const bool broken = !__builtin_isfinite(sample.base_norm);
-    stage.solved = stage.residual <= options_.tolerance || broken;
+    stage.residual = length > 0 ? length / (__builtin_isfinite(scale) ? scale : __builtin_nan("")) : length;
+    stage.solved = stage.residual <= options_.tolerance || sample.broken;
     return stage.solved || !__builtin_isfinite(stage.residual) || stage.evaluations >= options_.max_iterations;
   }
 
-  /// Make the latest differences (q, x) orthonormal to the older ones (modified Gram-Schmidt) and keep them.
-  void learn(Sample& sample) {
-    if (!sample.proposed) return;
-    T *q = sample.q[sample.history], *x = sample.x[sample.history];
-    const double whole = norm(q);
-    for (int m = 0; m < sample.history; ++m) {
-      const T *old_q = sample.q[m], *old_x = sample.x[m];
-      const Vec<T> overlap = splat(total<T>(size_, [=](int64_t i) { return load(old_q + i) * load(q + i); }));
+  /// Y += the residual, less its part in the span of the differences, plus the moves of Y that part calls for.
+  /// Modified Gram-Schmidt, the newest difference first, so that old ones never spoil new ones.
+  void propose(Sample& sample) {
+    const T* residual = sample.residual;
+    T *value = sample.value, *step = step_, *rest = rest_;
+    each<T>(size_, [=](int64_t i) {
+      store(step + i, splat(T(0)));
+      store(rest + i, load(residual + i));
+    });
+    int columns = 0;
+    for (int k = 0; k < sample.history; ++k) {
+      T *q = q_[columns], *x = x_[columns];
+      if (!orthonormalise(sample.difference[k], sample.move[k], columns, q, x)) continue;
+      ++columns;
+      const Vec<T> along = splat(total<T>(size_, [=](int64_t i) { return load(q + i) * load(rest + i); }));
       each<T>(size_, [=](int64_t i) {
-        store(q + i, load(q + i) - overlap * load(old_q + i));
-        store(x + i, load(x + i) - overlap * load(old_x + i));
+        store(rest + i, load(rest + i) - along * load(q + i));
+        store(step + i, load(step + i) - along * load(x + i));
       });
     }
-    const double length = norm(q);
-    // What is left of a difference that older ones span is rounding error: it says nothing about F.
-    if (!(length > kRounding * whole) || !__builtin_isfinite(length)) return;
+    remember(sample);
+    T* move = sample.move[0];
+    each<T>(size_, [=](int64_t i) {
+      const Vec<T> moved = load(step + i) + load(rest + i);
+      store(move + i, moved);
+      store(value + i, load(value + i) + moved);
+    });
+  }
+
+  /// (q, x) = (difference, move), made orthonormal in q to the first `columns` of (q_, x_); false if nothing is left.
+  bool orthonormalise(const T* difference, const T* move, int columns, T* q, T* x) {
+    const double whole = norm(difference);
+    each<T>(size_, [=](int64_t i) {
+      store(q + i, load(difference + i));
+      store(x + i, load(move + i));
+    });
+    for (int m = 0; m < columns; ++m) {
+      const T *newer_q = q_[m], *newer_x = x_[m];
+      const Vec<T> overlap = splat(total<T>(size_, [=](int64_t i) { return load(newer_q + i) * load(q + i); }));
+      each<T>(size_, [=](int64_t i) {
+        store(q + i, load(q + i) - overlap * load(newer_q + i));
+        store(x + i, load(x + i) - overlap * load(newer_x + i));
+      });
+    }
+    const double length = columns ? norm(q) : whole;
+    if (!(length > kDependent * whole) || !__builtin_isfinite(length)) return false;
     const Vec<T> inverse = splat(T(1.0 / length));
     each<T>(size_, [=](int64_t i) {
       store(q + i, load(q + i) * inverse);
       store(x + i, load(x + i) * inverse);
     });
-    if (sample.history < kAndersonMemory) {
-      ++sample.history;
-      return;
-    }
-    T *oldest_q = sample.q[0], *oldest_x = sample.x[0];
-    for (int m = 0; m < kAndersonMemory; ++m) {
-      sample.q[m] = sample.q[m + 1];
-      sample.x[m] = sample.x[m + 1];
-    }
-    sample.q[kAndersonMemory] = oldest_q;
-    sample.x[kAndersonMemory] = oldest_x;
+    return true;
   }
 
-  /// Y += r - sum_m (q_m . r) (x_m + q_m)
-  void propose(Sample& sample) {
-    const T* residual = sample.residual;
-    T *value = sample.value, *step = sample.x[sample.history];
-    each<T>(size_, [=](int64_t i) { store(step + i, load(residual + i)); });
-    for (int m = 0; m < sample.history; ++m) {
-      const T *q = sample.q[m], *x = sample.x[m];
-      const Vec<T> along = splat(total<T>(size_, [=](int64_t i) { return load(q + i) * load(residual + i); }));
-      each<T>(size_, [=](int64_t i) { store(step + i, load(step + i) - along * (load(x + i) + load(q + i))); });
+  /// Make room for the newest difference at the front, in place of the oldest once the history is full.
+  void remember(Sample& sample) {
+    const int last = sample.history < kAndersonMemory ? sample.history++ : kAndersonMemory - 1;
+    T *difference = sample.difference[last], *move = sample.move[last];
+    for (int m = last; m > 0; --m) {
+      sample.difference[m] = sample.difference[m - 1];
+      sample.move[m] = sample.move[m - 1];
     }
-    each<T>(size_, [=](int64_t i) { store(value + i, load(value + i) + load(step + i)); });
-    sample.proposed = true;
+    sample.difference[0] = difference;
+    sample.move[0] = move;
   }
 
   int64_t size_;
   StageOptions options_;
   Sample samples_[kMaxGroup];
+  T *step_, *rest_, *q_[kAndersonMemory], *x_[kAndersonMemory];  // of the sample at hand
   bool started_ = false;
 };
 

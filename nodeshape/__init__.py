@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nodeshape._dynamics import ConvDynamics as ConvDynamics
     from nodeshape._dynamics import MLPDynamics as MLPDynamics
     from nodeshape._error_control import StepSizeError as StepSizeError
+    from nodeshape._fewest_steps import FewestSteps as FewestSteps
+    from nodeshape._fewest_steps import fewest_steps as fewest_steps
     from nodeshape._odeint import odeint as odeint
     from nodeshape._odeint import odeint_adjoint as odeint_adjoint
     from nodeshape._stage import StageSolveError as StageSolveError
@@ -31,6 +33,8 @@ _HOME = {
     "odeint": "_odeint",
     "odeint_adjoint": "_odeint",
     "ODEBlock": "_block",
+    "FewestSteps": "_fewest_steps",
+    "fewest_steps": "_fewest_steps",
     "ConvDynamics": "_dynamics",
     "MLPDynamics": "_dynamics",
     "ShapeClassifier": "_classifier",

@@ -37,16 +37,22 @@ def backend(
     **others: Any,
 ) -> Backend:
     """Say which path ``odeint`` takes for these arguments (its own; those not named here do not matter)."""
-    options = options or {}
-    if steps is None and step_size is None and "step_size" not in options:
-        return Backend("plain", "error control chooses the steps")
-    if options.get("stage_solver", "anderson") != "anderson":
-        return Backend("plain", f"the stage solver is {options['stage_solver']}")
-    if "adjoint_step_size" in options:
-        return Backend("plain", "the backward pass has steps of its own")
-    if adjoint_params is not None:
-        return Backend("plain", "adjoint_params chooses what to differentiate by")
-    objection = _fused.unavailable(func, y0)
+    objection = plain_reason(func, y0, steps, step_size, options or {}, adjoint_params)
     if objection is not None:
         return Backend("plain", objection)
     return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
+
+
+def plain_reason(
+    func: Any, y0: Any, steps: int | None, step_size: float | None, options: Mapping[str, Any], adjoint_params: Any
+) -> str | None:
+    """Say why ``odeint`` takes the plain loop; None if it takes the fused kernel."""
+    if steps is None and step_size is None and "step_size" not in options:
+        return "error control chooses the steps"
+    if options.get("stage_solver", "anderson") != "anderson":
+        return f"the stage solver is {options['stage_solver']}"
+    if "adjoint_step_size" in options:
+        return "the backward pass has steps of its own"
+    if adjoint_params is not None:
+        return "adjoint_params chooses what to differentiate by"
+    return _fused.unavailable(func, y0)

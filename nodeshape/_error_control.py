@@ -54,8 +54,7 @@ class ErrorControl:
     ) -> Iterator[tuple[Time, Time, Tensor, Stage]]:
         """Yield (t, h, y after the step, stage) for each half step; samples that wait have h = 0."""
         length = end - start
-        alive = torch.isfinite(y).all(dim=1)
-        y = torch.where(alive[:, None], y, torch.nan)  # a sample that is not finite has nowhere to go
+        alive = torch.isfinite(y).all(dim=1)  # a sample that is not finite has nowhere to go
         done = torch.where(alive, 0.0, 1.0).double()  # fraction of the interval covered
         if marcher.slope is None:
             marcher.slope = marcher.field(start, y)

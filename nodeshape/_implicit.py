@@ -1,8 +1,9 @@
 """The solve as an ordinary differentiable computation, for derivatives of any order.
 
 A stage is a function of its base, c and whatever f depends on; its derivative, by the implicit function theorem, solves
-an equation of the same kind. So the stage is an autograd function whose backward pass calls itself. The solve built of
-such stages is what second derivatives go through; it keeps the graph of one evaluation of f a step.
+an equation of the same kind. So the stage is an autograd function whose backward pass calls itself, and so is the
+vector–Jacobian product in it. The solve built of such stages is what second derivatives go through; it keeps the graph
+of one evaluation of f a step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nodeshape._system import Time, jacobian_by_rows
 if TYPE_CHECKING:
     from nodeshape._solve import Problem
 
-#: F(rows, *inputs): everything F's value depends on and that may require grad is among the inputs.
+#: F(rows, *passed). What else F's value depends on and that requires grad is listed beside it, as ``closed``.
 Differentiable = Callable[..., Tensor]
 
 
@@ -36,7 +37,7 @@ def differentiable_gradient(
 def _replay(problem: Problem, y: Tensor, t: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     system, theta = problem.system, problem.method.theta
 
-    def slope(rows: Tensor, time: Tensor, *parameters: Tensor) -> Tensor:
+    def slope(rows: Tensor, time: Tensor) -> Tensor:
         return system(time, rows)
 
     ys = [y]
@@ -50,7 +51,7 @@ def _replay(problem: Problem, y: Tensor, t: Tensor, parameters: Sequence[Tensor]
             stage = y
             if not problem.method.explicit:
                 where = (step.t, step.h)
-                stage = differentiable_stage(slope, problem.solver, where, y, theta * factor, time, *parameters)
+                stage = differentiable_stage(slope, problem.solver, where, y, theta * factor, [time], parameters)
             following = y + factor * slope(stage, time)
             y = torch.where(factor != 0, following, y) if h.dim() else following
         ys.append(y)
@@ -58,13 +59,20 @@ def _replay(problem: Problem, y: Tensor, t: Tensor, parameters: Sequence[Tensor]
 
 
 def differentiable_stage(
-    function: Differentiable, solver: StageSolver, where: tuple[Time, Time], base: Tensor, c: Tensor, *inputs: Tensor
+    function: Differentiable,
+    solver: StageSolver,
+    where: tuple[Time, Time],
+    base: Tensor,
+    c: Tensor,
+    passed: Sequence[Tensor],
+    closed: Sequence[Tensor],
 ) -> Tensor:
-    """Solve Y = base + c F(Y, *inputs), differentiably in ``base``, ``c`` and the inputs, as often as F is.
+    """Solve Y = base + c F(Y, *passed), differentiably in every tensor given, as often as F is.
 
     ``c`` is a scalar or ``[samples, 1]``; ``where`` is the step's start and size, for the error message.
     """
-    result: Tensor = _Stage.apply(function, solver, where, base, c, *inputs)
+    arguments = (function, solver, where, len(passed), base, c, *passed, *closed)
+    result: Tensor = _Stage.apply(*arguments)
     return result
 
 
@@ -75,41 +83,74 @@ class _Stage(torch.autograd.Function):
         function: Differentiable,
         solver: StageSolver,
         where: tuple[Time, Time],
+        count: int,
         base: Tensor,
         c: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
         def field(rows: Tensor) -> Tensor:
-            return function(rows, *inputs)
+            return function(rows, *inputs[:count])
 
         stage = solver.solve(field, lambda rows: jacobian_by_rows(field, rows), base, c.reshape(-1), base)
         solver.check(stage, *where, "differentiated")
-        ctx.function, ctx.solver, ctx.where = function, solver, where
+        ctx.function, ctx.solver, ctx.where, ctx.count = function, solver, where, count
         ctx.save_for_backward(c, stage.value, *inputs)
         return stage.value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        function = ctx.function
         c, y, *inputs = ctx.saved_tensors
+        passed, closed = (y, *inputs[: ctx.count]), inputs[ctx.count :]
 
-        def transposed(w: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
-            with torch.enable_grad():
-                point = y if y.requires_grad else y.detach().requires_grad_()
-                value = function(point, *inputs)
-                if not value.requires_grad:
-                    return torch.zeros_like(w)
-                product = torch.autograd.grad(value, point, w, create_graph=True, allow_unused=True)[0]
-            return torch.zeros_like(w) if product is None else product
+        def transposed(w: Tensor, *passed: Tensor) -> Tensor:
+            return _products(ctx.function, w, passed, closed)[0]
 
-        w = differentiable_stage(transposed, ctx.solver, ctx.where, grad, c, y, *inputs)
+        w = differentiable_stage(transposed, ctx.solver, ctx.where, grads[0], c, passed, closed)
+        to_c = (w * ctx.function(*passed)).sum_to_size(c.shape) if ctx.needs_input_grad[5] else None
+        return (None, None, None, None, w, to_c, *_products(ctx.function, c * w, passed, closed)[1:])
+
+
+def _products(
+    function: Differentiable, w: Tensor, passed: Sequence[Tensor], closed: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """(∂F/∂x)ᵀ w for each x passed and closed over, all taken for independent, as often differentiable as F is."""
+    products: tuple[Tensor, ...] = _Products.apply(function, len(passed), w, *passed, *closed)
+    return products
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Differentiable, count: int, w: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.function, ctx.count = function, count
+        ctx.save_for_backward(w, *inputs)
+        passed = [x.detach().requires_grad_() for x in inputs[:count]]  # what they were computed from is not F's concern
         with torch.enable_grad():
-            value = function(y, *inputs)
-            wanted = [x for x in inputs if x.requires_grad]
-            products: list[Tensor | None] = [None] * len(wanted)
-            if wanted and value.requires_grad:
-                products = list(torch.autograd.grad(value, wanted, c * w, create_graph=True, allow_unused=True))
-            to_c = (w * value).sum_to_size(c.shape) if c.requires_grad else None
-        by_input = iter(products)
-        return (None, None, None, w, to_c, *(next(by_input) if x.requires_grad else None for x in inputs))
+            return tuple(x.detach() for x in _graphed_products(function, w, passed, inputs[count:]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        w, *inputs = ctx.saved_tensors
+        count, closed = ctx.count, inputs[ctx.count :]
+
+        def paired(w: Tensor, *others: Tensor) -> Tensor:
+            passed, cotangents = others[:count], others[count:]
+            products = _graphed_products(ctx.function, w, passed, closed)
+            return torch.stack([(x * y).sum() for x, y in zip(products, cotangents)]).sum()
+
+        arguments = (w, *inputs[:count], *grads)
+        found = _products(paired, torch.ones_like(w.sum()), arguments, closed)
+        return None, None, *found[: 1 + count], *found[len(arguments) :]
+
+
+def _graphed_products(
+    function: Differentiable, w: Tensor, passed: Sequence[Tensor], closed: Sequence[Tensor]
+) -> list[Tensor]:
+    inputs = [*passed, *closed]
+    value = function(*passed)
+    wanted = [x for x in inputs if x.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, wanted, w, create_graph=True, allow_unused=True)
+    by_input = iter(found)
+    products = (next(by_input) if x.requires_grad else None for x in inputs)
+    return [torch.zeros_like(x) if product is None else product for x, product in zip(inputs, products)]

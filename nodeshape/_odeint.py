@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nodeshape import _fused
-from nodeshape._backend import backend
+from nodeshape._backend import plain_reason
 from nodeshape._error_control import ErrorControl, Steps
 from nodeshape._march import EqualSteps, StageSolver
 from nodeshape._method import Method, get_method
@@ -93,7 +93,7 @@ def odeint(
     scheme = get_method(method or DEFAULT_METHOD)
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
-    settings = _settings(options)
+    settings = _settings(options) if options else {}
     tensors = _tensors(y0)
     t, times = _times(t)
     if "step_size" in settings:
@@ -102,11 +102,12 @@ def odeint(
         step_size = settings["step_size"]
     _check_steps(steps, step_size)
     fixed = steps is not None or step_size is not None
-    solver = _stage_solver(settings, tensors[0].dtype)
-    drift_tolerance = settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[tensors[0].dtype])
+    stage_tolerance = STAGE_TOLERANCE[tensors[0].dtype]
+    drift_tolerance = settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * stage_tolerance)
+    stage_tolerance = settings.get("stage_tolerance", stage_tolerance)
+    max_iterations = settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS)
 
-    path = backend(func, y0, steps=steps, step_size=step_size, options=settings, adjoint_params=adjoint_params)
-    if path.name == "fused":
+    if plain_reason(func, y0, steps, step_size, settings, adjoint_params) is None:
         equal = EqualSteps(steps, step_size)
         counts = [equal.number(end - start) for start, end in pairwise(times)]
         ys, evaluations, residual = _fused.solve(
@@ -116,13 +117,14 @@ def odeint(
             counts,
             scheme,
             adjoint,
-            solver.tolerance,
-            solver.max_iterations,
+            stage_tolerance,
+            max_iterations,
             settings.get("checkpoint_every"),
             drift_tolerance,
         )
         return (ys, _fused_stats(scheme, sum(counts), evaluations, residual)) if return_stats else ys
 
+    solver = StageSolver(settings.get("stage_solver", "anderson"), stage_tolerance, max_iterations)
     differentiable = torch.is_grad_enabled()
     with torch.no_grad():
         system = System(func, y0, adjoint_params if differentiable else ())
@@ -200,11 +202,14 @@ def odeint_adjoint(
     return odeint(func, y0, t, options=options, **arguments)
 
 
-def _fused_stats(method: Method, steps: int, evaluations: Tensor, residual: Tensor) -> SolverStats:
+def _fused_stats(
+    method: Method, steps: int, evaluations: tuple[Tensor, Tensor | None], residual: Tensor
+) -> SolverStats:
     forward, backward = evaluations
     return SolverStats(
         nfe_forward=forward,
-        nfe_backward=backward,  # filled in when the backward pass has run
+        # filled in when the backward pass has run
+        nfe_backward=torch.zeros_like(forward) if backward is None else backward,
         accepted=torch.full_like(forward, steps),
         rejected=torch.zeros_like(forward),
         stage_iterations=torch.zeros_like(forward) if method.explicit else forward,
@@ -244,15 +249,9 @@ def _check_steps(steps: int | None, step_size: float | None) -> None:
         _positive("step_size", step_size, step_size)
 
 
-def _stage_solver(settings: Mapping[str, Any], dtype: torch.dtype) -> StageSolver:
-    return StageSolver(
-        settings.get("stage_solver", "anderson"),
-        settings.get("stage_tolerance", STAGE_TOLERANCE[dtype]),
-        settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS),
-    )
-
-
 def _tensors(y0: State) -> tuple[Tensor, ...]:
+    if isinstance(y0, Tensor) and y0.dtype in STAGE_TOLERANCE:
+        return (y0,)
     tensors = y0 if isinstance(y0, tuple) else (y0,)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(y0).__name__}")
@@ -275,6 +274,6 @@ def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     if not times:
         raise ValueError("t must hold at least one time, got none")
     steps = [b - a for a, b in zip(times, times[1:])]
-    if not all(map(isfinite, times)) or not (all(x > 0 for x in steps) or all(x < 0 for x in steps)):
+    if not all(map(isfinite, times)) or (steps and not (min(steps) > 0 or max(steps) < 0)):
         raise ValueError(f"t must be finite and strictly increasing or decreasing, got {times}")
     return t, times

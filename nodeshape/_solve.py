@@ -74,6 +74,8 @@ class Problem:
                 if keep:
                     steps.append(self._keep(k, t, h, y, stage))
                 y = following
+            if isinstance(self.steps, ErrorControl):  # which left samples alone that are not finite
+                y = torch.where(torch.isfinite(y).all(dim=1, keepdim=True), y, torch.nan)
             ys.append(y)
             self.record.append(steps)
         self.stats.nfe_forward = self.stats.nfe_forward + marcher.evaluations

@@ -19,13 +19,13 @@ from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
 
-#: Columns of iteration history Anderson acceleration keeps.
+#: Iterates of history Anderson acceleration keeps.
 ANDERSON_MEMORY = 5
-#: A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the older ones.
+#: A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the newer ones.
 DEPENDENT = 1e-3
 #: Relative residual at which a stage counts as solved, by dtype.
 STAGE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
-MAX_STAGE_ITERATIONS = 50
+MAX_STAGE_ITERATIONS = 100
 
 
 class StageSolveError(RuntimeError):
@@ -55,8 +55,18 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean(dim=1).sqrt()
 
 
+def _relative(change: Tensor, value: Tensor, base: Tensor) -> Tensor:
+    """rms(change) / max(rms(value), rms(base)); NaN where that overflows, so that nothing counts as solved."""
+    norm, scale = _rms(change), torch.maximum(_rms(base), _rms(value))
+    return torch.where(norm > 0, norm / torch.where(torch.isfinite(scale), scale, torch.nan), norm)
+
+
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dim=1, keepdim=True)
+    return (x * y).sum(dim=-1, keepdim=True)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return _dot(x, x).sqrt()
 
 
 def explicit_stage(function: Function, base: Tensor) -> Stage:
@@ -76,9 +86,8 @@ def anderson_stage(
 ) -> Stage:
     """Solve Y = base + c F(Y) by Anderson acceleration (Walker & Ni 2011), started from ``guess``.
 
-    The differences of the residuals are kept orthonormal (modified Gram–Schmidt), so the least-squares problem of each
-    iteration is a handful of dot products. On linear problems this is GMRES, which is why stiff but small problems
-    converge where plain iteration diverges.
+    Each step minimises the residual over the span of the last differences, as secants predict it. On linear problems
+    this is GMRES, which is why stiff but small problems converge where plain iteration diverges.
 
     Args:
         function: F, on ``[samples, size]``.
@@ -91,52 +100,48 @@ def anderson_stage(
     value = guess
     slope = function(value)
     residual = base + c * slope - value
-    base_norm = _rms(base)
-    broken = ~torch.isfinite(base_norm)  # propagates like any NaN; no iteration can help
-    evaluations = torch.ones_like(base_norm, dtype=torch.long)
-    relative = torch.zeros_like(base_norm)
-    active = torch.ones_like(broken)
-    history: list[tuple[Tensor, Tensor]] = []  # (q, x): orthonormal residual differences, the matching iterate steps
-
+    broken = ~torch.isfinite(base).all(dim=1)  # propagates like any NaN; no iteration can help
+    active = ~broken
+    evaluations = torch.ones_like(active, dtype=torch.long)
+    relative = torch.zeros_like(base[:, 0])
+    history: list[tuple[Tensor, Tensor]] = []  # (residual difference, iterate difference), the newest first
     while True:
-        norm = _rms(residual)
-        scale = torch.maximum(base_norm, _rms(value))
-        latest = torch.where(norm > 0, norm / scale, norm)
-        relative = torch.where(active, latest, relative)
-        active = active & ~(latest <= tolerance) & torch.isfinite(latest) & ~broken & (evaluations < max_iterations)
+        relative = torch.where(active, _relative(residual, value, base), relative)
+        active = active & ~(relative <= tolerance) & torch.isfinite(relative) & (evaluations < max_iterations)
         if not bool(active.any()):
             break
-
-        step = residual
-        for q, x in history:
-            step = step - _dot(q, residual) * (x + q)
         rows = active[:, None]
-        new_value = torch.where(rows, value + step, value)
+        new_value = torch.where(rows, value + _anderson_step(residual, history), value)
         new_slope = torch.where(rows, function(new_value), slope)
         new_residual = base + c * new_slope - new_value
         evaluations = evaluations + active
-
-        difference, moved = new_residual - residual, new_value - value
-        q, x = difference, moved
-        for old_q, old_x in history:
-            overlap = _dot(old_q, q)
-            q, x = q - overlap * old_q, x - overlap * old_x
-        # A difference within the span of the older ones outdates them: the sample starts its history anew with it.
-        whole, length = _dot(difference, difference).sqrt(), _dot(q, q).sqrt()
-        stale = length <= DEPENDENT * whole
-        q, x, length = (
-            torch.where(stale, difference, q),
-            torch.where(stale, moved, x),
-            torch.where(stale, whole, length),
-        )
-        usable = rows & (length > 0) & torch.isfinite(length)
-        length = torch.where(usable, length, torch.ones_like(length))
-        history = [(torch.where(stale, 0.0, old_q), torch.where(stale, 0.0, old_x)) for old_q, old_x in history]
-        history.append((torch.where(usable, q / length, 0.0), torch.where(usable, x / length, 0.0)))
-        history = history[-ANDERSON_MEMORY:]
+        history = [(new_residual - residual, new_value - value), *history[: ANDERSON_MEMORY - 1]]
         value, slope, residual = new_value, new_slope, new_residual
-
     return Stage(value, slope, evaluations, relative, solved=(relative <= tolerance) | broken)
+
+
+def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The residual, less its part in the span of the differences, plus the iterate differences that part calls for.
+
+    Modified Gram–Schmidt, the newest difference first, so that old ones never spoil new ones.
+    """
+    if not history:
+        return residual
+    differences, moves = (torch.stack(x) for x in zip(*history))
+    whole = _norm(differences)
+    step = torch.zeros_like(residual)
+    for k in range(len(history)):
+        length = _norm(differences[k])
+        usable = (length > DEPENDENT * whole[k]) & torch.isfinite(length)
+        q = torch.where(usable, differences[k] / length, 0.0)
+        x = torch.where(usable, moves[k] / length, 0.0)
+        along = _dot(q, residual)
+        residual = residual - along * q
+        step = step - along * x
+        overlap = _dot(q, differences)
+        differences = differences - overlap * q
+        moves = moves - overlap * x
+    return step + residual
 
 
 def newton_stage(
@@ -161,7 +166,7 @@ def newton_stage(
     identity = torch.eye(size, dtype=base.dtype, device=base.device)
     factor = c[:, :, None] if isinstance(c, Tensor) else c
     value, slope = guess, function(guess)
-    broken = ~torch.isfinite(_rms(base))
+    broken = ~torch.isfinite(base).all(dim=1)
     evaluations = torch.ones(samples, dtype=torch.long, device=base.device)
     relative = torch.zeros_like(base[:, 0])
     active = ~broken
@@ -174,9 +179,7 @@ def newton_stage(
         value = torch.where(rows, value + correction, value)
         slope = torch.where(rows, function(value), slope)
         evaluations = evaluations + healthy
-        norm = _rms(correction)
-        latest = torch.where(norm > 0, norm / torch.maximum(_rms(base), _rms(value)), norm)
-        latest = torch.where(healthy, latest, torch.inf)
+        latest = torch.where(healthy, _relative(correction, value, base), torch.inf)
         relative = torch.where(active, latest, relative)
         active = healthy & ~(latest <= tolerance) & torch.isfinite(latest) & (evaluations < max_iterations)
     return Stage(value, slope, evaluations, relative, solved=(relative <= tolerance) | broken)

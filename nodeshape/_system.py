@@ -48,7 +48,7 @@ class System:
         """Undo :meth:`rows`; leading dimensions before ``[samples, size]`` are kept."""
         lead = rows.shape[:-2]
         parts = torch.split(rows, self._sizes, dim=-1)
-        tensors = tuple(x.reshape(*lead, *shape) for x, shape in zip(parts, self._shapes))
+        tensors = tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._shapes))
         return tensors if self._tuple else tensors[0]
 
     def time(self, t: Time) -> Tensor:

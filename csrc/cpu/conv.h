@@ -1,12 +1,14 @@
 // ConvDynamics: f = norm3(z2), z2 = conv2(t, relu(norm2(z1))), z1 = conv1(t, relu(norm1(y))).
 //
-// Time is a constant input channel, so all it does is shift a convolution's output by t times a map that depends on nothing
-// but which borders a pixel touches; bias and time together are sixteen vectors of channels, one for each kind of pixel.
+// Time is a constant input channel, so all it does is shift a convolution's output by t times a map that depends on
+// nothing but which borders a pixel touches; bias and time together are sixteen vectors of channels, one for each kind
+// of pixel.
 #pragma once
 
 #include "conv3x3.h"
 #include "groupnorm.h"
 #include "kernels.h"
+#include "share.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
@@ -21,7 +23,8 @@ NODESHAPE_INLINE int kind_of(int64_t y, int64_t x, const MapShape& shape) {
 /// Whether the filter's tap reads inside the map at such a pixel.
 NODESHAPE_INLINE bool inside(int tap, int kind) {
   const int down = tap / 3, across = tap % 3;
-  return !(down == 0 && kind & 1) && !(down == 2 && kind & 2) && !(across == 0 && kind & 4) && !(across == 2 && kind & 8);
+  return !(down == 0 && kind & 1) && !(down == 2 && kind & 2) && !(across == 0 && kind & 4) &&
+         !(across == 2 && kind & 8);
 }
 
 /// Parameters as the kernels read them.
@@ -33,13 +36,13 @@ struct ConvWeights {
   const T* gamma[3];  // [padded channels]
   const T* beta[3];
   struct Layer {
-    const Filters<T>* forward;
-    const Filters<T>* backward;  // transposed and flipped: from output cotangents to input cotangents
-    const T* bias;               // [padded channels]
-    const T* time;               // [kinds, padded channels]
+    Filters<T>* forward;
+    Filters<T>* backward;  // transposed and flipped: from output cotangents to input cotangents
+    const T* bias;         // [padded channels]
+    const T* time;         // [kinds, padded channels]
   } layers[2];
 
-  ConvWeights(const ConvModel& model, Arena& arena, bool with_gradient)
+  ConvWeights(const ConvModel& model, Arena& arena, const Executor& executor, bool with_gradient)
       : shape{model.channels, model.height, model.width}, groups(model.groups) {
     const int64_t c = shape.channels;
     int* kind = arena.take<int>(shape.pixels());
@@ -53,11 +56,8 @@ struct ConvWeights {
     }
     for (int l = 0; l < 2; ++l) {
       const T* weight = parameter(4 * l + 2);
-      const auto filter = [=](int64_t o, int64_t i, int tap) { return weight[(o * (c + 1) + i + 1) * 9 + tap]; };
-      const auto flipped = [=](int64_t i, int64_t o, int tap) { return filter(o, i, 8 - tap); };
-      layers[l].forward = new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, filter);
-      layers[l].backward =
-          with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena, flipped) : nullptr;
+      layers[l].forward = new (arena.take<Filters<T>>(1)) Filters<T>(c, arena);
+      layers[l].backward = with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena) : nullptr;
       layers[l].bias = padded_row(parameter(4 * l + 3), arena);
       T* time = arena.zeros<T>(kKinds * padded<T>(c));
       for (int kind = 0; kind < kKinds; ++kind)
@@ -66,6 +66,16 @@ struct ConvWeights {
             if (inside(tap, kind)) time[kind * padded<T>(c) + o] += weight[o * (c + 1) * 9 + tap];
       layers[l].time = time;
     }
+    const int64_t vectors = layers[0].forward->vectors(), directions = with_gradient ? 2 : 1;
+    share(executor, 2 * directions * vectors, [&](int64_t task, Arena&) {
+      const int64_t v = task % vectors, l = task / vectors % 2;
+      const T* weight = parameter(4 * l + 2);
+      const auto filter = [=](int64_t o, int64_t i, int tap) { return weight[(o * (c + 1) + i + 1) * 9 + tap]; };
+      if (task / vectors < 2)
+        layers[l].forward->transform(v, filter);
+      else
+        layers[l].backward->transform(v, [=](int64_t i, int64_t o, int tap) { return filter(o, i, 8 - tap); });
+    });
   }
 
   int64_t parameters() const { return 6 * shape.channels + 2 * shape.channels * (9 * (shape.channels + 1) + 1); }
@@ -158,9 +168,10 @@ class ConvDynamics {
         each<T>(width_, [&](int64_t c) {
           store(shift + kind * width_ + c, fma(time, load(layer.time + kind * width_ + c), load(layer.bias + c)));
         });
-      layer.forward->apply(shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
-        store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
-      });
+      layer.forward->apply(
+          shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
+            store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
+          });
     }
     for (int i = 0; i < batch.count; ++i) {
       Slot& slot = slots_[batch.slot[i]];
@@ -219,13 +230,12 @@ class ConvDynamics {
         Slot& slot = slots_[s];
         const T* dz = slot.dz[l];
         transform_activations(slot, l, count, s);
-        transform_cotangents<T>(shape_, rows, s * shape_.tiles(), outputs_, [&](int64_t p, int64_t c) {
-          return load(dz + p * width_ + c) * scale;
-        });
+        transform_cotangents<T>(shape_, rows, s * shape_.tiles(), outputs_,
+                                [&](int64_t p, int64_t c) { return load(dz + p * width_ + c) * scale; });
         sum_kinds(dz);
         const T* map = w_.layers[l].time;
-        slot.time_product += double(
-            total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
+        slot.time_product +=
+            double(total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
         T *bias = bias_gradient_[l], *time = time_gradient_[l];
         for (int kind = 0; kind < kKinds; ++kind)
           each<T>(width_, [&](int64_t c) {
@@ -271,8 +281,8 @@ class ConvDynamics {
   /// What eval() and vjp() leave of a sample.
   struct Slot {
     const T* y;
-    T* z[2];            // outputs of the convolutions, [pixels, padded channels]
-    T* dz[2];           // their cotangents
+    T* z[2];   // outputs of the convolutions, [pixels, padded channels]
+    T* dz[2];  // their cotangents
     GroupNorm<T>* norm[3];
     double time_product;
 
@@ -326,7 +336,7 @@ class ConvDynamics {
   T* inputs_;            // [36, rows, padded channels], transformed inputs
   T* outputs_;           // [36, rows, panel], products; [36, rows, padded channels], transformed cotangents
   Slot slots_[kMaxGroup];
-  T* shift_[2];      // [kinds, padded channels], bias + t time
+  T* shift_[2];  // [kinds, padded channels], bias + t time
   T* kinds_ = nullptr;
   T* norm_gradient_ = nullptr;  // [3, (gamma, beta), padded channels]
   FilterGradient<T>* filter_gradient_[2];

@@ -1,8 +1,8 @@
 // The 3x3 convolutions of a few feature maps at once, in the Winograd domain.
 //
-// Maps are channels last, [height, width, padded channels], so that every transform is a transform of vectors of channels.
-// A map has `tiles` tiles; a batch of maps has rows = maps * tiles of them, and transformed inputs and outputs are
-// [36, rows, padded channels]: 36 matrix products. The products lie product_stride() apart.
+// Maps are channels last, [height, width, padded channels], so that every transform is a transform of vectors of
+// channels. A map has `tiles` tiles; a batch of maps has rows = maps * tiles of them, and transformed inputs and
+// outputs are [36, rows, padded channels]: 36 matrix products. The products lie product_stride() apart.
 #pragma once
 
 #include "arena.h"
@@ -34,7 +34,8 @@ NODESHAPE_INLINE void each_tile(const MapShape& shape, int64_t row, Body&& body)
     for (int64_t left = 0; left < shape.width; left += winograd::kTile) body(row++, top, left);
 }
 
-/// A feature map in a frame of zeros as wide as the tiles' patches reach: [framed height, framed width, padded channels].
+/// A feature map in a frame of zeros as wide as the tiles' patches reach: [framed height, framed width, padded
+/// channels].
 template <class T>
 class FramedMap {
  public:
@@ -103,22 +104,28 @@ void transform_cotangents(const MapShape& shape, int64_t rows, int64_t first_row
 template <class T>
 class Filters {
  public:
-  /// weight(o, i, tap) is the filter from input channel i to output channel o.
+  Filters(int64_t channels, Arena& arena)
+      : channels_(channels), transformed_(arena.take<T>(winograd::kProducts * padded<T>(channels) * (channels + 1))) {}
+
+  /// Vectors of output channels, which transform() takes one at a time.
+  int64_t vectors() const { return padded<T>(channels_) / kLanes<T>; }
+
+  /// Set the filters to output channels v lanes ... (v + 1) lanes; weight(o, i, tap) is the one from channel i to o.
   template <class Weight>
-  Filters(int64_t channels, Arena& arena, Weight&& weight) : channels_(channels) {
+  void transform(int64_t v, Weight&& weight) {
     constexpr int64_t lanes = kLanes<T>;
-    const int64_t columns = padded<T>(channels);
-    transformed_ = arena.take<T>(winograd::kProducts * columns * (channels + 1));
-    for (int64_t o = 0; o < columns; o += lanes)
-      for (int64_t i = 0; i < channels; ++i) {
-        T taps[9][lanes];
-        for (int64_t lane = 0; lane < lanes; ++lane)
-          for (int tap = 0; tap < 9; ++tap) taps[tap][lane] = o + lane < channels ? weight(o + lane, i, tap) : T(0);
-        Vec<T> g[3][3], u[6][6];
-        for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = load(taps[tap]);
-        winograd::both_ways<T>(g, u, [](const auto& a, auto& b) { winograd::filter<T>(a, b); });
-        for (int xi = 0; xi < 36; ++xi) store(transformed_ + place(xi, i, o), u[xi / 6][xi % 6]);
-      }
+    const int64_t o = v * lanes;
+    for (int64_t i = 0; i < channels_; ++i) {
+      T taps[9][lanes];
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int tap = 0; tap < 9; ++tap) taps[tap][lane] = o + lane < channels_ ? weight(o + lane, i, tap) : T(0);
+      Vec<T> g[3][3], u[6][6];
+      for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = load(taps[tap]);
+      winograd::both_ways<T>(g, u, [](const auto& a, auto& b) { winograd::filter<T>(a, b); });
+      T* to = transformed_ + place(0, i, o);
+      const int64_t stride = place(1, i, o) - place(0, i, o);
+      for (int xi = 0; xi < 36; ++xi) store(to + xi * stride, u[xi / 6][xi % 6]);
+    }
   }
 
   /// Convolve: for each panel of output channels, sink(map, pixel, channel vector c, value) of every output.
@@ -151,9 +158,8 @@ class Filters {
     const int64_t in_stride = product_stride<T>(rows, columns), out_stride = product_stride<T>(rows, width);
     for (; from + width <= columns; from += width) {
       for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-        detail::panel<T, Vectors, false>(
-            rows, channels_, {inputs + xi * in_stride, columns, 1}, transformed_ + place(xi, 0, from), width,
-            outputs + xi * out_stride, width);
+        detail::panel<T, Vectors, false>(rows, channels_, {inputs + xi * in_stride, columns, 1},
+                                         transformed_ + place(xi, 0, from), width, outputs + xi * out_stride, width);
       for (int64_t map = 0; map < maps; ++map)
         each_tile(shape, map * shape.tiles(), [&](int64_t row, int64_t top, int64_t left) {
           const int64_t last_i = shape.height - top, last_j = shape.width - left, corner = top * shape.width + left;
@@ -190,7 +196,8 @@ class FilterGradient {
   void add(int64_t rows, const T* inputs, const T* cotangents) {
     const int64_t columns = padded<T>(channels_), stride = product_stride<T>(rows, columns);
     for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-      gemm<T, true>(channels_, columns, rows, {inputs + xi * stride, 1, columns}, cotangents + xi * stride, columns, sums_ + xi * channels_ * columns, columns);
+      gemm<T, true>(channels_, columns, rows, {inputs + xi * stride, 1, columns}, cotangents + xi * stride, columns,
+                    sums_ + xi * channels_ * columns, columns);
   }
 
   /// Calls sink(o, i, taps[9]) for every filter and starts again from zero.

@@ -1,7 +1,7 @@
 // Small matrix products, register-blocked: c[m, n] (+)= sum_k a(m, k) b[k, n].
 //
-// Every element is summed over k in ascending order by one chain of fused multiply-adds, so its value does not depend on
-// how many rows are multiplied at once.
+// Every element is summed over k in ascending order by one chain of fused multiply-adds, so its value does not depend
+// on how many rows are multiplied at once.
 #pragma once
 
 #include "simd.h"
@@ -80,8 +80,7 @@ void panels(int64_t from, int64_t rows, int64_t columns, int64_t depth, Strided<
     panel<T, Vectors, Accumulate>(rows, depth, a, b + from, b_row, c + from, c_row);
   }
   if constexpr (Vectors > 1)
-    if (from < columns)
-      panels<T, Vectors / 2, Accumulate>(from, rows, columns, depth, a, b, b_row, c, c_row);
+    if (from < columns) panels<T, Vectors / 2, Accumulate>(from, rows, columns, depth, a, b, b_row, c, c_row);
 }
 
 }  // namespace detail

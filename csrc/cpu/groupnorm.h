@@ -32,7 +32,11 @@ class GroupNorm {
  public:
   /// gamma and beta are [padded channels], zero beyond the channels.
   GroupNorm(int64_t pixels, int64_t channels, int64_t groups, const T* gamma, const T* beta, Arena& arena)
-      : pixels_(pixels), width_(padded<T>(channels)), groups_(groups), members_(channels / groups), gamma_(gamma),
+      : pixels_(pixels),
+        width_(padded<T>(channels)),
+        groups_(groups),
+        members_(channels / groups),
+        gamma_(gamma),
         beta_(beta) {
     T* rows = arena.zeros<T>(8 * width_);
     mean_ = rows;

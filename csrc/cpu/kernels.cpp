@@ -31,14 +31,14 @@ void with_activation(Activation activation, Body&& body) {
 template <class T>
 void conv_forward(const ConvModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
-  const ConvWeights<T> weights(model, arena, false);
+  const ConvWeights<T> weights(model, arena, executor, false);
   forward<ConvDynamics<T>>(weights, problem, executor);
 }
 
 template <class T>
 void conv_backward(const ConvModel& model, const BackwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
-  const ConvWeights<T> weights(model, arena, true);
+  const ConvWeights<T> weights(model, arena, executor, true);
   backward<ConvDynamics<T>>(weights, problem, executor);
 }
 
@@ -46,16 +46,14 @@ template <class T>
 void mlp_forward(const MlpModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
   const MlpWeights<T> weights(model, arena);
-  with_activation(model.activation,
-                  [&]<Activation A>() { forward<MlpDynamics<T, A>>(weights, problem, executor); });
+  with_activation(model.activation, [&]<Activation A>() { forward<MlpDynamics<T, A>>(weights, problem, executor); });
 }
 
 template <class T>
 void mlp_backward(const MlpModel& model, const BackwardProblem<T>& problem, const Executor& executor) {
   Arena arena;
   const MlpWeights<T> weights(model, arena);
-  with_activation(model.activation,
-                  [&]<Activation A>() { backward<MlpDynamics<T, A>>(weights, problem, executor); });
+  with_activation(model.activation, [&]<Activation A>() { backward<MlpDynamics<T, A>>(weights, problem, executor); });
 }
 
 template <class T>

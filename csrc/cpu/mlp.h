@@ -14,11 +14,11 @@ namespace nodeshape::NODESHAPE_TARGET {
 template <class T>
 struct MlpWeights {
   struct Layer {
-    int64_t in, out;     // without time
-    const T* forward;    // [in, padded out], W transposed
-    const T* backward;   // [out, padded in], W
-    const T* bias;       // [padded out]
-    const T* time;       // [padded out], layer 0 only
+    int64_t in, out;    // without time
+    const T* forward;   // [in, padded out], W transposed
+    const T* backward;  // [out, padded in], W
+    const T* bias;      // [padded out]
+    const T* time;      // [padded out], layer 0 only
   };
   int64_t dim, count;
   Activation activation;
@@ -153,8 +153,7 @@ class MlpDynamics {
   void accumulate(double t, double h, int count) {
     for (int s = 0; s < count; ++s) {
       const T *dz = layers_[0].dz + s * layers_[0].width, *time = w_.layers[0].time;
-      time_products_[s] =
-          double(total<T>(layers_[0].width, [=](int64_t i) { return load(dz + i) * load(time + i); }));
+      time_products_[s] = double(total<T>(layers_[0].width, [=](int64_t i) { return load(dz + i) * load(time + i); }));
     }
     const Vec<T> scale = splat(T(h)), time = splat(T(t));
     for (int64_t l = 0; l < w_.count; ++l) {
@@ -195,11 +194,11 @@ class MlpDynamics {
 
  private:
   struct Layer {
-    int64_t width;  // of a row: the layer's outputs, padded
-    T* shift;       // [width], bias and the part of time
-    T* z;           // [group, width]
-    T* a;           // [group, width]
-    T* dz;          // [group, width]
+    int64_t width;       // of a row: the layer's outputs, padded
+    T* shift;            // [width], bias and the part of time
+    T* z;                // [group, width]
+    T* a;                // [group, width]
+    T* dz;               // [group, width]
     T* weight_gradient;  // [in, width]
     T* bias_gradient;    // [width]
   };

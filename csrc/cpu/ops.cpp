@@ -93,32 +93,34 @@ struct Common {
     if (adjoint == "discrete") return kStoreStages;
     return adjoint == "reversible" ? checkpoint_every : kStoreNothing;
   }
-  Grid grid() const {
-    return {static_cast<const double*>(t.data_ptr()), t.size(0), steps.data(), theta};
-  }
+  Grid grid() const { return {static_cast<const double*>(t.data_ptr()), t.size(0), steps.data(), theta}; }
   StageOptions stage() const { return {tolerance, max_iterations}; }
 
   void check_arguments(const Tensor& y0) const {
     NODESHAPE_CHECK(y0.is_cpu(), op, "y0 must be on the CPU");
     NODESHAPE_CHECK(y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double, op,
-          "y0 must be float32 or float64");
+                    "y0 must be float32 or float64");
     NODESHAPE_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 1, op,
-          "t must be a one-dimensional float64 tensor on the CPU");
+                    "t must be a one-dimensional float64 tensor on the CPU");
     NODESHAPE_CHECK(t.size(0) >= 1, op, "t must hold at least one observation time");
     NODESHAPE_CHECK(int64_t(steps.size()) == t.size(0) - 1, op,
-          "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(t.size(0)) +
-              " observation times; give one for each interval between them");
+                    "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(t.size(0)) +
+                        " observation times; give one for each interval between them");
     for (int64_t count : steps)
       NODESHAPE_CHECK(count >= 1, op, "every interval needs at least 1 step, got " + std::to_string(count));
-    NODESHAPE_CHECK(theta == 0.0 || theta == 0.5 || theta == 1.0, op,
-          "theta must be 0 (euler), 0.5 (implicit_midpoint) or 1 (implicit_euler), got " + std::to_string(theta));
+    NODESHAPE_CHECK(
+        theta == 0.0 || theta == 0.5 || theta == 1.0, op,
+        "theta must be 0 (euler), 0.5 (implicit_midpoint) or 1 (implicit_euler), got " + std::to_string(theta));
     NODESHAPE_CHECK(tolerance > 0, op, "tolerance must be positive, got " + std::to_string(tolerance));
-    NODESHAPE_CHECK(max_iterations >= 1, op, "max_iterations must be at least 1, got " + std::to_string(max_iterations));
-    NODESHAPE_CHECK(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous", op,
-          "unknown adjoint '" + adjoint + "': choose one of none, discrete, reversible, continuous");
-    NODESHAPE_CHECK(checkpoint_every >= 0, op,
-          "checkpoint_every must be a number of steps, or 0 for none, got " + std::to_string(checkpoint_every));
-    NODESHAPE_CHECK(drift_tolerance > 0, op, "drift_tolerance must be positive, got " + std::to_string(drift_tolerance));
+    NODESHAPE_CHECK(max_iterations >= 1, op,
+                    "max_iterations must be at least 1, got " + std::to_string(max_iterations));
+    NODESHAPE_CHECK(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous",
+                    op, "unknown adjoint '" + adjoint + "': choose one of none, discrete, reversible, continuous");
+    NODESHAPE_CHECK(
+        checkpoint_every >= 0, op,
+        "checkpoint_every must be a number of steps, or 0 for none, got " + std::to_string(checkpoint_every));
+    NODESHAPE_CHECK(drift_tolerance > 0, op,
+                    "drift_tolerance must be positive, got " + std::to_string(drift_tolerance));
   }
 };
 
@@ -138,14 +140,17 @@ using MlpOwner = Owner<MlpModel>;
 
 void conv_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights, ConvOwner& owner) {
   NODESHAPE_CHECK(y0.dim() == 4, op, "y0 must be [batch, channels, height, width], got " + text(sizes_of(y0)));
-  NODESHAPE_CHECK(weights.size() == 10, op, "expected the 10 parameters of ConvDynamics, got " + std::to_string(weights.size()));
+  NODESHAPE_CHECK(weights.size() == 10, op,
+                  "expected the 10 parameters of ConvDynamics, got " + std::to_string(weights.size()));
   const int64_t c = y0.size(1), height = y0.size(2), width = y0.size(3);
   NODESHAPE_CHECK(height >= 1 && width >= 1, op, "y0 has an empty feature map, " + text(sizes_of(y0)));
   NODESHAPE_CHECK(weights[2].dim() == 4, op, "conv1.weight must have 4 dimensions");
-  NODESHAPE_CHECK(weights[2].size(0) == c, op,
-        "y0 has " + std::to_string(c) + " channels but conv1.weight expects " + std::to_string(weights[2].size(0)));
+  NODESHAPE_CHECK(
+      weights[2].size(0) == c, op,
+      "y0 has " + std::to_string(c) + " channels but conv1.weight expects " + std::to_string(weights[2].size(0)));
   const int64_t groups = std::min<int64_t>(32, c);
-  NODESHAPE_CHECK(c >= 1 && c % groups == 0, op, "channels must be 1 to 32 or a multiple of 32, got " + std::to_string(c));
+  NODESHAPE_CHECK(c >= 1 && c % groups == 0, op,
+                  "channels must be 1 to 32 or a multiple of 32, got " + std::to_string(c));
   static const char* const names[] = {"norm1.weight", "norm1.bias",   "conv1.weight", "conv1.bias",   "norm2.weight",
                                       "norm2.bias",   "conv2.weight", "conv2.bias",   "norm3.weight", "norm3.bias"};
   owner.model = {c, height, width, groups, {}};
@@ -159,12 +164,13 @@ void conv_model(const std::string& op, const Tensor& y0, const std::vector<Tenso
 void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights,
                const std::string& activation, MlpOwner& owner) {
   NODESHAPE_CHECK(y0.dim() == 2, op, "y0 must be [batch, dim], got " + text(sizes_of(y0)));
-  NODESHAPE_CHECK(!weights.empty() && weights.size() % 2 == 0, op,
-        "weights must be a weight and a bias for each layer, got " + std::to_string(weights.size()) + " tensors");
+  NODESHAPE_CHECK(
+      !weights.empty() && weights.size() % 2 == 0, op,
+      "weights must be a weight and a bias for each layer, got " + std::to_string(weights.size()) + " tensors");
   static const char* const names[] = {"tanh", "relu", "softplus", "silu"};
   const auto found = std::find(std::begin(names), std::end(names), activation);
   NODESHAPE_CHECK(found != std::end(names), op,
-        "unknown activation '" + activation + "': choose one of tanh, relu, softplus, silu");
+                  "unknown activation '" + activation + "': choose one of tanh, relu, softplus, silu");
   const int64_t dim = y0.size(1), layers = int64_t(weights.size()) / 2;
   NODESHAPE_CHECK(dim >= 1, op, "y0 must have at least one component");
   int64_t in = dim + 1;
@@ -176,8 +182,8 @@ void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor
     NODESHAPE_CHECK(out >= 1, op, layer + " must have at least one output");
     if (l == 0)
       NODESHAPE_CHECK(weight.size(1) == in, op,
-            "y0 has " + std::to_string(dim) + " components but layers.0.weight expects " +
-                std::to_string(weight.size(1) - 1) + " and the time");
+                      "y0 has " + std::to_string(dim) + " components but layers.0.weight expects " +
+                          std::to_string(weight.size(1) - 1) + " and the time");
     check_tensor(op, layer + ".weight", weight, y0.scalar_type(), {out, in});
     check_tensor(op, layer + ".bias", weights[2 * l + 1], y0.scalar_type(), {out});
     for (int i = 0; i < 2; ++i) {
@@ -259,8 +265,7 @@ SolveResult run(const Common& common, const Model& model, ForwardKernel<Model, T
   sizes.insert(sizes.begin(), grid.count);
   const Tensor ys = empty(sizes, dtype_of<T>());
   const Tensor stored = empty(stored_sizes(stored_rows(common.store(), grid), y0), dtype_of<T>());
-  const Tensor evaluations = empty({2, samples}, aoti_torch_dtype_int64());
-  std::fill_n(data<int64_t>(evaluations) + samples, samples, 0);
+  const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);
   std::vector<Failure> failures(samples);
@@ -281,7 +286,8 @@ SolveResult solve(const Common& common, const Model& model, ForwardKernel<Model,
 
 /// y0, as the first observation.
 Tensor first(const std::string& op, const Tensor& ys) {
-  NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op, "ys must hold at least one observation, got " + text(sizes_of(ys)));
+  NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op,
+                  "ys must hold at least one observation, got " + text(sizes_of(ys)));
   return torch::stable::select(ys, 0, 0);
 }
 
@@ -306,8 +312,7 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
   check_tensor(common.op, "ys", arguments.ys, dtype, sizes);
   check_tensor(common.op, "grad_ys", arguments.grad_ys, dtype, sizes);
   check_tensor(common.op, "stages", arguments.stored, dtype, stored_sizes(stored_rows(common.store(), grid), y0));
-  const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys),
-               stored = dense(arguments.stored);
+  const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys), stored = dense(arguments.stored);
 
   int64_t parameters = 0;
   for (const Tensor& x : owner.tensors) parameters += x.numel();
@@ -317,9 +322,9 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   std::vector<Failure> failures(samples);
   kernel(owner.model,
-         {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance, data<T>(grad_ys), data<T>(ys),
-          data<T>(stored), data<T>(grad_y0), data<double>(grad_t), grad_parameters.data(), data<int64_t>(evaluations),
-          failures.data()},
+         {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance, data<T>(grad_ys),
+          data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t), grad_parameters.data(),
+          data<int64_t>(evaluations), failures.data()},
          executor());
   check_failures(common, failures, true);
 
@@ -344,10 +349,10 @@ GradientResult solve_backward(const Common& common, const Owner<Model>& owner, B
 // ---- ops -------------------------------------------------------------------------------------------------------
 
 SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::vector<int64_t> steps, double theta,
-                       double tolerance, int64_t max_iterations, std::string adjoint,
-                       int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"conv_solve", dense(t), std::move(steps), theta, tolerance, max_iterations,
-                      std::move(adjoint), checkpoint_every, drift_tolerance};
+                       double tolerance, int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
+                       double drift_tolerance) {
+  const Common common{"conv_solve",   dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
   common.check_arguments(y0);
   ConvOwner owner;
   conv_model(common.op, y0, weights, owner);
@@ -355,26 +360,24 @@ SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::ve
   return solve(common, owner.model, k.float32.conv_forward, k.float64.conv_forward, y0);
 }
 
-GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t,
-                                   std::vector<Tensor> weights, std::vector<int64_t> steps, double theta,
-                                   double tolerance, int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
-                                   double drift_tolerance) {
-  const Common common{"conv_solve_backward", dense(t), std::move(steps), theta, tolerance, max_iterations,
-                      std::move(adjoint), checkpoint_every, drift_tolerance};
+GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
+                                   std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
+                                   std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
+  const Common common{"conv_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations,        std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   common.check_arguments(y0);
   ConvOwner owner;
   conv_model(common.op, y0, weights, owner);
   const Kernels& k = kernels();
-  return solve_backward(common, owner, k.float32.conv_backward, k.float64.conv_backward, y0,
-                        {grad_ys, ys, stages});
+  return solve_backward(common, owner, k.float32.conv_backward, k.float64.conv_backward, y0, {grad_ys, ys, stages});
 }
 
 SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::string activation,
                       std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
                       std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"mlp_solve", dense(t), std::move(steps), theta, tolerance, max_iterations,
-                      std::move(adjoint), checkpoint_every, drift_tolerance};
+  const Common common{"mlp_solve",    dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
   common.check_arguments(y0);
   MlpOwner owner;
   mlp_model(common.op, y0, weights, activation, owner);
@@ -382,19 +385,18 @@ SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::str
   return solve(common, owner.model, k.float32.mlp_forward, k.float64.mlp_forward, y0);
 }
 
-GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t,
-                                  std::vector<Tensor> weights, std::string activation, std::vector<int64_t> steps,
-                                  double theta, double tolerance, int64_t max_iterations, std::string adjoint,
-                                  int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"mlp_solve_backward", dense(t), std::move(steps), theta, tolerance, max_iterations,
-                      std::move(adjoint), checkpoint_every, drift_tolerance};
+GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
+                                  std::string activation, std::vector<int64_t> steps, double theta, double tolerance,
+                                  int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
+                                  double drift_tolerance) {
+  const Common common{"mlp_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations,       std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   common.check_arguments(y0);
   MlpOwner owner;
   mlp_model(common.op, y0, weights, activation, owner);
   const Kernels& k = kernels();
-  return solve_backward(common, owner, k.float32.mlp_backward, k.float64.mlp_backward, y0,
-                        {grad_ys, ys, stages});
+  return solve_backward(common, owner, k.float32.mlp_backward, k.float64.mlp_backward, y0, {grad_ys, ys, stages});
 }
 
 }  // namespace
@@ -402,18 +404,22 @@ GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tens
 STABLE_TORCH_LIBRARY(nodeshape, m) {
   m.def(
       "conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance,"
-      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)");
+      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
+      "Tensor evaluations, Tensor residual)");
   m.def(
       "conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights,"
-      " int[] steps, float theta, float tolerance, int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance)"
+      " int[] steps, float theta, float tolerance, int max_iterations, str adjoint, int checkpoint_every, float "
+      "drift_tolerance)"
       " -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)");
   m.def(
       "mlp_solve(Tensor y0, Tensor t, Tensor[] weights, str activation, int[] steps, float theta, float tolerance,"
-      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)");
+      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
+      "Tensor evaluations, Tensor residual)");
   m.def(
       "mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights,"
       " str activation, int[] steps, float theta, float tolerance, int max_iterations, str adjoint,"
-      " int checkpoint_every, float drift_tolerance) -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)");
+      " int checkpoint_every, float drift_tolerance) -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor "
+      "evaluations)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nodeshape, CPU, m) {

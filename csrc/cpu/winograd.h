@@ -2,18 +2,18 @@
 //
 //     output tile [4, 4] = A^T ((G g G^T) * (B^T d B)) A,   filter g [3, 3], input tile d [6, 6]
 //
-// interpolated at 0, +-p, +-q and infinity. With p = 3/4, q = 3/2 instead of the usual 1, 2 the rounding error is half as
-// large (measured on 64 channels: 6.6e-7 against 1.3e-6). All transforms are one-dimensional ones over columns and then
-// rows, of vectors that hold channels.
+// interpolated at 0, +-p, +-q and infinity. With p = 3/4, q = 3/2 instead of the usual 1, 2 the rounding error is half
+// as large (measured on 64 channels: 6.6e-7 against 1.3e-6). All transforms are one-dimensional ones over columns and
+// then rows, of vectors that hold channels.
 #pragma once
 
 #include "simd.h"
 
 namespace nodeshape::NODESHAPE_TARGET::winograd {
 
-inline constexpr int kTile = 4;        // outputs a side
-inline constexpr int kPatch = 6;       // inputs a side
-inline constexpr int kProducts = 36;   // a tile
+inline constexpr int kTile = 4;       // outputs a side
+inline constexpr int kPatch = 6;      // inputs a side
+inline constexpr int kProducts = 36;  // a tile
 inline constexpr double kP = 0.75, kQ = 1.5;
 inline constexpr double kP2 = kP * kP, kQ2 = kQ * kQ;
 

@@ -1,0 +1,68 @@
+"""``python -m nodeshape.bench``: the fused solver, training and deployment against their rivals, measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nodeshape import _bench_deploy, _bench_report, _bench_solver, _bench_train
+from nodeshape._bench_cases import run_case
+from nodeshape._bench_timing import FULL, QUICK, machine
+from nodeshape._cli import Parser, UserError, run
+
+SUITES = {"solver": _bench_solver, "train": _bench_train, "deploy": _bench_deploy}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a suite, print its tables and targets, and write what was asked for."""
+    parser = Parser("bench", "Measure nodeshape against its rivals: alternating rounds, medians.")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="solver", help="what to measure")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write every figure to FILE, and the plot beside it (FILE's name, .png)",
+    )
+    parser.add_argument("--quick", action="store_true", help="small problems, few rounds: shows that it works, no more")
+    args = parser.parse_args(argv)
+    _check(args.json)
+
+    suite, effort = SUITES[args.suite], QUICK if args.quick else FULL
+    here = machine(effort)
+    print(_bench_report.describe_machine(here))
+    results = []
+    with tqdm(desc="preparing", unit="case", disable=None, leave=False) as bar:
+        cases = suite.cases(args.quick)
+        bar.reset(len(cases))
+        for case in cases:
+            bar.set_description(f"{case.section}, {case.name}")
+            results.append(run_case(case, effort))
+            bar.update()
+    lines = [] if args.quick else _bench_report.targets(suite.TARGETS, results)
+    print(f"\nMedians of {effort.rounds} alternating rounds, and times the first column\n")
+    print(_bench_report.tables(results))
+    if lines:
+        print(f"\nTargets\n{_bench_report.target_table(lines)}")
+    if args.json is not None:
+        _bench_report.write_json(args.json, args.suite, args.quick, here, results, lines)
+        picture = args.json.with_suffix(".png")
+        _bench_report.plot(picture, suite.PLOTS, results, f"{here['cpu']}, {here['threads']} threads, {here['isa']}")
+        print(f"\nWrote {args.json} and {picture}")
+
+
+def _check(path: Path | None) -> None:
+    """Refuse a file that could not be written after minutes of measuring."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"--json {path}: is a folder; name a file, such as {path / 'bench.json'}")
+    if path.suffix == ".png":
+        raise UserError(f"--json {path}: the plot gets that name; name a file that ends in .json")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--json {path}: no such folder as {path.parent}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,255 @@
+"""The fused ops as citizens of PyTorch: opcheck, compilers, modes, processes, threads; and what they refuse."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import threading
+from copy import deepcopy
+from math import prod
+
+import pytest
+import torch
+from fused_reference import ADJOINTS, random_conv
+from torch import nn
+
+import nodeshape as ns
+from nodeshape import _fused
+from nodeshape._method import METHODS
+
+pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
+TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
+
+
+def scheme(adjoint="discrete", theta=0.5, steps=(2, 3), tolerance=1e-10, iterations=50, every=0):
+    return [list(steps), theta, tolerance, iterations, adjoint, every, 1e-2]
+
+
+def conv_arguments(grad=True, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    weights = [x.detach().to(dtype).requires_grad_(grad) for x in random_conv(4).parameters()]
+    return torch.randn(2, 4, 5, 6, dtype=dtype, requires_grad=grad), TIMES, weights, *scheme(**options)
+
+
+def mlp_arguments(grad=True, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    weights = [x.detach().to(dtype).requires_grad_(grad) for x in ns.MLPDynamics(3, (5,)).parameters()]
+    return torch.randn(4, 3, dtype=dtype, requires_grad=grad), TIMES, weights, "tanh", *scheme(**options)
+
+
+OPS = [("conv_solve", conv_arguments), ("mlp_solve", mlp_arguments)]
+
+
+def op(name):
+    return getattr(torch.ops.nodeshape, name).default
+
+
+@pytest.mark.parametrize("adjoint", ["none", *ADJOINTS])
+@pytest.mark.parametrize(("name", "arguments"), OPS)
+def test_forward_op_passes_opcheck(name, arguments, adjoint):
+    given = arguments(grad=adjoint != "none", adjoint=adjoint, every=2)
+    torch.library.opcheck(op(name), given)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize(("name", "arguments"), OPS)
+def test_backward_op_passes_opcheck(name, arguments, adjoint):
+    y0, t, *rest = arguments(grad=False, adjoint=adjoint, every=2)
+    ys, stages, *_ = op(name)(y0, t, *rest)
+    torch.library.opcheck(op(f"{name}_backward"), (torch.randn_like(ys), ys, stages, t, *rest))
+
+
+@pytest.mark.parametrize(("name", "arguments"), OPS)
+def test_gradients_are_those_of_finite_differences(name, arguments):
+    y0, t, weights, *rest = arguments(tolerance=1e-13)
+    t = t.clone().requires_grad_()
+    function = lambda y, s, *w: op(name)(y, s, list(w), *rest)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(function, (y0, t, *weights), atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+def network(dynamics):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = dynamics
+            self.register_buffer("t", torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+        def forward(self, y):
+            ys, *_ = _fused.solve(
+                self.block, y, self.t, [4], METHODS["implicit_midpoint"], "discrete", 1e-5, 50, None, 1e-2
+            )
+            return ys[-1].relu()
+
+    return Network()
+
+
+CASES = [(lambda: random_conv(4), (3, 4, 6, 6)), (lambda: ns.MLPDynamics(3, (8,)), (5, 3))]
+
+
+@pytest.mark.parametrize(("dynamics", "shape"), CASES)
+def test_compiled_module_gives_the_same_numbers_and_gradients(dynamics, shape):
+    torch.manual_seed(0)
+    f = network(dynamics())
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (f, compiled):
+        y0 = torch.linspace(-1, 2, prod(shape)).sin().reshape(shape).requires_grad_()
+        f.zero_grad()
+        out = function(y0)
+        out.square().sum().backward()
+        grads.append((out.detach(), y0.grad, *(x.grad.clone() for x in f.parameters())))
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dynamics", "shape"), CASES)
+def test_exported_program_gives_the_same_numbers(dynamics, shape):
+    f = network(dynamics())
+    y0 = torch.rand(shape)
+    with torch.no_grad():
+        batch = {0: torch.export.Dim("batch", min=2, max=64)}
+        program = torch.export.export(f, (y0,), dynamic_shapes=(batch,))
+        for y in (y0, y0[:2]):
+            assert torch.equal(program.module()(y), f(y))
+
+
+def test_scripted_function_gives_the_same_numbers():
+    @torch.jit.script
+    def scripted(y0: torch.Tensor, t: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+        return torch.ops.nodeshape.mlp_solve(y0, t, weights, "tanh", [2, 3], 0.5, 1e-10, 50, "none", 0, 1e-2)[0]
+
+    y0, t, weights, *rest = mlp_arguments(grad=False, adjoint="none")
+    assert torch.equal(scripted(y0, t, weights), op("mlp_solve")(y0, t, weights, *rest)[0])
+
+
+def test_modes_do_not_change_the_numbers():
+    f, y0 = random_conv(4), torch.randn(2, 4, 5, 5)
+    recorded = ns.odeint(f, y0, TIMES, steps=3)
+    with torch.no_grad():
+        assert torch.equal(ns.odeint(f, y0, TIMES, steps=3), recorded)
+    with torch.inference_mode():
+        assert torch.equal(ns.odeint(f, y0, TIMES, steps=3), recorded)
+    copies = (deepcopy(f), pickle.loads(pickle.dumps(f)))
+    for other in copies:
+        assert torch.equal(ns.odeint(other, y0, TIMES, steps=3), recorded)
+
+
+def test_memory_layout_does_not_change_the_numbers():
+    f, y0 = random_conv(4), torch.randn(3, 4, 6, 6)
+    expected = ns.odeint(f, y0, TIMES, steps=3)
+    strided = torch.randn(6, 4, 6, 12)[::2, :, :, ::2].copy_(y0)
+    for y in (y0.to(memory_format=torch.channels_last), strided):
+        assert not y.is_contiguous()
+        assert torch.equal(ns.odeint(f, y, TIMES, steps=3), expected)
+
+
+def test_threads_may_solve_at_the_same_time():
+    f, y0 = random_conv(8), torch.randn(4, 8, 8, 8)
+    expected = ns.odeint(f, y0, TIMES, steps=5)
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(ns.odeint(f, y0, TIMES, steps=5).detach())) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(torch.equal(x, expected) for x in results)
+
+
+def _solve_in_child(queue, f, y0):
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with torch.no_grad():
+        queue.put(ns.odeint(f, y0, TIMES, steps=3).numpy())
+
+
+def test_forked_process_may_solve():
+    f, y0 = random_conv(4), torch.randn(2, 4, 5, 5)
+    expected = ns.odeint(f, y0, TIMES, steps=3).detach().numpy()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_solve_in_child, args=(queue, f, y0))
+    child.start()
+    result = queue.get(timeout=60)
+    child.join()
+    assert (result == expected).all()
+
+
+def test_second_derivative_is_refused_not_wrong():
+    y0, *rest = mlp_arguments()
+    ys = op("mlp_solve")(y0, *rest)[0]
+    (grad,) = torch.autograd.grad(ys.square().sum(), y0, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+def test_gradient_of_a_solve_without_adjoint_is_refused():
+    y0, *rest = mlp_arguments(adjoint="none")
+    with pytest.raises(RuntimeError, match="asked for no gradient"):
+        op("mlp_solve")(y0, *rest)[0].sum().backward()
+
+
+def test_unsolved_stage_is_an_error_that_says_what_to_do():
+    f, y0 = random_conv(4), torch.randn(6, 4, 5, 5)
+    arguments = {"method": "implicit_euler", "steps": 3, "options": {"max_stage_iterations": 2}}
+    with pytest.raises(ns.StageSolveError, match=r"6 of 6 samples .* forward stage equation at t=0 .* smaller steps"):
+        ns.odeint(f, y0, TIMES, **arguments)
+
+
+def test_drift_of_the_reversed_trajectory_is_an_error():
+    """y' = -60 y contracts by e^-60; what rounding left cannot be expanded back."""
+    f = ns.MLPDynamics(2, ())
+    with torch.no_grad():
+        f.layers[0].weight.copy_(torch.tensor([[-60.0, 1.0, 0.0], [0.0, -50.0, 0.0]]))
+    y0 = torch.randn(3, 2, requires_grad=True)
+    ys = ns.odeint(f, y0, [0.0, 1.0], method="implicit_midpoint", steps=40, adjoint="reversible")
+    with pytest.raises((ns.ReversalDriftError, ns.StageSolveError)):
+        ys.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(2, 3, 5, 6, dtype=torch.float64)}, "y0 has 3 channels but conv1.weight expects 4"),
+        ({0: torch.zeros(2, 4, 5, dtype=torch.float64)}, "y0 must be \\[batch, channels, height, width\\]"),
+        ({0: torch.zeros(2, 4, 5, 6)}, "norm1.weight must have the dtype of y0"),
+        ({0: torch.zeros(2, 4, 5, 6, dtype=torch.float16)}, "y0 must be float32 or float64"),
+        ({1: TIMES.float()}, "t must be a one-dimensional float64 tensor"),
+        ({2: []}, "expected the 10 parameters of ConvDynamics, got 0"),
+        ({3: [1]}, "got 1 step counts for 3 observation times"),
+        ({3: [1, 0]}, "at least 1 step, got 0"),
+        ({4: 0.3}, "theta must be 0"),
+        ({5: 0.0}, "tolerance must be positive"),
+        ({6: 0}, "max_iterations must be at least 1"),
+        ({7: "exact"}, "unknown adjoint 'exact'"),
+        ({8: -1}, "checkpoint_every must be"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = list(conv_arguments(grad=False))
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(RuntimeError, match=f"conv_solve: .*{message}"):
+        op("conv_solve")(*arguments)
+
+
+def test_unknown_instruction_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("NODESHAPE_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="NODESHAPE_ISA=mmx is not known here: choose one of"):
+        op("mlp_solve")(*mlp_arguments(grad=False))
+
+
+def test_altered_modules_take_the_plain_path():
+    y0 = torch.randn(2, 4, 5, 5)
+    assert _fused.unavailable(ns.ConvDynamics(4), y0) is None
+    hooked = ns.ConvDynamics(4)
+    hooked.norm2.register_forward_hook(lambda *_: None)
+    replaced = ns.ConvDynamics(4)
+    replaced.norm1 = nn.Identity()
+
+    class Derived(ns.ConvDynamics):
+        pass
+
+    for f in (hooked, replaced, Derived(4)):
+        assert _fused.unavailable(f, y0) is not None

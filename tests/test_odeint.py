@@ -1,0 +1,132 @@
+"""``odeint`` as an interface: states, times, options, statistics, and moving over from torchdiffeq."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import ADJOINTS, METHODS, dynamics_and_state, gradients, relative_error
+from torch import Tensor
+
+import nodeshape as ns
+
+T = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 3, 4, 4), (0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("choice", [{"steps": 4}, {"step_size": 0.1}, {"rtol": 1e-3}])
+def test_the_solution_has_a_row_per_time_and_the_shape_and_dtype_of_the_state(
+    shape: tuple[int, ...], dtype: torch.dtype, choice: dict[str, float]
+) -> None:
+    y0 = torch.ones(shape, dtype=dtype, requires_grad=True)
+    for method in METHODS:
+        ys = ns.odeint(lambda t, y: -y * t, y0, T, method=method, **choice)
+        assert ys.shape == (3, *shape) and ys.dtype == dtype
+        torch.testing.assert_close(ys[-1], torch.full(shape, 0.6065, dtype=dtype), rtol=0.2, atol=0.0)
+        ys.sum().backward()
+        assert y0.grad is not None and y0.grad.shape == y0.shape
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_tuple_states_equal_the_states_side_by_side(adjoint: str) -> None:
+    func, y0 = dynamics_and_state("mlp")
+    a, b = (x.detach().clone().requires_grad_() for x in (y0[:, :1], y0[:, 1:]))
+
+    def split(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        out = func(t, torch.cat(y, dim=1))
+        return out[:, :1], out[:, 1:]
+
+    for choice in ({"steps": 6}, {"rtol": 1e-3}):
+        solution = ns.odeint(split, (a, b), T, adjoint=adjoint, **choice)
+        assert isinstance(solution, tuple) and [x.shape for x in solution] == [(3, 2, 1), (3, 2, 2)]
+        expected = ns.odeint(func, y0, T, adjoint=adjoint, **choice)
+        together = torch.cat(solution, dim=2)
+        assert relative_error([together], [expected]) < 1e-12
+        to_a, to_b = gradients(together, (a, b))
+        assert relative_error([torch.cat([to_a, to_b], dim=1)], gradients(expected, (y0,))) < 1e-9
+
+
+def test_a_tuple_of_unequal_batches_is_one_sample() -> None:
+    y0 = (torch.ones(2, 3, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    (a, b), stats = ns.odeint(lambda t, y: (-y[0], -y[1]), y0, T, return_stats=True, options={"stage_solver": "newton"})
+    assert a.shape == (3, 2, 3) and b.shape == (3, 4) and stats.accepted.shape == (1,)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "reversible"])
+@pytest.mark.parametrize("method", METHODS)
+def test_statistics_are_what_a_counter_in_f_counts(method: str, adjoint: str) -> None:
+    calls = 0
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.sin(y) * t
+
+    y0 = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    ys, stats = ns.odeint(func, y0, T, method=method, steps=10, adjoint=adjoint, return_stats=True)
+    assert int(stats.nfe_forward) == calls
+    assert int(stats.accepted) == 20 and int(stats.rejected) == 0 and stats.step_control == "fixed"
+    if method == "euler":
+        assert calls == 20 and int(stats.stage_iterations) == 0
+    else:
+        assert int(stats.stage_iterations) == calls and 0 < float(stats.residual) <= 1e-13
+    assert int(stats.nfe_backward) == 0
+    ys.sum().backward()
+    products = int(stats.nfe_backward)
+    assert products == 20 if (method, adjoint) == ("euler", "discrete") else products > 20
+
+
+def test_code_written_for_torchdiffeq_runs_by_changing_the_import() -> None:
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    func, y0 = dynamics_and_state("mlp")
+    t = torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)
+    calls = [
+        dict(method="euler", options={"step_size": 0.05}),
+        dict(method="euler", options={"step_size": 0.05}, rtol=1e-3, atol=1e-3, adjoint_params=tuple(func.parameters())),
+        dict(method="euler", options=dict(step_size=0.1), adjoint_options=dict(step_size=0.1), adjoint_method="euler"),
+        dict(rtol=1e-6, atol=1e-8, method=None, adjoint_rtol=1e-6, adjoint_atol=1e-8, adjoint_options=dict(norm="seminorm")),
+    ]
+    for arguments in calls:
+        ours, theirs = (solve(func, y0, t, **arguments) for solve in (ns.odeint_adjoint, torchdiffeq.odeint_adjoint))
+        assert relative_error([ours], [theirs]) < 1e-5
+        assert relative_error(gradients(ours, (y0, *func.parameters())), gradients(theirs, (y0, *func.parameters()))) < 1e-4
+    pair = (y0, torch.zeros(2, 1, dtype=torch.float64))
+    fields = lambda t, y: (func(t, y[0]), y[0].sum(dim=1, keepdim=True))  # noqa: E731
+    ours, theirs = (solve(fields, pair, t, method="euler", options={"step_size": 0.05}) for solve in (ns.odeint, torchdiffeq.odeint))
+    assert relative_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "dopri5"}, "unknown method 'dopri5': choose one of euler, implicit_euler, implicit_midpoint"),
+        ({"adjoint": "exact"}, "unknown adjoint 'exact'"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"steps": 2, "step_size": 0.1}, "not both"),
+        ({"step_size": -0.1}, "step_size must be a positive number, got -0.1"),
+        ({"step_size": 0.1, "options": {"step_size": 0.2}}, "step_size is given twice"),
+        ({"rtol": 0.0}, "rtol must be a positive number"),
+        ({"options": {"first_step": 0.1}}, "unknown option 'first_step': known are step_size"),
+        ({"options": {"checkpoint_every": 0}}, "checkpoint_every"),
+        ({"options": {"stage_solver": "krylov"}}, "choose 'anderson' or 'newton'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_the_values_allowed(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ns.odeint(lambda t, y: y, torch.ones(1), [0.0, 1.0], **arguments)
+
+
+@pytest.mark.parametrize("t", [[0.0, 0.0], [0.0, 1.0, 0.5], [0.0, float("nan")], [[0.0, 1.0]], []])
+def test_times_that_do_not_move_one_way_are_refused(t: list[float]) -> None:
+    with pytest.raises(ValueError, match="t must be"):
+        ns.odeint(lambda t, y: y, torch.ones(1), torch.tensor(t))
+
+
+def test_a_wrong_state_or_slope_is_refused() -> None:
+    for y0 in (torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.float16), (torch.ones(1), torch.ones(1).double())):
+        with pytest.raises(ValueError, match="y0"):
+            ns.odeint(lambda t, y: y, y0, [0.0, 1.0], steps=1)
+    with pytest.raises(TypeError, match="y0 must be a tensor or a tuple of tensors, got list"):
+        ns.odeint(lambda t, y: y, [torch.ones(1)], [0.0, 1.0], steps=1)
+    with pytest.raises(ValueError, match=r"it got \[\(2, 3\)\] and returned \[\(2, 1\)\]"):
+        ns.odeint(lambda t, y: y[:, :1], torch.ones(2, 3), [0.0, 1.0], steps=1)

@@ -1,0 +1,110 @@
+"""The stage solver: Anderson acceleration and Newton, sample by sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import nodeshape as ns
+from nodeshape._stage import STAGE_TOLERANCE, anderson_stage, newton_stage
+
+IMPLICIT = ("implicit_euler", "implicit_midpoint")
+
+
+def _residual(function: object, base: Tensor, c: float, value: Tensor) -> float:
+    return float((base + c * function(value) - value).abs().max() / value.abs().max())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_anderson_solves_to_the_tolerance_of_the_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 6, dtype=dtype)
+    base = torch.randn(5, 6, dtype=dtype)
+    stage = anderson_stage(lambda y: torch.tanh(y @ matrix), base, 0.3, base, STAGE_TOLERANCE[dtype], 50)
+    assert stage.solved.all()
+    assert (stage.residual <= STAGE_TOLERANCE[dtype]).all()
+    assert _residual(lambda y: torch.tanh(y @ matrix), base, 0.3, stage.value) < 10 * STAGE_TOLERANCE[dtype]
+
+
+def test_anderson_solves_a_stiff_linear_stage_on_which_plain_iteration_diverges() -> None:
+    rates = torch.tensor([[-3000.0, -40.0, -1.0]], dtype=torch.float64)  # three eigenvalues: three history columns
+    base = torch.ones(2, 3, dtype=torch.float64)
+    stage = anderson_stage(lambda y: rates * y, base, 1.0, base, 1e-13, 50)
+    assert stage.solved.all() and int(stage.evaluations.max()) <= 10
+    torch.testing.assert_close(stage.value, base / (1 - rates), rtol=1e-9, atol=0.0)
+
+
+def test_newton_solves_a_stage_far_too_stiff_for_anderson() -> None:
+    torch.manual_seed(1)
+    rates = -torch.logspace(0, 9, 12, dtype=torch.float64)
+    base = torch.rand(3, 12, dtype=torch.float64) + 0.5
+
+    def function(y: Tensor) -> Tensor:
+        return rates * (y + 0.1 * y**3)
+
+    def jacobian(y: Tensor) -> Tensor:
+        return torch.diag_embed(rates * (1 + 0.3 * y**2))
+
+    assert not anderson_stage(function, base, 1.0, base, 1e-13, 50).solved.any()
+    stage = newton_stage(function, jacobian, base, 1.0, base, 1e-13, 50)
+    assert stage.solved.all()
+
+
+def test_each_sample_stops_by_itself_and_counts_its_own_evaluations() -> None:
+    rates = torch.tensor([[0.0], [-0.1], [-30.0]], dtype=torch.float64)
+    base = torch.ones(3, 1, dtype=torch.float64)
+
+    def function(y: Tensor) -> Tensor:
+        return rates * y - 0.01 * rates * y**2
+
+    stage = anderson_stage(function, base, 1.0, base, 1e-13, 50)
+    assert stage.solved.all()
+    assert stage.evaluations[0] == 1 and stage.evaluations[0] < stage.evaluations[1] < stage.evaluations[2]
+
+
+def test_a_sample_that_does_not_converge_leaves_the_others_solved() -> None:
+    base = torch.tensor([[1.0], [1.0], [torch.nan]], dtype=torch.float64)
+    sign = torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64)
+    stage = anderson_stage(lambda y: sign * y**2, base, 1.0, base, 1e-13, 50)  # y = 1 + y² has no real solution
+    assert stage.solved.tolist() == [True, False, True]  # a NaN that came in is passed on, not blamed
+    assert float(stage.value[0]) == pytest.approx((5**0.5 - 1) / 2, abs=1e-13)
+
+
+@pytest.mark.parametrize("method", IMPLICIT)
+@pytest.mark.parametrize("stage_solver", ["anderson", "newton"])
+def test_non_convergence_names_samples_residual_step_and_remedy(method: str, stage_solver: str) -> None:
+    y0 = torch.tensor([[0.1], [5.0], [6.0]], dtype=torch.float64)
+    with pytest.raises(ns.StageSolveError) as error:
+        ns.odeint(
+            lambda t, y: y**2 + 1, y0, [0.0, 2.0], method=method, steps=2, options={"stage_solver": stage_solver}
+        )
+    message = str(error.value)
+    for part in ("of 3 samples", "t=0", "h=1", "residual", "tolerance 1.0e-13", "take smaller steps", "stage_tolerance"):
+        assert part in message, (part, message)
+    assert ("'newton'" in message) == (stage_solver == "anderson")
+
+
+def test_a_finite_state_too_large_for_its_dtype_is_not_taken_for_solved() -> None:
+    y0 = torch.full((1, 2), 1e30, dtype=torch.float32)  # its square overflows
+    with pytest.raises(ns.StageSolveError):
+        ns.odeint(lambda t, y: -3 * y, y0, [0.0, 1.0], method="implicit_euler", steps=1)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "reversible", "continuous"])
+@pytest.mark.parametrize("method", IMPLICIT)
+def test_newton_serves_the_backward_pass_of_stiff_dynamics(method: str, adjoint: str) -> None:
+    """A spectrum from 1 to 1e6 (1e2 where the trajectory must be undone), gradient against the closed form of the solve."""
+    top = 6 if adjoint == "discrete" else 1
+    rates = torch.logspace(0, top, 10, dtype=torch.float64)
+    y0 = torch.rand(2, 10, dtype=torch.float64, requires_grad=True)
+    options = {"stage_solver": "newton", "checkpoint_every": 1 if adjoint == "reversible" else None}
+    ys = ns.odeint(
+        lambda t, y: -rates * y, y0, [0.0, 1.0], method=method, steps=20, adjoint=adjoint, options=options
+    )
+    found = torch.autograd.grad(ys[-1].sum(), y0)[0]
+    z = -rates / 20
+    factor = 1 / (1 - z) if method == "implicit_euler" else (1 + z / 2) / (1 - z / 2)
+    if adjoint == "continuous":  # the adjoint method of its own: run backwards with the same theta
+        factor = 1 / (1 - z) if method == "implicit_euler" else factor
+    torch.testing.assert_close(found[0], factor**20, rtol=1e-8, atol=1e-14)
