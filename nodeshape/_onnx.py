@@ -1,4 +1,4 @@
-"""ONNX of an unrolled classifier: stem, one step and head are exported once, and the step is repeated in the graph.
+"""ONNX of an unrolled classifier: its stem, one step and its head are exported, and the step is repeated in the graph.
 
 Exporting the whole unrolled classifier gives the same graph, but takes the exporter minutes where an implicit method
 has a hundred steps.
@@ -38,9 +38,10 @@ def to_onnx(
     with torch.no_grad():
         state = model.stem(image)
         classes = model.head(state).shape[1]
-    graph = _Graph()
-    (y,) = graph.add(graph.share(_export(model.stem, image), "stem"), "stem", ["image"])
-    step = graph.share(_export(model.step, state, torch.zeros_like(state), model.times[0]), "step")
+    pieces = _export(_Pieces(model), image, state)
+    stem, step, head = (_Piece(pieces, *names) for names in PIECES)
+    graph = _Graph(list(pieces.initializer))
+    (y,) = graph.add(stem, "stem", ["image"])
     # The first predictor is the state itself; an explicit step has none.
     slope = graph.constant("no_slope", torch.tensor(0.0)) if model.step.c else ""
     states = [y]
@@ -48,7 +49,7 @@ def to_onnx(
         t = graph.constant(f"t{k}", model.times[k])
         y, slope = graph.add(step, f"step{k}", [y, slope, t])
         states.append(y)
-    (logits,) = graph.add(graph.share(_export(model.head, state), "head"), "head", [y])
+    (logits,) = graph.add(head, "head", [y])
     graph.node("Identity", [logits], "logits")
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes])]
     if trajectory:
@@ -70,12 +71,40 @@ def to_onnx(
     return proto
 
 
+class _Pieces(nn.Module):
+    """Stem, step and head side by side, so that one call of the exporter, which costs seconds, does for all."""
+
+    def __init__(self, model: UnrolledClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, y: Tensor, slope: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return self.model.stem(image), *self.model.step(y, slope, t), self.model.head(y)
+
+
+#: Inputs and outputs of stem, step and head.
+PIECES = ((("image",), ("y0",)), (("y", "slope", "t"), ("y_next", "slope_next")), (("y",), ("logits",)))
+
+
+class _Piece:
+    """The nodes of a graph that lead from ``inputs`` to ``outputs``, in order."""
+
+    def __init__(self, graph: onnx.GraphProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self.inputs, self.outputs, self.nodes = inputs, outputs, list[onnx.NodeProto]()
+        needed = set(outputs)
+        for node in reversed(graph.node):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                self.nodes.insert(0, node)
+        assert needed.isdisjoint({x.name for x in graph.input}.difference(inputs))
+
+
 class _Graph:
     """A graph under construction: nodes in order, and initializers."""
 
-    def __init__(self) -> None:
+    def __init__(self, initializers: list[onnx.TensorProto]) -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+        self.initializers = initializers
 
     def constant(self, name: str, value: Tensor) -> str:
         self.initializers.append(onnx.numpy_helper.from_array(value.numpy(), name))
@@ -85,34 +114,23 @@ class _Graph:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
-    def share(self, piece: onnx.GraphProto, name: str) -> onnx.GraphProto:
-        """Take over the initializers of a piece, under names of their own, for any number of copies of its nodes."""
-        names = {tensor.name: f"{name}.{tensor.name}" for tensor in piece.initializer}
-        for tensor in piece.initializer:
-            tensor.name = names[tensor.name]
-            self.initializers.append(tensor)
-        for node in piece.node:
-            node.input[:] = [names.get(x, x) for x in node.input]
-        return piece
-
-    def add(self, piece: onnx.GraphProto, prefix: str, inputs: Sequence[str]) -> list[str]:
-        """Append a copy of a piece's nodes, fed with ``inputs``; return the names of its outputs."""
-        names = dict(zip((x.name for x in piece.input), inputs, strict=True))
-        names.update((output, f"{prefix}/{output}") for node in piece.node for output in node.output if output)
-        for original in piece.node:
+    def add(self, piece: _Piece, prefix: str, inputs: Sequence[str]) -> list[str]:
+        """Append a copy of a piece, fed with ``inputs``, its weights shared; return the names of its outputs."""
+        names = dict(zip(piece.inputs, inputs, strict=True))
+        names.update((output, f"{prefix}/{output}") for node in piece.nodes for output in node.output if output)
+        for original in piece.nodes:
             node = onnx.NodeProto()
             node.op_type, node.domain, node.name = original.op_type, original.domain, f"{prefix}/{original.name}"
             node.input.extend(names.get(x, x) for x in original.input)
             node.output.extend(names.get(x, x) for x in original.output)
             node.attribute.extend(original.attribute)
             self.nodes.append(node)
-        return [names[x.name] for x in piece.output]
+        return [names[x] for x in piece.outputs]
 
 
-def _export(module: nn.Module, *inputs: Tensor) -> onnx.GraphProto:
-    """A module as ONNX; the first dimension of inputs that have one is the batch."""
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if x.dim() else None for x in inputs)
+def _export(pieces: _Pieces, image: Tensor, state: Tensor) -> onnx.GraphProto:
+    """The pieces as one ONNX graph; the first dimension of images and states is a batch, not the same one."""
+    images, states = {0: torch.export.Dim("images")}, {0: torch.export.Dim("states")}
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of torchvision's absence
@@ -120,7 +138,14 @@ def _export(module: nn.Module, *inputs: Tensor) -> onnx.GraphProto:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module, inputs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+                pieces,
+                (image, state, torch.zeros_like(state), torch.tensor(0.0)),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=(images, states, states, None),
+                input_names=["image", "y", "slope", "t"],
+                output_names=["y0", "y_next", "slope_next", "logits"],
+                verbose=False,
             )
     finally:
         log.setLevel(level)

@@ -66,7 +66,7 @@ def exported(request, tmp_path_factory):
     path, model = checkpoint(tmp_path_factory.mktemp("run"), method=request.param)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(_proof, "IMAGES", 1000 if request.param == "euler" else 300)
+        patch.setattr(_proof, "IMAGES", 1000 if request.param == "euler" else 100)
         export.main([str(path), "--trajectory"])
     return model, path.parent / "export", printed.getvalue()
 
@@ -88,7 +88,7 @@ def test_the_report_holds_the_proof(exported):
     assert {file.name for file in out.iterdir()} == {"model.onnx", "model.ts", "report.json", "example.png"}
     assert sorted(file.name for file in out.parent.iterdir()) == ["best.pt", "export"]
     report = json.loads((out / "report.json").read_text())
-    count = 1000 if model.ode.method == "euler" else 300
+    count = 1000 if model.ode.method == "euler" else 100
     assert report["images"] == {"count": count, "source": f"{count} drawn (single)"}
     assert (report["method"], report["steps"]) == (model.ode.method, STEPS)
     assert (report["stage_iterations"] == 1) == (model.ode.method == "euler")
