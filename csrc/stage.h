@@ -116,6 +116,8 @@ class StageSolver {
     int history;                     // differences in use
     bool broken;                     // whether the base is not finite
     double base_norm;
+    double length;  // of the latest residual
+    double mixing;  // share of what the secants do not predict that is mixed in
   };
 
   double norm(const T* x) const {
@@ -136,6 +138,7 @@ class StageSolver {
     sample.broken = !__builtin_isfinite(sample.base_norm) &&
                     !(double(total<T>(size_, [=](int64_t i) { return load(base + i) * splat(T(0)); })) == 0.0);
     sample.history = 0;
+    sample.mixing = 1.0;
   }
 
   /// Take in a new F(Y): the residual, and whether the iteration ends here.
@@ -164,6 +167,8 @@ class StageSolver {
     Stage& stage = sample.stage;
     ++stage.evaluations;
     const double length = std::sqrt(double(square));
+    if (sample.history > 0 && length > 2.0 * sample.length) sample.mixing *= 0.5;
+    sample.length = length;
     const double value_norm = norm(value);
     const double scale = sample.base_norm >= value_norm ? sample.base_norm : value_norm;
     stage.residual = length > 0 ? length / (__builtin_isfinite(scale) ? scale : __builtin_nan("")) : length;
@@ -171,8 +176,9 @@ class StageSolver {
     return stage.solved || !__builtin_isfinite(stage.residual) || stage.evaluations >= options_.max_iterations;
   }
 
-  /// Y += the residual, less its part in the span of the differences, plus the moves of Y that part calls for.
-  /// Modified Gram-Schmidt, the newest difference first, so that old ones never spoil new ones.
+  /// Y += the moves that the residual's part in the span of the differences calls for, and the rest of it, or less of
+  /// the rest by half each time the residual has more than doubled. Modified Gram-Schmidt, the newest difference first,
+  /// so that old ones never spoil new ones.
   void propose(Sample& sample) {
     const T* residual = sample.residual;
     T *value = sample.value, *step = step_, *rest = rest_;
@@ -193,8 +199,9 @@ class StageSolver {
     }
     remember(sample);
     T* move = sample.move[0];
+    const Vec<T> mixing = splat(T(sample.mixing));
     each<T>(size_, [=](int64_t i) {
-      const Vec<T> moved = load(step + i) + load(rest + i);
+      const Vec<T> moved = fma(mixing, load(rest + i), load(step + i));
       store(move + i, moved);
       store(value + i, load(value + i) + moved);
     });
