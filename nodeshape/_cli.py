@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after a user's mistake or a failed file operation, 130 after Ctrl-C."""
     # Pillow's warning about a large image; _images refuses such images with an error of its own.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    signal.signal(signal.SIGTERM, _interrupt)  # so that what is half done is undone
     try:
         main()
     except UserError as error:
@@ -102,6 +104,10 @@ def existing_path(text: str) -> Path:
     if not path.exists():
         raise argparse.ArgumentTypeError(f"no such file or folder: {text!r}")
     return path
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> NoReturn:

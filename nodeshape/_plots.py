@@ -35,11 +35,11 @@ def learning_curve(history: list[EpochMetrics], title: str, path: Path) -> None:
     accuracy = [100 * m.test_accuracy for m in history]
     left.plot(epochs, accuracy, "o-", color=GOOD)
     right.plot(epochs, [m.train_loss for m in history], "s--", color="#8a94a0", markersize=4)
-    left.annotate(
-        f"{accuracy[-1]:.2f}%", (epochs[-1], accuracy[-1]), (0, -16), textcoords="offset points", ha="right", color=GOOD
-    )
     left.set(
-        xlabel="epoch", title=title, ylim=(min([*accuracy, 90]) - 2, 101), xticks=epochs if len(epochs) <= 20 else None
+        xlabel="epoch",
+        title=f"{title}: {accuracy[-1]:.2f}% after epoch {epochs[-1]}",
+        ylim=(min([*accuracy, 90]) - 2, 101),
+        xticks=epochs if len(epochs) <= 20 else None,
     )
     left.set_ylabel("test accuracy, %", color=GOOD)
     right.set_ylabel("training loss", color="#5b6570")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -58,10 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         state = None
         config = {**DEFAULTS, **given}
         if config["data"] is not None:
+            if "task" in given:
+                raise UserError("--task draws images and --data reads yours: give one of the two")
             config["data"], config["task"] = str(Path(config["data"]).resolve()), None
         out = _free_run(config) if out is None else out
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: is not an empty folder; add --resume to continue its run, or choose another --out")
+        _check_out(out)
     device = _device(config["device"])
     with user_input():
         data = _load(config)
@@ -268,6 +270,19 @@ def _free_run(config: dict[str, Any]) -> Path:
     while (path := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return path
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before any work, a run folder that cannot be made or would hide what is there."""
+    if (out / "last.pt").exists():
+        raise UserError(f"{out}: already holds a run; add --resume to continue it, or choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: is a folder with other files; choose a new one with --out")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file; choose a folder with --out")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above}: may not be written; choose another folder with --out")
 
 
 def _latest_run() -> Path:
