@@ -13,7 +13,7 @@ from nodeshape import _cli
 from nodeshape._bench_cases import Case, Contender, run_case
 from nodeshape._bench_contenders import Problem, Unavailable, nodeshape, plain_loop
 from nodeshape._bench_targets import AtLeast
-from nodeshape._bench_timing import QUICK, measure
+from nodeshape._bench_timing import QUICK, Effort, measure
 from nodeshape._dynamics import MLPDynamics
 from nodeshape.bench import main
 
@@ -74,7 +74,7 @@ def test_an_absent_rival_is_skipped_with_its_reason() -> None:
 
 def test_contenders_take_turns_and_the_order_alternates() -> None:
     calls: list[str] = []
-    measure({name: (lambda name=name: calls.append(name)) for name in "ab"}, effort=QUICK.__class__(4, 0.0))
+    measure({name: (lambda name=name: calls.append(name)) for name in "ab"}, Effort(rounds=4, sample_seconds=0.0))
     assert calls[2:] == list("abbaabba")
 
 
