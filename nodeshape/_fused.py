@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def solve(
     if isinstance(weights, str):
         raise ValueError(weights)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
-    scheme = (
+    scheme: tuple[Any, ...] = (
         list(steps),
         float(method.theta),
         float(tolerance),
@@ -168,21 +168,22 @@ def solve(
         int(checkpoint_every or 0),
         float(drift_tolerance),
     )
+    name = "conv_solve"
     if isinstance(dynamics, MLPDynamics):
-        op: Any = torch.ops.nodeshape.mlp_solve.default
-        model: tuple[Any, ...] = (y0, times, weights, dynamics.activation)
-    else:
-        op, model = torch.ops.nodeshape.conv_solve.default, (y0, times, weights)
-    eager = not torch.compiler.is_compiling()
-    # Nothing to record: spare a small solve the detour through Python that an autograd formula is.
-    below = torch._C._AutoDispatchBelowAutograd() if eager and not recorded else nullcontext()
+        name, scheme = "mlp_solve", (dynamics.activation, *scheme)
+    op = getattr(torch.ops.nodeshape, name).default
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     try:
-        with below:
-            ys, _, forward, residual = op(*model, *scheme)
+        if traced:
+            ys, _, forward, residual = op(y0, times, weights, *scheme)
+        elif recorded:
+            ys, _, forward, residual = _Recorded.apply(name, scheme, y0, times, *weights)
+        else:
+            ys, _, forward, residual = _below_autograd(op, y0, times, weights, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
     backward = torch.zeros_like(forward)
-    if eager and recorded:
+    if recorded and not traced:
         ys.grad_fn.backward_evaluations = backward
     return ys, (forward, backward), residual
 
@@ -231,26 +232,65 @@ def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, t, weights, *scheme = inputs
+def _save(ctx: Any, t: Tensor, weights: Sequence[Tensor], scheme: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keep in ``ctx`` what :func:`_gradient` needs."""
     ys, stages, evaluations, residual = output
     ctx.mark_non_differentiable(stages, evaluations, residual)
     ctx.save_for_backward(ys, stages, t, *weights)
     ctx.scheme = scheme
 
 
-def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
+def _gradient(ctx: Any, op: Callable[..., Any], grad_ys: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of y0, t and the weights, by ``op``."""
+    ys, stages, t, *weights = ctx.saved_tensors
+    try:
+        grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    wanted = getattr(ctx, "backward_evaluations", None)  # solve() leaves it there
+    if wanted is not None:
+        wanted.copy_(evaluations)
+    return grad_y0, grad_t, grad_weights
+
+
+def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an op whose gradient nobody records, without the detour through Python that its registered formula is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+class _Recorded(torch.autograd.Function):
+    """An op and its gradient in eager mode: what the registered formula does, without its cost to a small solve."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, scheme: tuple[Any, ...], y0: Tensor, t: Tensor, *weights: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.name = name
+        output = _below_autograd(getattr(torch.ops.nodeshape, name).default, y0, t, weights, *scheme)
+        _save(ctx, t, weights, scheme, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
+        op = getattr(torch.ops.nodeshape, f"{ctx.name}_backward").default
+        if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
+            op = partial(_below_autograd, op)
+        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys)
+        grads = (None, None, grad_y0, grad_t, *grad_weights)
+        return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, t, weights, *scheme = inputs
+    _save(ctx, t, weights, scheme, output)
+
+
+def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
-        ys, stages, t, *weights = ctx.saved_tensors
-        try:
-            grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
-        except RuntimeError as error:
-            raise _translated(error) from None
-        wanted = getattr(ctx, "backward_evaluations", None)  # solve() leaves it there
-        if wanted is not None:
-            wanted.copy_(evaluations)
         # An empty list of steps passes for a list of tensors, whose gradient is a list.
-        return grad_y0, grad_t, grad_weights, *([] if x == [] else None for x in ctx.scheme)
+        return *_gradient(ctx, op, grad_ys), *([] if x == [] else None for x in ctx.scheme)
 
     return backward
 
@@ -278,7 +318,7 @@ def _register(name: str) -> None:
     library.register_fake(f"nodeshape::{name}", solve)
     library.register_fake(f"nodeshape::{name}_backward", solve_backward)
     backward = getattr(ops, f"{name}_backward")
-    library.register_autograd(f"nodeshape::{name}", _gradient_of(backward), setup_context=_setup_context)
+    library.register_autograd(f"nodeshape::{name}", _formula(backward), setup_context=_setup_context)
     library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
 
 
