@@ -172,7 +172,7 @@ def solve(
     if isinstance(dynamics, MLPDynamics):
         name, scheme = "mlp_solve", (dynamics.activation, *scheme)
     op = getattr(torch.ops.nodeshape, name).default
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     try:
         if traced:
             ys, _, forward, residual = op(y0, times, weights, *scheme)
