@@ -12,7 +12,7 @@
 //     eval(t, batch)               out = f(t, in), and linearises each slot about its `in`, which stays in place
 //     vjp(batch)                   out = J^T in at the slot's linearisation
 //     accumulate(t, h, count)      dL/dp += h (df/dp)^T w, where w is each slot's latest vjp argument
-//     time_product(slot)           w . df/dt, likewise; valid after accumulate
+//     time_product()               h w . df/dt, summed over the slots of the latest accumulate
 #pragma once
 
 #include "stage.h"
@@ -30,6 +30,16 @@ namespace detail {
 template <class T>
 double dot(int64_t size, const T* x, const T* y) {
   return double(total<T>(size, [=](int64_t i) { return load(x + i) * load(y + i); }));
+}
+
+/// The sum of x_s . y_s over the stages of `x` and `y`, with one sum across a vector's lanes for all of them.
+template <class T>
+double value_dot_slope(int64_t size, int count, const StageSolver<T>& x, const StageSolver<T>& y) {
+  return double(total<T>(size, [&](int64_t i) {
+    Vec<T> sum{};
+    for (int s = 0; s < count; ++s) sum = fma(load(x[s].value + i), load(y[s].slope + i), sum);
+    return sum;
+  }));
 }
 
 /// y += a x
@@ -210,15 +220,11 @@ class BackwardSweep {
     transposed_.solve(group_.count, lam_, theta * h, [&](const Batch<T>& b) { f_.vjp(b); });
     count(transposed_);
     f_.accumulate(t + theta * h, h, group_.count);
-    TimeGradient gradient{0, 0};
-    for (int s = 0; s < group_.count; ++s) {
-      const double to_t = f_.time_product(s);
-      gradient.to_h += detail::dot(size_, transposed_[s].value, rebuilt_[s].slope) + theta * h * to_t;
-      gradient.to_t += h * to_t;
-      detail::add(size_, T(h), transposed_[s].slope, lam_[s]);
-    }
+    const double to_t = f_.time_product();
+    const double to_h = detail::value_dot_slope(size_, group_.count, transposed_, rebuilt_) + theta * to_t;
+    for (int s = 0; s < group_.count; ++s) detail::add(size_, T(h), transposed_[s].slope, lam_[s]);
     detail::judge(transposed_, group_, size_, step, Sweep::transposed, t, h, lam_, p_.failures);
-    return gradient;
+    return {to_h, to_t};
   }
 
   /// continuous (Chen et al. 2018, section 2): (y, a)' = (f, -J^T a), stepped with -h from t + h.

@@ -129,7 +129,7 @@ def solve(
     max_iterations: int,
     checkpoint_every: int | None,
     drift_tolerance: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor | None], Tensor]:
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """Solve from ``t[0]`` through all of ``t``; only for arguments :func:`unavailable` has no objection to.
 
     Args:
@@ -146,8 +146,7 @@ def solve(
 
     Returns:
         ``ys`` ``[times, *y0.shape]``, evaluations in the forward and in the backward pass, int64 ``[batch]`` each (the
-        latter are filled in when that pass has run, in eager mode only; None without a gradient), and ``residual``
-        float64 ``[batch]``.
+        latter are filled in when that pass has run, in eager mode only), and ``residual`` float64 ``[batch]``.
 
     Raises:
         StageSolveError: a stage was not solved; in the backward pass too.
@@ -160,7 +159,7 @@ def solve(
     if isinstance(weights, str):
         raise ValueError(weights)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
-    scheme = (
+    scheme: tuple[Any, ...] = (
         list(steps),
         float(method.theta),
         float(tolerance),
@@ -169,19 +168,23 @@ def solve(
         int(checkpoint_every or 0),
         float(drift_tolerance),
     )
-    mlp = isinstance(dynamics, MLPDynamics)
-    op: Any = torch.ops.nodeshape.mlp_solve.default if mlp else torch.ops.nodeshape.conv_solve.default
-    model = (dynamics.activation, *scheme) if mlp else scheme
-    backward = torch.zeros(y0.shape[:1], dtype=torch.int64) if recorded else None
+    name = "conv_solve"
+    if isinstance(dynamics, MLPDynamics):
+        name, scheme = "mlp_solve", (dynamics.activation, *scheme)
+    op = getattr(torch.ops.nodeshape, name).default
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     try:
-        if torch.compiler.is_compiling():
-            ys, _, forward, residual = op(y0, times, weights, *model)
+        if traced:
+            ys, _, forward, residual = op(y0, times, weights, *scheme)
         elif recorded:
-            ys, forward, residual = _Recorded.apply(op, model, backward, y0, times, *weights)
+            ys, _, forward, residual = _Recorded.apply(name, scheme, y0, times, *weights)
         else:
-            ys, _, forward, residual = _below_autograd(op, y0, times, weights, *model)
+            ys, _, forward, residual = _below_autograd(op, y0, times, weights, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
+    backward = torch.zeros_like(forward)
+    if recorded and not traced:
+        ys.grad_fn.backward_evaluations = backward
     return ys, (forward, backward), residual
 
 
@@ -229,65 +232,67 @@ def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, t, weights, *scheme = inputs
+def _save(ctx: Any, t: Tensor, weights: Sequence[Tensor], scheme: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keep in ``ctx`` what :func:`_gradient` needs."""
     ys, stages, evaluations, residual = output
     ctx.mark_non_differentiable(stages, evaluations, residual)
     ctx.save_for_backward(ys, stages, t, *weights)
     ctx.scheme = scheme
-    ctx.backward_evaluations = None
 
 
-def _gradient_of(op: Callable[..., Any]) -> Callable[..., Any]:
-    def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
-        ys, stages, t, *weights = ctx.saved_tensors
-        try:
-            grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
-        except RuntimeError as error:
-            raise _translated(error) from None
-        if ctx.backward_evaluations is not None:
-            ctx.backward_evaluations.copy_(evaluations)
-        # An empty list of steps passes for a list of tensors, whose gradient is a list.
-        return grad_y0, grad_t, grad_weights, *([] if x == [] else None for x in ctx.scheme)
-
-    return backward
+def _gradient(ctx: Any, op: Callable[..., Any], grad_ys: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of y0, t and the weights, by ``op``."""
+    ys, stages, t, *weights = ctx.saved_tensors
+    try:
+        grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    wanted = getattr(ctx, "backward_evaluations", None)  # solve() leaves it there
+    if wanted is not None:
+        wanted.copy_(evaluations)
+    return grad_y0, grad_t, grad_weights
 
 
 def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an op whose gradient nobody records, past the Python that an autograd formula is."""
+    """Call an op whose gradient nobody records, without the detour through Python that its registered formula is."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
 class _Recorded(torch.autograd.Function):
-    """The solve with its gradient, in eager mode: the ops' autograd formula in half the time of torch.library's.
-
-    Lists of tensors make torch.library flatten and unflatten every argument in Python, 0.15 ms a training step.
-    """
+    """An op and its gradient in eager mode: what the registered formula does, without its cost to a small solve."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        op: Any,
-        scheme: tuple[Any, ...],
-        backward_evaluations: Tensor,
-        y0: Tensor,
-        t: Tensor,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = _below_autograd(op, y0, t, list(weights), *scheme)
-        _setup_context(ctx, (y0, t, weights, *scheme), output)
-        ctx.backward_evaluations = backward_evaluations
-        ctx.op = getattr(torch.ops.nodeshape, f"{op.overloadpacket.__name__}_backward").default
-        ys, _, evaluations, residual = output
-        return ys, evaluations, residual
+    def forward(ctx: Any, name: str, scheme: tuple[Any, ...], y0: Tensor, t: Tensor, *weights: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.name = name
+        output = _below_autograd(getattr(torch.ops.nodeshape, name).default, y0, t, weights, *scheme)
+        _save(ctx, t, weights, scheme, output)
+        return output
 
     @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
+        op = getattr(torch.ops.nodeshape, f"{ctx.name}_backward").default
+        if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
+            op = partial(_below_autograd, op)
+        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys)
+        grads = (None, None, grad_y0, grad_t, *grad_weights)
+        return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, t, weights, *scheme = inputs
+    _save(ctx, t, weights, scheme, output)
+
+
+def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
-        # create_graph=True records this: then the op itself, which says that it has no second derivative.
-        op = ctx.op if torch.is_grad_enabled() else partial(_below_autograd, ctx.op)
-        grad_y0, grad_t, grad_weights, *_ = _gradient_of(op)(ctx, grad_ys)
-        return None, None, None, grad_y0, grad_t, *grad_weights
+        # An empty list of steps passes for a list of tensors, whose gradient is a list.
+        return *_gradient(ctx, op, grad_ys), *([] if x == [] else None for x in ctx.scheme)
+
+    return backward
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
@@ -313,7 +318,7 @@ def _register(name: str) -> None:
     library.register_fake(f"nodeshape::{name}", solve)
     library.register_fake(f"nodeshape::{name}_backward", solve_backward)
     backward = getattr(ops, f"{name}_backward")
-    library.register_autograd(f"nodeshape::{name}", _gradient_of(backward), setup_context=_setup_context)
+    library.register_autograd(f"nodeshape::{name}", _formula(backward), setup_context=_setup_context)
     library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
 
 

@@ -213,8 +213,8 @@ class ConvDynamics {
 
   void accumulate(double t, double h, int count) {
     const Vec<T> scale = splat(T(h)), timed = splat(T(h * t));
+    time_product_ = 0;
     for (int s = 0; s < count; ++s) {
-      slots_[s].time_product = 0;
       for (int n = 0; n < 3; ++n) {
         const T *to_gamma = slots_[s].norm[n]->to_gamma(), *to_beta = slots_[s].norm[n]->to_beta();
         T* gradient = norm_gradient_ + 2 * n * width_;
@@ -234,8 +234,8 @@ class ConvDynamics {
                                 [&](int64_t p, int64_t c) { return load(dz + p * width_ + c) * scale; });
         sum_kinds(dz);
         const T* map = w_.layers[l].time;
-        slot.time_product +=
-            double(total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
+        time_product_ +=
+            h * double(total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
         T *bias = bias_gradient_[l], *time = time_gradient_[l];
         for (int kind = 0; kind < kKinds; ++kind)
           each<T>(width_, [&](int64_t c) {
@@ -248,7 +248,7 @@ class ConvDynamics {
     }
   }
 
-  double time_product(int s) const { return slots_[s].time_product; }
+  double time_product() const { return time_product_; }
 
   /// Hand over what accumulate() gathered, in the order of the parameters, and start again from zero.
   void take_gradient(T* row) {
@@ -284,7 +284,6 @@ class ConvDynamics {
     T* z[2];   // outputs of the convolutions, [pixels, padded channels]
     T* dz[2];  // their cotangents
     GroupNorm<T>* norm[3];
-    double time_product;
 
     const T* input(int l) const { return l == 0 ? y : z[0]; }
   };
@@ -336,6 +335,7 @@ class ConvDynamics {
   T* inputs_;            // [36, rows, padded channels], transformed inputs
   T* outputs_;           // [36, rows, panel], products; [36, rows, padded channels], transformed cotangents
   Slot slots_[kMaxGroup];
+  double time_product_ = 0;
   T* shift_[2];  // [kinds, padded channels], bias + t time
   T* kinds_ = nullptr;
   T* norm_gradient_ = nullptr;  // [3, (gamma, beta), padded channels]

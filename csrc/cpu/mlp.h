@@ -75,14 +75,17 @@ class MlpDynamics {
       layer.weight_gradient = arena.zeros<T>(w_.layers[l].in * width);
       layer.bias_gradient = arena.zeros<T>(width);
     }
-    if (with_gradient) time_gradient_ = arena.zeros<T>(layers_[0].width);
+    if (!with_gradient) return;
+    input_gradient_ = arena.take<T>(group * size());
+    time_gradient_ = arena.zeros<T>(layers_[0].width);
   }
 
   int64_t size() const { return padded<T>(w_.dim); }
   int64_t sample() const { return w_.dim; }
 
   void read(const T* tensor, T* y) const {
-    for (int64_t i = 0; i < size(); ++i) y[i] = i < w_.dim ? tensor[i] : T(0);
+    each<T>(size(), [=](int64_t i) { store(y + i, splat(T(0))); });
+    for (int64_t i = 0; i < w_.dim; ++i) y[i] = tensor[i];
   }
   void write(const T* y, T* tensor) const {
     for (int64_t i = 0; i < w_.dim; ++i) tensor[i] = y[i];
@@ -141,40 +144,48 @@ class MlpDynamics {
         each<T>(rows * below.width,
                 [=](int64_t i) { store(dz + i, load(dz + i) * slope_of<A>(load(z + i), load(a + i))); });
       }
-      for (int i = 0; i < batch.count; ++i) {
-        const int s = batch.slot[i];
-        if (s < first || s >= first + rows) continue;
-        gemm<T, false>(1, size(), w_.layers[0].out, {layers_[0].dz + s * layers_[0].width, layers_[0].width, 1},
-                       w_.layers[0].backward, size(), batch.out[i], size());
-      }
+      const Layer& bottom = layers_[0];
+      gemm<T, false>(rows, size(), w_.layers[0].out, {bottom.dz + first * bottom.width, bottom.width, 1},
+                     w_.layers[0].backward, size(), input_gradient_ + first * size(), size());
     });
+    copy_out(batch, input_gradient_);
   }
 
   void accumulate(double t, double h, int count) {
-    for (int s = 0; s < count; ++s) {
-      const T *dz = layers_[0].dz + s * layers_[0].width, *time = w_.layers[0].time;
-      time_products_[s] = double(total<T>(layers_[0].width, [=](int64_t i) { return load(dz + i) * load(time + i); }));
-    }
     const Vec<T> scale = splat(T(h)), time = splat(T(t));
     for (int64_t l = 0; l < w_.count; ++l) {
       const Layer& layer = layers_[l];
-      T* time_gradient = l == 0 ? time_gradient_ : nullptr;
-      for (int s = 0; s < count; ++s) {
-        T *dz = layer.dz + s * layer.width, *bias_gradient = layer.bias_gradient;
-        each<T>(layer.width, [=](int64_t i) {
-          const Vec<T> d = load(dz + i) * scale;
-          store(dz + i, d);
-          store(bias_gradient + i, load(bias_gradient + i) + d);
-          if (time_gradient != nullptr) store(time_gradient + i, fma(time, d, load(time_gradient + i)));
-        });
+      const int64_t width = layer.width;
+      T *dz = layer.dz, *bias_gradient = layer.bias_gradient;
+      // Multiplies dz by h and adds it up over the samples.
+      const auto scaled_sum = [=](int64_t i) {
+        Vec<T> sum{};
+        for (int s = 0; s < count; ++s) {
+          const Vec<T> d = load(dz + s * width + i) * scale;
+          store(dz + s * width + i, d);
+          sum += d;
+        }
+        store(bias_gradient + i, load(bias_gradient + i) + sum);
+        return sum;
+      };
+      if (l == 0) {
+        T* time_gradient = time_gradient_;
+        const T* slope = w_.layers[0].time;
+        time_product_ = double(total<T>(width, [=](int64_t i) {
+          const Vec<T> sum = scaled_sum(i);
+          store(time_gradient + i, fma(time, sum, load(time_gradient + i)));
+          return sum * load(slope + i);
+        }));
+      } else {
+        each<T>(width, scaled_sum);
       }
       const T* a = l == 0 ? input_ : layers_[l - 1].a;
-      gemm<T, true>(w_.layers[l].in, layer.width, count, {a, 1, l == 0 ? size() : layers_[l - 1].width}, layer.dz,
-                    layer.width, layer.weight_gradient, layer.width);
+      gemm<T, true>(w_.layers[l].in, width, count, {a, 1, l == 0 ? size() : layers_[l - 1].width}, dz, width,
+                    layer.weight_gradient, width);
     }
   }
 
-  double time_product(int s) const { return time_products_[s]; }
+  double time_product() const { return time_product_; }
 
   /// Hand over what accumulate() gathered, in the order of the parameters, and start again from zero.
   void take_gradient(T* row) {
@@ -224,9 +235,10 @@ class MlpDynamics {
 
   const Weights& w_;
   Layer* layers_;
-  T* input_;  // [group, size]
-  T* time_gradient_ = nullptr;
-  double time_products_[kMaxGroup];
+  T* input_;                     // [group, size]
+  T* input_gradient_ = nullptr;  // [group, size]
+  T* time_gradient_ = nullptr;   // [width of layer 0]
+  double time_product_ = 0;
 };
 
 }  // namespace nodeshape::NODESHAPE_TARGET
