@@ -123,7 +123,8 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, function: Differentiable, count: int, w: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.function, ctx.count = function, count
         ctx.save_for_backward(w, *inputs)
-        passed = [x.detach().requires_grad_() for x in inputs[:count]]  # what they were computed from is not F's concern
+        # Detached: what the arguments were computed from is not F's concern.
+        passed = [x.detach().requires_grad_() for x in inputs[:count]]
         with torch.enable_grad():
             return tuple(x.detach() for x in _graphed_products(function, w, passed, inputs[count:]))
 
