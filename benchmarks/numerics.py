@@ -21,7 +21,7 @@ import nodeshape as ns
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from memory import peak_bytes_of_training_step
+from memory import STATE_BYTES, bytes_of_training_step
 
 METHODS = ("euler", "implicit_euler", "implicit_midpoint")
 ADJOINTS = ("discrete", "reversible", "continuous")
@@ -121,11 +121,11 @@ def draw_gradients(out: Path) -> None:
                 exact = gradient("discrete", method, n)
                 errors.append(float((gradient(adjoint, method, n) - exact).norm() / exact.norm()))
             print(f"  {adjoint:11} {method:18}", *(f"{x:.1e}" for x in errors))
-            colour = f"C{METHODS.index(method)}"
+            colour = f"C{METHODS.index(method) + 3 * (adjoint == 'continuous')}"
             axis.loglog(
                 steps, errors, line, color=colour, marker=STYLE[method][0], markersize=4, label=f"{adjoint}, {method}"
             )
-    axis.set(xlabel="steps from t=0 to t=1", ylabel="relative distance from the exact gradient", ylim=(1e-17, 1e7))
+    axis.set(xlabel="steps from t=0 to t=1", ylabel="relative distance from the exact gradient", ylim=(1e-17, 1e8))
     axis.legend(fontsize=7, loc="upper right")
     save(figure, out / "gradient.png")
 
@@ -136,9 +136,9 @@ def draw_memory(out: Path) -> None:
     print("\npeak bytes of a training step, steps", steps)
     for axis, method in zip(axes, METHODS):
         for adjoint in ADJOINTS:
-            peaks = [peak_bytes_of_training_step(method, adjoint, n) for n in steps]
+            peaks = [bytes_of_training_step(method, adjoint, n)[0] for n in steps]
             print(f"  {method:18} {adjoint:11}", *peaks, f"  1000 / 10 steps: {peaks[-1] / peaks[0]:.3f}")
-            axis.loglog(steps, [p / 65536 for p in peaks], MODES[adjoint], label=adjoint, markersize=4)
+            axis.loglog(steps, [p / STATE_BYTES for p in peaks], MODES[adjoint], label=adjoint, markersize=4)
         axis.set(title=method, xlabel="steps")
     axes[0].set_ylabel("peak memory, in states")
     axes[0].legend(fontsize=8)

