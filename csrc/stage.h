@@ -71,9 +71,6 @@ class StageSolver {
 
   const Stage& operator[](int s) const { return samples_[s].stage; }
 
-  /// Forget the last slope: the next stage is guessed to be its base.
-  void restart() { started_ = false; }
-
   /// Solve for samples 0 ... count - 1. The last call of `function` for a sample is at the Y it ends with.
   template <class Function>
   void solve(int count, T* const* base, double c, Function&& function) {
@@ -121,7 +118,22 @@ class StageSolver {
   };
 
   double norm(const T* x) const {
-    return std::sqrt(double(total<T>(size_, [=](int64_t i) { return load(x + i) * load(x + i); })));
+    return root(double(total<T>(size_, [=](int64_t i) { return load(x + i) * load(x + i); })), x);
+  }
+
+  /// The norm of x, given the sum of its squares, which may have overflowed or underflowed.
+  double root(double square, const T* x) const {
+    if (square > 1e-25 && square < 1e25) return std::sqrt(square);
+    double peak = 0, sum = 0;
+    for (int64_t i = 0; i < size_; ++i) {
+      const double magnitude = x[i] < 0 ? -double(x[i]) : double(x[i]);
+      if (magnitude > peak) peak = magnitude;
+    }
+    for (int64_t i = 0; i < size_; ++i) {
+      const double unit = double(x[i]) / (peak > 0 ? peak : 1.0);
+      sum += unit * unit;
+    }
+    return peak > 0 ? peak * std::sqrt(sum) : sum;
   }
 
   void begin(Sample& sample, const T* base, T c) {
@@ -134,9 +146,7 @@ class StageSolver {
     sample.stage = {value, slope, 0, 0.0, false};
     sample.base = base;
     sample.base_norm = norm(base);
-    // An element that is not finite, times 0, is NaN; a norm may also overflow.
-    sample.broken = !__builtin_isfinite(sample.base_norm) &&
-                    !(double(total<T>(size_, [=](int64_t i) { return load(base + i) * splat(T(0)); })) == 0.0);
+    sample.broken = !__builtin_isfinite(sample.base_norm);
     sample.history = 0;
     sample.mixing = 1.0;
   }
@@ -166,14 +176,14 @@ class StageSolver {
 
     Stage& stage = sample.stage;
     ++stage.evaluations;
-    const double length = std::sqrt(double(square));
+    const double length = root(double(square), residual);
     if (sample.history > 0 && length > 2.0 * sample.length) sample.mixing *= 0.5;
     sample.length = length;
     const double value_norm = norm(value);
     const double scale = sample.base_norm >= value_norm ? sample.base_norm : value_norm;
-    stage.residual = length > 0 ? length / (__builtin_isfinite(scale) ? scale : __builtin_nan("")) : length;
+    stage.residual = length > 0 ? length / scale : length;  // infinite if all but the residual is zero
     stage.solved = stage.residual <= options_.tolerance || sample.broken;
-    return stage.solved || !__builtin_isfinite(stage.residual) || stage.evaluations >= options_.max_iterations;
+    return stage.solved || __builtin_isnan(stage.residual) || stage.evaluations >= options_.max_iterations;
   }
 
   /// Y += the moves that the residual's part in the span of the differences calls for, and the rest of it, or less of

@@ -46,7 +46,8 @@ class ODEBlock(nn.Module):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if step_size is None and steps is None and rtol is None and atol is None:
+        given = (step_size, steps, rtol, atol, eval_rtol, eval_atol, (options or {}).get("step_size"))
+        if all(x is None for x in given):
             step_size = DEFAULT_STEP_SIZE
         self.dynamics = dynamics
         self.method = method

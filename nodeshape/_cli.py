@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import signal
 import sys
@@ -43,6 +44,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after a user's mistake or a failed file operation, 130 after Ctrl-C."""
     # Pillow's warning about a large image; _images refuses such images with an error of its own.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for file names that are not text
     signal.signal(signal.SIGTERM, _interrupt)  # so that what is half done is undone
     try:
         main()

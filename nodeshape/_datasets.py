@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -39,6 +40,14 @@ class Data:
     train: Split
     test: Split
     unreadable: list[ImageError]
+
+    def fingerprint(self) -> str:
+        """A digest of every image, label and class, by which a resumed run knows its data."""
+        digest = sha256("/".join(self.classes).encode())
+        for split in (self.train, self.test):
+            digest.update(split.images.contiguous().numpy().data)
+            digest.update(split.labels.numpy().data)
+        return digest.hexdigest()
 
 
 def drawn_data(task: str, train_size: int, test_size: int, image_size: int, channels: str, seed: int) -> Data:

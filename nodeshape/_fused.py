@@ -77,6 +77,8 @@ def _weights(dynamics: nn.Module) -> list[Tensor] | str:
         activation = modules["_activate"]
         if type(activation) is not ACTIVATIONS.get(dynamics.__dict__["activation"]) or _is_altered(activation):
             return "its activation was replaced"
+        if type(activation) is nn.Softplus and (activation.beta, activation.threshold) != (1, 20):
+            return "its activation was replaced"
         layers = [(layer, nn.Linear) for layer in modules["layers"]._modules.values()]
     if _is_altered(dynamics):
         return f"{type(dynamics).__name__} has hooks or a forward of its own"
@@ -89,6 +91,10 @@ def _weights(dynamics: nn.Module) -> list[Tensor] | str:
             if type(layer) is not kind or _is_altered(layer):
                 return f"a {kind.__name__} was replaced or has hooks"
         parameters = layer.__dict__["_parameters"]
+        if any(layer.__dict__[name] != value for name, value in _SETTINGS[kind]) or (
+            kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"])
+        ):
+            return f"the settings of a {kind.__name__} were changed"
         for name in ("weight", "bias"):
             x = parameters.get(name)
             if type(x) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
@@ -104,6 +110,20 @@ _CONV_LAYERS = (
     ("conv2", _TimeConv),
     ("norm3", nn.GroupNorm),
 )
+
+
+_SETTINGS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
+    nn.GroupNorm: (("eps", 1e-5),),
+    nn.Conv2d: (
+        ("stride", (1, 1)),
+        ("padding", (1, 1)),
+        ("dilation", (1, 1)),
+        ("groups", 1),
+        ("padding_mode", "zeros"),
+    ),
+    nn.Linear: (),
+}
+"""What a layer is set to where the kernel computes it."""
 
 
 def _is_altered(module: nn.Module) -> bool:

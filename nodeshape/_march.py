@@ -137,6 +137,10 @@ class Marcher:
         )
 
 
+#: Steps in an interval beyond which a step size is taken for a mistake.
+MOST_STEPS = 10_000_000
+
+
 @dataclass(frozen=True)
 class EqualSteps:
     """``count`` equal steps an interval, or as many as ``size`` asks for: ceil(length / size)."""
@@ -150,7 +154,10 @@ class EqualSteps:
             return self.count
         assert self.size is not None
         # A length that is a multiple of the size up to rounding (of float32 times) takes that multiple.
-        return max(1, ceil(abs(length) / self.size * (1.0 - 1e-6)))
+        count = abs(length) / self.size * (1.0 - 1e-6)
+        if count > MOST_STEPS:
+            raise ValueError(f"step_size {self.size:g} cuts an interval into more than {MOST_STEPS} steps: raise it")
+        return max(1, ceil(count))
 
     def march(
         self, marcher: Marcher, y: Tensor, start: float, end: float

@@ -134,8 +134,6 @@ def odeint(
         backward: Steps
         if fixed:
             forward = backward = EqualSteps(steps, step_size)
-            if "adjoint_step_size" in settings:
-                backward = EqualSteps(None, settings["adjoint_step_size"])
         else:
             tolerances = _positive("rtol", rtol, RTOL), _positive("atol", atol, ATOL)
             limits = settings.get("min_step", MIN_STEP), settings.get("max_steps", MAX_STEPS)
@@ -147,6 +145,8 @@ def odeint(
             forward = ErrorControl(scheme.order, *tolerances, *limits, shared)
             adjoint_rtol, adjoint_atol = map(settings.get, ADJOINT_TOLERANCES, tolerances)
             backward = ErrorControl(scheme.order, adjoint_rtol, adjoint_atol, *limits, shared)
+        if "adjoint_step_size" in settings:
+            backward = EqualSteps(None, settings["adjoint_step_size"])
         problem = Problem(
             system,
             scheme,
@@ -218,7 +218,7 @@ def _fused_stats(
 
 
 def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    settings = dict(options or {})
+    settings = {name: value for name, value in (options or {}).items() if value is not None}
     for name, value in settings.items():
         if name not in OPTIONS:
             raise ValueError(f"unknown option {name!r}: known are {', '.join(OPTIONS)}")

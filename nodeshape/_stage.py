@@ -52,7 +52,7 @@ class Stage:
 
 
 def _relative(change: Tensor, value: Tensor, base: Tensor) -> Tensor:
-    """‖change‖ / max(‖value‖, ‖base‖) of each sample: infinite if only the change is not zero, NaN if one is not finite."""
+    """‖change‖ / max(‖value‖, ‖base‖) by sample: infinite if only the change is not zero, NaN if one is not finite."""
     norm, scale = _norm(change)[:, 0], torch.maximum(_norm(base), _norm(value))[:, 0]
     return torch.where(norm > 0, norm / scale, norm)
 

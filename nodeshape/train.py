@@ -28,6 +28,7 @@ from nodeshape._sweep import ReversalDriftError
 from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, predict
 
 RUNS = Path("runs")
+MIN_STEP_SIZE = 1e-4
 DEFAULTS: dict[str, Any] = {
     "task": "single",
     "data": None,
@@ -64,9 +65,12 @@ def main(argv: list[str] | None = None) -> None:
             config["data"], config["task"] = str(Path(config["data"]).resolve()), None
         out = _free_run(config) if out is None else out
         _check_out(out)
+        if config["step_size"] < MIN_STEP_SIZE:
+            raise UserError(f"--step-size must be at least {MIN_STEP_SIZE:g}, got {config['step_size']:g}")
     device = _device(config["device"])
     with user_input():
         data = _load(config)
+    fingerprint = data.fingerprint()
     torch.manual_seed(config["seed"])
     architecture = {
         "num_classes": len(data.classes),
@@ -81,10 +85,14 @@ def main(argv: list[str] | None = None) -> None:
     recipe = Recipe(config["epochs"], config["batch_size"], config["lr"], seed=config["seed"])
     trainer = Trainer(model, data, recipe, device)
     if state is not None:
-        if state["classes"] != data.classes:
-            raise UserError(f"{config['data']}: its classes have changed since the run began; start a new run")
-        trainer.restore(state)
-    folder = RunFolder(out, {"architecture": architecture, "classes": data.classes, **config})
+        if state.get("fingerprint") != fingerprint:
+            raise UserError(f"{config['data']}: its images have changed since the run began; start a new run")
+        try:
+            trainer.restore(state)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{out / 'last.pt'}: holds no training state of this run; start a new run") from error
+    record = {"architecture": architecture, "classes": data.classes, "fingerprint": fingerprint, **config}
+    folder = RunFolder(out, record)
     folder.begin(trainer)
     _announce(out, config, data, model, device, trainer)
     try:

@@ -57,7 +57,7 @@ NODESHAPE_INLINE Vec<float> softplus(Vec<float> x) {
   p = fma(p, square, splat(2.0f / 3));
   p = fma(p, square, splat(2.0f));
   const Vec<float> y = fma(p, s, x > zero ? x : zero);
-  return x != x ? x : y;
+  return x != x || x > splat(20.0f) ? x : y;  // torch's threshold
 }
 
 template <class Function>
@@ -72,7 +72,7 @@ NODESHAPE_INLINE Vec<double> sigmoid(Vec<double> x) {
   return lane_by_lane(x, [](double a) { return 1.0 / (1.0 + ::exp(-a)); });
 }
 NODESHAPE_INLINE Vec<double> softplus(Vec<double> x) {
-  return lane_by_lane(x, [](double a) { return (a > 0 ? a : 0 * a) + ::log1p(::exp(-::fabs(a))); });
+  return lane_by_lane(x, [](double a) { return a > 20 ? a : (a > 0 ? a : 0 * a) + ::log1p(::exp(-::fabs(a))); });
 }
 
 /// a(z)
@@ -90,7 +90,7 @@ NODESHAPE_INLINE V slope_of(V z, V a) {
   const V zero{}, one = zero + 1;
   if constexpr (A == Activation::tanh) return one - a * a;
   if constexpr (A == Activation::relu) return z > zero ? one : zero;
-  if constexpr (A == Activation::softplus) return sigmoid(z);
+  if constexpr (A == Activation::softplus) return z > V{} + 20 ? one : sigmoid(z);
   if constexpr (A == Activation::silu) {
     const V s = sigmoid(z);
     return s * (one + z * (one - s));
