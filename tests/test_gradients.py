@@ -95,7 +95,7 @@ def test_second_derivatives_under_error_control_match_first_ones_differenced() -
 
 @pytest.mark.parametrize("adjoint", ["reversible", "continuous"])
 def test_second_derivatives_elsewhere_are_refused_with_the_remedy(adjoint: str) -> None:
-    func, y0 = dynamics_and_state("mlp")
+    func, y0 = dynamics_and_state("hand-written")
     ys = ns.odeint(func, y0, torch.tensor([0.0, 1.0]), steps=2, adjoint=adjoint)
     with pytest.raises(RuntimeError, match=f"{adjoint}.*no second derivatives.*use adjoint='discrete'"):
         torch.autograd.grad(ys.sum(), y0, create_graph=True)

@@ -91,10 +91,23 @@ def test_non_convergence_names_samples_residual_step_and_remedy(method: str, sta
     assert ("'newton'" in message) == (stage_solver == "anderson")
 
 
-def test_a_finite_state_too_large_for_its_dtype_is_not_taken_for_solved() -> None:
-    y0 = torch.full((1, 2), 1e30, dtype=torch.float32)  # its square overflows
-    with pytest.raises(ns.StageSolveError):
-        ns.odeint(lambda t, y: -3 * y, y0, [0.0, 1.0], method="implicit_euler", steps=1)
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_a_state_whose_squares_overflow_or_underflow_is_solved_like_any_other(scale: float) -> None:
+    y0 = torch.full((1, 2), scale, dtype=torch.float32)
+    y = ns.odeint(lambda t, y: -3 * y, y0, [0.0, 1.0], method="implicit_euler", steps=1)[-1]
+    torch.testing.assert_close(y / scale, torch.full((1, 2), 0.25), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", IMPLICIT)
+def test_a_state_of_zero_moves(method: str) -> None:
+    y0 = torch.tensor([[0.0], [1.0]])
+    y = ns.odeint(lambda t, y: torch.ones_like(y), y0, [0.0, 1.0], method=method, steps=4)[-1]
+    torch.testing.assert_close(y, y0 + 1)
+    torch.manual_seed(0)
+    f = ns.MLPDynamics(3, (8,))
+    fused = ns.odeint(f, torch.zeros(2, 3), [0.0, 1.0], method=method, steps=4)[-1]
+    plain = ns.odeint(lambda t, y: f(t, y), torch.zeros(2, 3), [0.0, 1.0], method=method, steps=4)[-1]
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("adjoint", ["discrete", "reversible", "continuous"])
