@@ -148,6 +148,7 @@ def diffrax(problem: Problem) -> Call:
         raise Unavailable("not installed: pip install diffrax") from error
     from nodeshape._bench_jax import field, parameters
 
+    assert isinstance(problem.dynamics, MLPDynamics)
     term = package.ODETerm(field(problem.dynamics))
     controller, euler = package.ConstantStepSize(), package.Euler()
 

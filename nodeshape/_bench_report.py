@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,8 @@ def describe_machine(machine: Mapping[str, Any]) -> str:
     )
 
 
-def tables(results: Sequence[Result]) -> str:
-    """A table a section: median milliseconds, and how many times those of the first column they are."""
-    return "\n\n".join(_table(title, list(rows)) for title, rows in groupby(results, key=lambda r: r.section))
-
-
-def _table(title: str, rows: list[Result]) -> str:
+def table(title: str, rows: Sequence[Result]) -> str:
+    """A section's table: median milliseconds, and how many times those of the first column they are."""
     names = list(dict.fromkeys(name for row in rows for name in (*row.seconds, *row.skipped)))
     if any(row.direct_limit is not None for row in rows):
         names.append(DIRECT_LIMIT)

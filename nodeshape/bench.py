@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nodeshape import _bench_deploy, _bench_report, _bench_solver, _bench_train
-from nodeshape._bench_cases import run_case
+from nodeshape._bench_cases import Result, run_case
 from nodeshape._bench_timing import FULL, QUICK, machine
 from nodeshape._cli import Parser, UserError, run
 
@@ -32,17 +33,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     suite, effort = SUITES[args.suite], QUICK if args.quick else FULL
     here = machine(effort)
     print(_bench_report.describe_machine(here))
-    results = []
+    print(f"Medians of {effort.rounds} alternating rounds, and times the first column", flush=True)
+    results: list[Result] = []
     with tqdm(desc="preparing", unit="case", disable=None, leave=False) as bar:
         cases = suite.cases(args.quick)
         bar.reset(len(cases))
-        for case in cases:
-            bar.set_description(f"{case.section}, {case.name}")
-            results.append(run_case(case, effort))
-            bar.update()
+        for section, rows in groupby(cases, key=lambda case: case.section):
+            done = []
+            for case in rows:
+                bar.set_description(f"{case.section}, {case.name}")
+                done.append(run_case(case, effort))
+                bar.update()
+            bar.clear()
+            print(f"\n{_bench_report.table(section, done)}", flush=True)
+            results += done
     lines = [] if args.quick else _bench_report.targets(suite.TARGETS, results)
-    print(f"\nMedians of {effort.rounds} alternating rounds, and times the first column\n")
-    print(_bench_report.tables(results))
     if lines:
         print(f"\nTargets\n{_bench_report.target_table(lines)}")
     if args.json is not None:
