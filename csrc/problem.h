@@ -49,7 +49,7 @@ struct ForwardProblem {
   int64_t store;         // kStoreNothing, kStoreStages, or m > 0: the state after every m-th step of an interval
   const T* y0;           // [samples, sample]
   T* ys;                 // [times, samples, sample]
-  T* stored;             // [stored, samples, sample], channels last
+  T* stored;             // [stored, samples, sample], channels last; a stage of ConvDynamics is kConvMapsKept samples
   int64_t* evaluations;  // [samples]
   double* residual;      // [samples], the largest of all stages
   Failure* failures;     // [samples]
@@ -57,6 +57,9 @@ struct ForwardProblem {
 
 inline constexpr int64_t kStoreNothing = 0;
 inline constexpr int64_t kStoreStages = -1;
+/// Maps that `stored` holds for a stage of ConvDynamics: the stage and both convolutions' outputs. Other dynamics keep
+/// the stage alone.
+inline constexpr int64_t kConvMapsKept = 3;
 
 /// Rows of `stored` that an interval of `steps` steps fills; its last state is an observation anyway.
 inline int64_t stored_rows(int64_t store, int64_t steps) {

@@ -3,13 +3,18 @@
 //     stage    Y       = y_k + theta h f(t_k + theta h, Y)
 //     update   y_{k+1} = y_k + h f(t_k + theta h, Y)
 //
-// A dynamics D knows f of one sample and nothing of time; the loop knows theta and nothing of layers. D has
-//     Scalar
-//     size()                       numbers in a state as D keeps it, a multiple of the vector
-//     sample()                     numbers in a state as tensors keep it
-//     read(tensor, y), write(y, tensor)      one sample from and to a tensor's layout
-//     pack(y, row), unpack(row, y)           the same for `stored`, which is channels last
+// A dynamics D knows f of one slot and nothing of time; the loop knows theta and nothing of layers. A slot holds one
+// sample, or kSamples of them side by side where no stage is iterated; fewer in a batch's last slot, whose `members`
+// say how many. D has
+//     Scalar, kSamples
+//     size()                       numbers in a slot's state as D keeps it, a multiple of the vector
+//     sample(), kept()             numbers of a sample in tensors, and in `stored` where stages are kept
+//     read(tensor, members, y), write(y, members, tensor)     a slot's states from and to a tensor's layout
+//     read_cotangent(tensor, members, lambda)                 as read(), zero for members that a slot lacks
+//     pack(y, members, row), unpack(row, members, y)          as read() and write() for states in `stored`
+//     keep(s, y, members, row)     what recall() needs of slot s, linearised about y, for `stored`
 //     eval(t, batch)               out = f(t, in), and linearises each slot about its `in`, which stays in place
+//     recall(t, rows, members, batch)        as eval(), given what keep() left in rows[s]; in[s] is unpacked from it
 //     vjp(batch)                   out = J^T in at the slot's linearisation
 //     accumulate(t, h, count)      dL/dp += h (df/dp)^T w, where w is each slot's latest vjp argument
 //     time_product()               h w . df/dt, summed over the slots of the latest accumulate
@@ -19,10 +24,31 @@
 
 namespace nodeshape::NODESHAPE_TARGET {
 
-/// Samples [first, first + count) of a problem, as one thread carries them through time.
+/// The samples from `first` on that fill `count` slots, as one thread carries them through time.
 struct Group {
   int64_t first;
   int count;
+};
+
+/// Where the slots of a group begin and end among a problem's samples.
+template <class D>
+class Slots {
+ public:
+  Slots(Group group, int64_t samples) : first_(group.first), samples_(samples) {}
+
+  int64_t first(int s) const { return first_ + s * int64_t(D::kSamples); }
+  int members(int s) const {
+    const int64_t left = samples_ - first(s);
+    return left < D::kSamples ? int(left) : D::kSamples;
+  }
+  /// Calls body(n) for each sample n of slot s.
+  template <class Body>
+  void each(int s, Body&& body) const {
+    for (int64_t n = first(s), end = n + members(s); n < end; ++n) body(n);
+  }
+
+ private:
+  int64_t first_, samples_;
 };
 
 namespace detail {
@@ -55,12 +81,12 @@ void fill(int64_t size, T a, T* y) {
 }
 
 /// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation a stage.
-template <class T>
-void judge(const StageSolver<T>& stages, Group group, int64_t size, int64_t step, Sweep sweep, double t, double h,
-           T* const* state, Failure* failures) {
-  for (int s = 0; s < group.count; ++s) {
+template <class D, class T>
+void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64_t size, int64_t step, Sweep sweep,
+           double t, double h, T* const* state, Failure* failures) {
+  for (int s = 0; s < count; ++s) {
     if (stages[s].solved) continue;
-    failures[group.first + s] = {step, Failure::stage, sweep, t, h, stages[s].residual, stages[s].evaluations};
+    failures[slots.first(s)] = {step, Failure::stage, sweep, t, h, stages[s].residual, stages[s].evaluations};
     fill(size, T(__builtin_nan("")), state[s]);
   }
 }
@@ -72,17 +98,20 @@ template <class D, class Arena>
 void solve_forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& p, Group group) {
   using T = typename D::Scalar;
   const Grid& grid = p.grid;
-  const int64_t size = f.size(), sample = f.sample();
+  const Slots<D> slots(group, p.samples);
+  const int64_t size = f.size(), sample = f.sample(), row_numbers = p.store == kStoreStages ? f.kept() : sample;
   StageSolver<T> stages(arena, size, group.count, p.stage, grid.theta == 0.0);
   T* y[kMaxGroup];
   for (int s = 0; s < group.count; ++s) {
-    const int64_t n = group.first + s;
     y[s] = arena.template take<T>(size);
-    f.read(p.y0 + n * sample, y[s]);
-    f.write(y[s], p.ys + n * sample);
-    p.evaluations[n] = 0;
-    p.residual[n] = 0;
+    f.read(p.y0 + slots.first(s) * sample, slots.members(s), y[s]);
+    f.write(y[s], slots.members(s), p.ys + slots.first(s) * sample);
+    slots.each(s, [&](int64_t n) {
+      p.evaluations[n] = 0;
+      p.residual[n] = 0;
+    });
   }
+  const auto stored = [&](int64_t row, int s) { return p.stored + (row * p.samples + slots.first(s)) * row_numbers; };
 
   int64_t step = 0, row = 0;
   for (int64_t j = 0; j + 1 < grid.count; ++j) {
@@ -91,20 +120,23 @@ void solve_forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>&
       const double t = grid.times[j] + double(k) * h;
       stages.solve(group.count, y, grid.theta * h, [&](const Batch<T>& b) { f.eval(t + grid.theta * h, b); });
       for (int s = 0; s < group.count; ++s) {
-        const int64_t n = group.first + s;
-        p.evaluations[n] += stages[s].evaluations;
-        if (!(stages[s].residual <= p.residual[n])) p.residual[n] = stages[s].residual;
-        if (p.store == kStoreStages) f.pack(stages[s].value, p.stored + (row * p.samples + n) * sample);
-        detail::add(size, T(h), stages[s].slope, y[s]);
+        const auto& stage = stages[s];
+        slots.each(s, [&](int64_t n) {
+          p.evaluations[n] += stage.evaluations;
+          if (!(stage.residual <= p.residual[n])) p.residual[n] = stage.residual;
+        });
+        if (p.store == kStoreStages) f.keep(s, stage.value, slots.members(s), stored(row, s));
+        detail::add(size, T(h), stage.slope, y[s]);
       }
-      detail::judge(stages, group, size, step, Sweep::forward, t, h, y, p.failures);
+      detail::judge(stages, slots, group.count, size, step, Sweep::forward, t, h, y, p.failures);
       ++step;
       const bool checkpoint = p.store > 0 && (k + 1) % p.store == 0 && k + 1 < grid.steps[j];
       if (checkpoint)
-        for (int s = 0; s < group.count; ++s) f.pack(y[s], p.stored + (row * p.samples + group.first + s) * sample);
+        for (int s = 0; s < group.count; ++s) f.pack(y[s], slots.members(s), stored(row, s));
       if (checkpoint || p.store == kStoreStages) ++row;
     }
-    for (int s = 0; s < group.count; ++s) f.write(y[s], p.ys + ((j + 1) * p.samples + group.first + s) * sample);
+    for (int s = 0; s < group.count; ++s)
+      f.write(y[s], slots.members(s), p.ys + ((j + 1) * p.samples + slots.first(s)) * sample);
   }
 }
 
@@ -118,9 +150,11 @@ class BackwardSweep {
       : f_(f),
         p_(p),
         group_(group),
+        slots_(group, p.samples),
         grad_t_(grad_t),
         size_(f.size()),
         sample_(f.sample()),
+        row_(p.store == kStoreStages ? f.kept() : f.sample()),
         pair_(p.adjoint == Adjoint::continuous),
         explicit_(p.grid.theta == 0.0),
         rebuilt_(arena, pair_ ? 2 * size_ : size_, group.count, p.stage, rebuilds_explicitly()),
@@ -136,9 +170,9 @@ class BackwardSweep {
   void run() {
     const Grid& grid = p_.grid;
     for (int s = 0; s < group_.count; ++s) {
-      p_.evaluations[group_.first + s] = 0;
-      f_.read(observed(p_.ys, grid.count - 1, s), y_[s]);
-      f_.read(observed(p_.grad_ys, grid.count - 1, s), lam_[s]);
+      slots_.each(s, [&](int64_t n) { p_.evaluations[n] = 0; });
+      f_.read(observed(p_.ys, grid.count - 1, s), slots_.members(s), y_[s]);
+      f_.read_cotangent(observed(p_.grad_ys, grid.count - 1, s), slots_.members(s), lam_[s]);
     }
     int64_t step = grid.total_steps();
     int64_t row = stored_rows(p_.store, grid);
@@ -162,7 +196,7 @@ class BackwardSweep {
           to_start += to_t;
           if (p_.adjoint == Adjoint::reversible) {
             step_back(h);
-            if (p_.store > 0 && k > 0 && k % p_.store == 0) compare(step, j, t, h, stored(--row, 0), true);
+            if (p_.store > 0 && k > 0 && k % p_.store == 0) compare(step, j, t, h, --row);
           }
         }
       }
@@ -172,7 +206,7 @@ class BackwardSweep {
       }
       arrive(j, step, grid.times[j], h);
     }
-    for (int s = 0; s < group_.count; ++s) f_.write(lam_[s], p_.grad_y0 + (group_.first + s) * sample_);
+    for (int s = 0; s < group_.count; ++s) f_.write(lam_[s], slots_.members(s), p_.grad_y0 + slots_.first(s) * sample_);
   }
 
  private:
@@ -183,18 +217,31 @@ class BackwardSweep {
   }
 
   const T* observed(const T* tensor, int64_t j, int s) const {
-    return tensor + (j * p_.samples + group_.first + s) * sample_;
+    return tensor + (j * p_.samples + slots_.first(s)) * sample_;
   }
-  const T* stored(int64_t row, int s) const { return observed(p_.stored, row, s); }
+  const T* stored(int64_t row, int s) const { return p_.stored + (row * p_.samples + slots_.first(s)) * row_; }
 
   void count(const StageSolver<T>& stages) {
-    for (int s = 0; s < group_.count; ++s) p_.evaluations[group_.first + s] += stages[s].evaluations;
+    for (int s = 0; s < group_.count; ++s)
+      slots_.each(s, [&](int64_t n) { p_.evaluations[n] += stages[s].evaluations; });
   }
 
-  /// discrete: the forward solve kept the stage; linearise about it.
+  void judge(const StageSolver<T>& stages, int64_t size, int64_t step, Sweep sweep, double t, double h,
+             T* const* state) {
+    detail::judge(stages, slots_, group_.count, size, step, sweep, t, h, state, p_.failures);
+  }
+
+  /// discrete: the forward solve kept the stage and what f is linearised about it with.
   void restore_stage(int64_t row, double t, double h) {
-    for (int s = 0; s < group_.count; ++s) f_.unpack(stored(row, s), y_[s]);
-    rebuilt_.solve(group_.count, y_, 0.0, [&](const Batch<T>& b) { f_.eval(t + p_.grid.theta * h, b); });
+    const T* rows[kMaxGroup];
+    int members[kMaxGroup];
+    for (int s = 0; s < group_.count; ++s) {
+      rows[s] = stored(row, s);
+      members[s] = slots_.members(s);
+      f_.unpack(rows[s], members[s], y_[s]);
+    }
+    rebuilt_.solve(group_.count, y_, 0.0,
+                   [&](const Batch<T>& b) { f_.recall(t + p_.grid.theta * h, rows, members, b); });
   }
 
   /// reversible: Y = y_{k+1} - (1 - theta) h f(Y), the very stage of the forward step.
@@ -202,7 +249,7 @@ class BackwardSweep {
     const double theta = p_.grid.theta;
     rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
     count(rebuilt_);
-    detail::judge(rebuilt_, group_, size_, step, Sweep::reversed, t, h, y_, p_.failures);
+    judge(rebuilt_, size_, step, Sweep::reversed, t, h, y_);
   }
 
   /// reversible: y_k = y_{k+1} - h f(Y)
@@ -223,7 +270,7 @@ class BackwardSweep {
     const double to_t = f_.time_product();
     const double to_h = detail::value_dot_slope(size_, group_.count, transposed_, rebuilt_) + theta * to_t;
     for (int s = 0; s < group_.count; ++s) detail::add(size_, T(h), transposed_[s].slope, lam_[s]);
-    detail::judge(transposed_, group_, size_, step, Sweep::transposed, t, h, lam_, p_.failures);
+    judge(transposed_, size_, step, Sweep::transposed, t, h, lam_);
     return {to_h, to_t};
   }
 
@@ -243,7 +290,7 @@ class BackwardSweep {
     count(rebuilt_);
     f_.accumulate(at, h, group_.count);
     for (int s = 0; s < group_.count; ++s) detail::add(2 * size_, T(-h), rebuilt_[s].slope, y_[s]);
-    detail::judge(rebuilt_, group_, 2 * size_, step, Sweep::augmented, t + h, -h, y_, p_.failures);
+    judge(rebuilt_, 2 * size_, step, Sweep::augmented, t + h, -h, y_);
   }
 
   /// continuous: dL/dt_j = dL/dy(t_j) . f(t_j, y(t_j)), and for t_0 minus the adjoint that reached it.
@@ -252,7 +299,7 @@ class BackwardSweep {
     for (int s = 0; s < group_.count; ++s) batch.add(s, y_[s], slope_[s]);
     f_.eval(p_.grid.times[j], batch);
     for (int s = 0; s < group_.count; ++s) {
-      ++p_.evaluations[group_.first + s];
+      slots_.each(s, [&](int64_t n) { ++p_.evaluations[n]; });
       if (j == 0)
         grad_t_[j] -= detail::dot(size_, lam_[s], slope_[s]);
       else
@@ -262,9 +309,9 @@ class BackwardSweep {
 
   /// At observation time j: back to the stored trajectory, and the jump of lambda by dL/dy(t_j).
   void arrive(int64_t j, int64_t step, double t, double h) {
-    if (p_.adjoint == Adjoint::reversible) compare(step, j, t, h, observed(p_.ys, j, 0), false);
+    if (p_.adjoint == Adjoint::reversible) compare(step, j, t, h, kObserved);
     if (pair_) {
-      for (int s = 0; s < group_.count; ++s) f_.read(observed(p_.ys, j, s), y_[s]);
+      for (int s = 0; s < group_.count; ++s) f_.read(observed(p_.ys, j, s), slots_.members(s), y_[s]);
       if (j == 0) observe_slopes(0);
     }
     for (int s = 0; s < group_.count; ++s) detail::add(size_, T(1), jump(j, s), lam_[s]);
@@ -272,27 +319,30 @@ class BackwardSweep {
 
   /// dL/dy(t_j) as the loss gives it, until the next call for this sample.
   const T* jump(int64_t j, int s) {
-    f_.read(observed(p_.grad_ys, j, s), truth_[s]);
+    f_.read_cotangent(observed(p_.grad_ys, j, s), slots_.members(s), truth_[s]);
     return truth_[s];
   }
 
-  /// reversible: how far the rebuilt state has drifted from the stored one, from which the sweep goes on.
-  void compare(int64_t step, int64_t j, double t, double h, const T* rows, bool packed) {
+  static constexpr int64_t kObserved = -1;
+
+  /// reversible: how far the rebuilt state has drifted from the stored one, from which the sweep goes on: row `row` of
+  /// `stored`, or the state at observation time j.
+  void compare(int64_t step, int64_t j, double t, double h, int64_t row) {
     for (int s = 0; s < group_.count; ++s) {
-      f_.read(observed(p_.ys, j + 1, s), slope_[s]);
+      f_.read(observed(p_.ys, j + 1, s), slots_.members(s), slope_[s]);
       const double end = detail::dot(size_, slope_[s], slope_[s]);
       T *truth = truth_[s], *y = y_[s];
-      if (packed)
-        f_.unpack(rows + s * sample_, truth);
+      if (row == kObserved)
+        f_.read(observed(p_.ys, j, s), slots_.members(s), truth);
       else
-        f_.read(rows + s * sample_, truth);
+        f_.unpack(stored(row, s), slots_.members(s), truth);
       const double square = double(total<T>(size_, [=](int64_t i) {
         const Vec<T> d = load(y + i) - load(truth + i);
         return d * d;
       }));
       const double start = detail::dot(size_, truth, truth);
       const double drift = square == 0 ? 0.0 : std::sqrt(square / (start >= end ? start : end));
-      Failure& failure = p_.failures[group_.first + s];
+      Failure& failure = p_.failures[slots_.first(s)];
       if (__builtin_isfinite(start) && !(drift <= p_.drift_tolerance) && failure.step < 0)
         failure = {step, Failure::drift, Sweep::reversed, t, h, drift, 0};
       each<T>(size_, [=](int64_t i) { store(y + i, load(truth + i)); });
@@ -302,8 +352,9 @@ class BackwardSweep {
   D& f_;
   const BackwardProblem<T>& p_;
   const Group group_;
+  const Slots<D> slots_;
   double* grad_t_;
-  const int64_t size_, sample_;
+  const int64_t size_, sample_, row_;  // numbers: of a slot's state, of a sample in tensors, and in `stored`
   const bool pair_, explicit_;
   StageSolver<T> rebuilt_;     // of the trajectory, or of the pair (y, lambda)
   StageSolver<T> transposed_;  // of w

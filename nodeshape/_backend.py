@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from nodeshape import _fused
 
 
@@ -37,22 +39,23 @@ def backend(
     **others: Any,
 ) -> Backend:
     """Say which path ``odeint`` takes for these arguments (its own; those not named here do not matter)."""
-    objection = plain_reason(func, y0, steps, step_size, options or {}, adjoint_params)
-    if objection is not None:
-        return Backend("plain", objection)
+    weights = fused_weights(func, y0, steps, step_size, options or {}, adjoint_params)
+    if isinstance(weights, str):
+        return Backend("plain", weights)
     return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
 
 
-def plain_reason(
+def fused_weights(
     func: Any, y0: Any, steps: int | None, step_size: float | None, options: Mapping[str, Any], adjoint_params: Any
-) -> str | None:
-    """Say why ``odeint`` takes the plain loop; None if it takes the fused kernel."""
+) -> list[Tensor] | str:
+    """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason."""
     if steps is None and step_size is None and "step_size" not in options:
         return "error control chooses the steps"
-    if options.get("stage_solver", "anderson") != "anderson":
-        return f"the stage solver is {options['stage_solver']}"
-    if "adjoint_step_size" in options:
-        return "the backward pass has steps of its own"
+    if options:
+        if options.get("stage_solver", "anderson") != "anderson":
+            return f"the stage solver is {options['stage_solver']}"
+        if "adjoint_step_size" in options:
+            return "the backward pass has steps of its own"
     if adjoint_params is not None:
         return "adjoint_params chooses what to differentiate by"
-    return _fused.unavailable(func, y0)
+    return _fused.weights_for(func, y0)

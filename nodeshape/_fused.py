@@ -13,10 +13,12 @@ The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``
   module's ``state_dict()``; ``t`` float64 ``[times]``; ``steps[j]`` equal steps between ``t[j]`` and ``t[j + 1]``.
 - ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
   after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
-- ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``, feature maps channels last: the stages of
-  ``discrete``, the checkpoints of ``reversible``, otherwise empty. ``evaluations`` int64 ``[batch]``: of f in the
-  forward solve; in the backward sweep of f, where the trajectory is found again, and of its vector–Jacobian product.
-  ``residual`` float64 ``[batch]``: the largest relative residual of a stage.
+- ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``: the stages of ``discrete``, the checkpoints of
+  ``reversible``, otherwise empty. Feature maps are ``[maps, height, width, channels]``: a stage is kept with the
+  outputs of both convolutions, so that the backward sweep repeats none of them, a checkpoint is one map.
+- ``evaluations`` int64 ``[batch]``: of f in the forward solve; in the backward sweep of f, where the trajectory is
+  found again, and of its vector–Jacobian product. ``residual`` float64 ``[batch]``: the largest relative residual of a
+  stage.
 """
 
 from __future__ import annotations
@@ -36,12 +38,13 @@ from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
+_CONV_MAPS_KEPT = 3  # as in csrc/problem.h
 _ADJOINTS = ("discrete", "reversible", "continuous")
 _missing: str | None = None  # why the library is not there
 
 
-def unavailable(dynamics: Any, y0: Any) -> str | None:
-    """Say why the fused solver does not take a solve of ``dynamics`` from ``y0``; None if it does."""
+def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
+    """The parameters to solve with, in state_dict order; or why the fused solver does not take this solve."""
     if os.environ.get("NODESHAPE_FUSED", "1") == "0":
         return "NODESHAPE_FUSED=0"
     if type(dynamics) not in (ConvDynamics, MLPDynamics):
@@ -60,8 +63,7 @@ def unavailable(dynamics: Any, y0: Any) -> str | None:
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
-    weights = _weights(dynamics)
-    return weights if isinstance(weights, str) else _missing
+    return _missing or _weights(dynamics)
 
 
 def _weights(dynamics: nn.Module) -> list[Tensor] | str:
@@ -140,7 +142,8 @@ def _is_altered(module: nn.Module) -> bool:
 
 def solve(
     dynamics: Any,
-    y0: Any,
+    weights: list[Tensor],
+    y0: Tensor,
     t: Tensor,
     steps: Sequence[int],
     method: Method,
@@ -149,11 +152,12 @@ def solve(
     max_iterations: int,
     checkpoint_every: int | None,
     drift_tolerance: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Solve from ``t[0]`` through all of ``t``; only for arguments :func:`unavailable` has no objection to.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve from ``t[0]`` through all of ``t``.
 
     Args:
         dynamics: f, a ConvDynamics or an MLPDynamics.
+        weights: what :func:`weights_for` gave.
         y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
         t: observation times, ``[times]``; differentiable.
         steps: equal steps in each interval between them.
@@ -165,8 +169,8 @@ def solve(
         drift_tolerance: for ``"reversible"``.
 
     Returns:
-        ``ys`` ``[times, *y0.shape]``, evaluations in the forward and in the backward pass, int64 ``[batch]`` each (the
-        latter are filled in when that pass has run, in eager mode only), and ``residual`` float64 ``[batch]``.
+        ``ys`` ``[times, *y0.shape]``, the evaluations of the forward pass, int64 ``[batch]``, and ``residual`` float64
+        ``[batch]``.
 
     Raises:
         StageSolveError: a stage was not solved; in the backward pass too.
@@ -175,9 +179,6 @@ def solve(
     if adjoint not in _ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(_ADJOINTS)}")
     times = t if t.dtype == torch.float64 and t.device.type == "cpu" else t.to(device="cpu", dtype=torch.float64)
-    weights = _weights(dynamics)
-    if isinstance(weights, str):
-        raise ValueError(weights)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
     scheme: tuple[Any, ...] = (
         list(steps),
@@ -202,10 +203,17 @@ def solve(
             ys, _, forward, residual = _below_autograd(op, y0, times, weights, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
-    backward = torch.zeros_like(forward)
-    if recorded and not traced:
-        ys.grad_fn.backward_evaluations = backward
-    return ys, (forward, backward), residual
+    return ys, forward, residual
+
+
+def backward_evaluations(ys: Tensor) -> Tensor | None:
+    """Evaluations in the backward pass of a solution, int64 ``[batch]``, zero until it has run; in eager mode only."""
+    node: Any = ys.grad_fn
+    if getattr(node, "_forward_cls", None) is not _Recorded:
+        return None
+    evaluations = torch.zeros(ys.shape[1], dtype=torch.int64, device=ys.device)
+    node.backward_evaluations = evaluations
+    return evaluations
 
 
 def _translated(error: RuntimeError) -> RuntimeError:
@@ -233,8 +241,8 @@ def _fake_solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = _stored_rows(steps, adjoint, checkpoint_every)
     batch, *shape = y0.shape
-    if len(shape) == 3:  # channels last
-        shape = [*shape[1:], shape[0]]
+    if len(shape) == 3:
+        shape = [_CONV_MAPS_KEPT if adjoint == "discrete" else 1, *shape[1:], shape[0]]
     return (
         y0.new_empty((t.shape[0], *y0.shape)),
         y0.new_empty((rows, batch, *shape)),
@@ -267,7 +275,7 @@ def _gradient(ctx: Any, op: Callable[..., Any], grad_ys: Tensor) -> tuple[Tensor
         grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
     except RuntimeError as error:
         raise _translated(error) from None
-    wanted = getattr(ctx, "backward_evaluations", None)  # solve() leaves it there
+    wanted = getattr(ctx, "backward_evaluations", None)  # the function of that name leaves it there
     if wanted is not None:
         wanted.copy_(evaluations)
     return grad_y0, grad_t, grad_weights

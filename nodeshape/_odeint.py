@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nodeshape import _fused
-from nodeshape._backend import plain_reason
+from nodeshape._backend import fused_weights
 from nodeshape._error_control import ErrorControl, Steps
 from nodeshape._march import EqualSteps, StageSolver
 from nodeshape._method import Method, get_method
@@ -107,12 +107,14 @@ def odeint(
     stage_tolerance = settings.get("stage_tolerance", stage_tolerance)
     max_iterations = settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS)
 
-    if plain_reason(func, y0, steps, step_size, settings, adjoint_params) is None:
+    weights = fused_weights(func, y0, steps, step_size, settings, adjoint_params)
+    if not isinstance(weights, str):
         equal = EqualSteps(steps, step_size)
         counts = [equal.number(end - start) for start, end in pairwise(times)]
-        ys, evaluations, residual = _fused.solve(
+        ys, forward_evaluations, residual = _fused.solve(
             cast("Any", func),  # ConvDynamics or MLPDynamics,
-            tensors[0],  # and a single tensor, as backend has seen
+            weights,
+            tensors[0],  # and a single tensor, as fused_weights has seen
             t,
             counts,
             scheme,
@@ -122,7 +124,9 @@ def odeint(
             settings.get("checkpoint_every"),
             drift_tolerance,
         )
-        return (ys, _fused_stats(scheme, sum(counts), evaluations, residual)) if return_stats else ys
+        if not return_stats:
+            return ys
+        return ys, _fused_stats(scheme, sum(counts), forward_evaluations, _fused.backward_evaluations(ys), residual)
 
     solver = StageSolver(settings.get("stage_solver", "anderson"), stage_tolerance, max_iterations)
     differentiable = torch.is_grad_enabled()
@@ -202,10 +206,7 @@ def odeint_adjoint(
     return odeint(func, y0, t, options=options, **arguments)
 
 
-def _fused_stats(
-    method: Method, steps: int, evaluations: tuple[Tensor, Tensor | None], residual: Tensor
-) -> SolverStats:
-    forward, backward = evaluations
+def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor | None, residual: Tensor) -> SolverStats:
     return SolverStats(
         nfe_forward=forward,
         # filled in when the backward pass has run

@@ -26,16 +26,20 @@ NODESHAPE_INLINE Vec<float> exp(Vec<float> x) {
   return p * (Vec<float>)power;  // the same bits
 }
 
+/// x P(x^2) / Q(x^2) for |x| <= 7.9, minimax in the relative error (6e-9; in float at most 5 units in the last place),
+/// and constant beyond, where tanh is 1 to 3e-7; never more than 1.
 NODESHAPE_INLINE Vec<float> tanh(Vec<float> x) {
-  const Vec<float> zero{}, a = x < zero ? -x : x, square = x * x;
-  Vec<float> p = splat(-5.70498872745e-3f);  // Cephes' tanhf below 0.625
-  p = fma(p, square, splat(2.06390887954e-2f));
-  p = fma(p, square, splat(-5.37397155531e-2f));
-  p = fma(p, square, splat(1.33314422036e-1f));
-  p = fma(p, square, splat(-3.33332819422e-1f));
-  const Vec<float> small = fma(p * square, x, x);
-  const Vec<float> large = splat(1.0f) - splat(2.0f) / (exp(a + a) + splat(1.0f));
-  const Vec<float> y = a < splat(0.625f) ? small : (x < zero ? -large : large);
+  const Vec<float> a = min(max(x, splat(-7.9f)), splat(7.9f)), s = a * a;
+  Vec<float> p = splat(1.542787764208242e-08f), q = splat(8.598743193033442e-07f);
+  p = fma(p, s, splat(2.2023183191777207e-05f));
+  q = fma(q, s, splat(3.4236445208080113e-04f));
+  p = fma(p, s, splat(3.5789883695542812e-03f));
+  q = fma(q, s, splat(2.6192225515842438e-02f));
+  p = fma(p, s, splat(1.3450618088245392e-01f));
+  q = fma(q, s, splat(4.6783944964408875e-01f));
+  p = fma(p, s, splat(1.0f));
+  q = fma(q, s, splat(1.0f));
+  const Vec<float> y = a * p / q;
   return x != x ? x : y;
 }
 

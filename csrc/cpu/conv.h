@@ -100,6 +100,7 @@ class ConvDynamics {
  public:
   using Scalar = T;
   using Weights = ConvWeights<T>;
+  static constexpr int kSamples = 1;
 
   ConvDynamics(const Weights& weights, Arena& arena, int group, bool with_gradient)
       : w_(weights), shape_(weights.shape), width_(padded<T>(shape_.channels)), framed_(shape_, arena) {
@@ -129,27 +130,47 @@ class ConvDynamics {
 
   int64_t size() const { return shape_.pixels() * width_; }
   int64_t sample() const { return shape_.pixels() * shape_.channels; }
+  int64_t kept() const { return kConvMapsKept * sample(); }
 
-  void read(const T* tensor, T* y) const {
+  void read(const T* tensor, int, T* y) const {
     const int64_t pixels = shape_.pixels(), channels = shape_.channels;
     for (int64_t p = 0; p < pixels; ++p) {
       for (int64_t c = 0; c < channels; ++c) y[p * width_ + c] = tensor[c * pixels + p];
       for (int64_t c = channels; c < width_; ++c) y[p * width_ + c] = 0;
     }
   }
-  void write(const T* y, T* tensor) const {
+  void read_cotangent(const T* tensor, int members, T* lambda) const { read(tensor, members, lambda); }
+  void write(const T* y, int, T* tensor) const {
     const int64_t pixels = shape_.pixels(), channels = shape_.channels;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t p = 0; p < pixels; ++p) tensor[c * pixels + p] = y[p * width_ + c];
   }
-  void pack(const T* y, T* row) const {
+  void pack(const T* y, int, T* row) const {
     for (int64_t p = 0; p < shape_.pixels(); ++p)
       __builtin_memcpy(row + p * shape_.channels, y + p * width_, shape_.channels * sizeof(T));
   }
-  void unpack(const T* row, T* y) const {
+  void unpack(const T* row, int, T* y) const {
     for (int64_t p = 0; p < shape_.pixels(); ++p) {
       __builtin_memcpy(y + p * width_, row + p * shape_.channels, shape_.channels * sizeof(T));
       for (int64_t c = shape_.channels; c < width_; ++c) y[p * width_ + c] = 0;
+    }
+  }
+
+  /// y and both convolutions' outputs: with them a backward step repeats no convolution of the forward solve.
+  void keep(int s, const T* y, int members, T* row) const {
+    pack(y, members, row);
+    for (int l = 0; l < 2; ++l) pack(slots_[s].z[l], members, row + (1 + l) * sample());
+  }
+  void recall(double, const T* const* rows, const int* members, const Batch<T>& batch) {
+    for (int i = 0; i < batch.count; ++i) {
+      const int s = batch.slot[i];
+      Slot& slot = slots_[s];
+      slot.y = batch.in[i];
+      for (int l = 0; l < 2; ++l) {
+        unpack(rows[s] + (1 + l) * sample(), members[s], slot.z[l]);
+        slot.norm[l]->prepare(slot.input(l));
+      }
+      finish(slot, batch.out[i]);
     }
   }
 
@@ -173,15 +194,7 @@ class ConvDynamics {
             store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
           });
     }
-    for (int i = 0; i < batch.count; ++i) {
-      Slot& slot = slots_[batch.slot[i]];
-      GroupNorm<T>& norm = *slot.norm[2];
-      const T* z = slot.z[1];
-      T* out = batch.out[i];
-      norm.prepare(z);
-      for (int64_t p = 0; p < shape_.pixels(); ++p)
-        each<T>(width_, [&](int64_t c) { store(out + p * width_ + c, norm.apply(load(z + p * width_ + c), c)); });
-    }
+    for (int i = 0; i < batch.count; ++i) finish(slots_[batch.slot[i]], batch.out[i]);
   }
 
   void vjp(const Batch<T>& batch) {
@@ -287,6 +300,15 @@ class ConvDynamics {
 
     const T* input(int l) const { return l == 0 ? y : z[0]; }
   };
+
+  /// out = norm3(z2)
+  void finish(Slot& slot, T* out) {
+    GroupNorm<T>& norm = *slot.norm[2];
+    const T* z = slot.z[1];
+    norm.prepare(z);
+    for (int64_t p = 0; p < shape_.pixels(); ++p)
+      each<T>(width_, [&](int64_t c) { store(out + p * width_ + c, norm.apply(load(z + p * width_ + c), c)); });
+  }
 
   /// relu(norm(input of layer l)) in the Winograd domain, as map `map` of `maps`.
   void transform_activations(const Slot& slot, int l, int maps, int map) {

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "mlp.h"
+#include "mlp_tile.h"
 #include "solve.h"
 
 #define NODESHAPE_JOIN_(a, b) a##b
@@ -44,6 +45,9 @@ void conv_backward(const ConvModel& model, const BackwardProblem<T>& problem, co
 
 template <class T>
 void mlp_forward(const MlpModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
+  const MlpTileWeights<T> tile{model};
+  if (tile.suits(problem.grid.theta))
+    return with_activation(model.activation, [&]<Activation A>() { forward<MlpTile<T, A>>(tile, problem, executor); });
   Arena arena;
   const MlpWeights<T> weights(model, arena);
   with_activation(model.activation, [&]<Activation A>() { forward<MlpDynamics<T, A>>(weights, problem, executor); });
@@ -51,6 +55,9 @@ void mlp_forward(const MlpModel& model, const ForwardProblem<T>& problem, const 
 
 template <class T>
 void mlp_backward(const MlpModel& model, const BackwardProblem<T>& problem, const Executor& executor) {
+  const MlpTileWeights<T> tile{model};
+  if (tile.suits(problem.grid.theta) && problem.adjoint != Adjoint::reversible)  // which would iterate its stages
+    return with_activation(model.activation, [&]<Activation A>() { backward<MlpTile<T, A>>(tile, problem, executor); });
   Arena arena;
   const MlpWeights<T> weights(model, arena);
   with_activation(model.activation, [&]<Activation A>() { backward<MlpDynamics<T, A>>(weights, problem, executor); });

@@ -59,6 +59,7 @@ class MlpDynamics {
  public:
   using Scalar = T;
   using Weights = MlpWeights<T>;
+  static constexpr int kSamples = 1;
 
   MlpDynamics(const Weights& weights, Arena& arena, int group, bool with_gradient) : w_(weights) {
     layers_ = arena.take<Layer>(w_.count);
@@ -83,15 +84,20 @@ class MlpDynamics {
   int64_t size() const { return padded<T>(w_.dim); }
   int64_t sample() const { return w_.dim; }
 
-  void read(const T* tensor, T* y) const {
+  int64_t kept() const { return sample(); }
+
+  void read(const T* tensor, int, T* y) const {
     each<T>(size(), [=](int64_t i) { store(y + i, splat(T(0))); });
     for (int64_t i = 0; i < w_.dim; ++i) y[i] = tensor[i];
   }
-  void write(const T* y, T* tensor) const {
+  void read_cotangent(const T* tensor, int members, T* lambda) const { read(tensor, members, lambda); }
+  void write(const T* y, int, T* tensor) const {
     for (int64_t i = 0; i < w_.dim; ++i) tensor[i] = y[i];
   }
-  void pack(const T* y, T* row) const { write(y, row); }
-  void unpack(const T* row, T* y) const { read(row, y); }
+  void pack(const T* y, int members, T* row) const { write(y, members, row); }
+  void unpack(const T* row, int members, T* y) const { read(row, members, y); }
+  void keep(int, const T* y, int members, T* row) const { pack(y, members, row); }
+  void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
 
   void eval(double t, const Batch<T>& batch) {
     const Vec<T> time = splat(T(t));

@@ -7,9 +7,11 @@
 #include <cstdio>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
+#include "pages.h"
 
 namespace nodeshape {
 namespace {
@@ -37,8 +39,22 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
   Sizes strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  const int64_t dimensions = int64_t(sizes.size());
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+  const size_t bytes = size_t(stride) * (dtype == aoti_torch_dtype_float32() ? 4 : 8);
+  if (torch_from_blob != nullptr && bytes >= Pages::kSmallest) {
+    size_t block = 0;
+    void* data = Pages::take(bytes, &block);
+    if (data != nullptr) {
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+          data, dimensions, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+          aoti_torch_layout_strided(), nullptr, 0,
+          [](void* p, void* context) { Pages::give(p, reinterpret_cast<size_t>(context)); },
+          reinterpret_cast<void*>(block)));
+      return Tensor(handle);
+    }
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -249,11 +265,15 @@ void check_failures(const Common& common, const std::vector<Failure>& failures, 
 using SolveResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using GradientResult = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor>;
 
-/// [rows, ...shape of a sample]; a feature map [channels, height, width] is stored channels last.
-Sizes stored_sizes(int64_t rows, const Tensor& y0) {
+/// [rows, ...shape of a sample]; a feature map [channels, height, width] is stored channels last, and a stage of it
+/// with the maps that ConvDynamics keeps.
+Sizes stored_sizes(const Common& common, const Tensor& y0) {
   Sizes sizes = sizes_of(y0);
-  if (sizes.size() == 4) sizes = {sizes[0], sizes[2], sizes[3], sizes[1]};
-  sizes.insert(sizes.begin(), rows);
+  if (sizes.size() == 4) {
+    const int64_t maps = common.store() == kStoreStages ? kConvMapsKept : 1;
+    sizes = {sizes[0], maps, sizes[2], sizes[3], sizes[1]};
+  }
+  sizes.insert(sizes.begin(), stored_rows(common.store(), common.grid()));
   return sizes;
 }
 
@@ -264,7 +284,7 @@ SolveResult run(const Common& common, const Model& model, ForwardKernel<Model, T
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), grid.count);
   const Tensor ys = empty(sizes, dtype_of<T>());
-  const Tensor stored = empty(stored_sizes(stored_rows(common.store(), grid), y0), dtype_of<T>());
+  const Tensor stored = empty(stored_sizes(common, y0), dtype_of<T>());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);
@@ -311,7 +331,7 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
   sizes.insert(sizes.begin(), grid.count);
   check_tensor(common.op, "ys", arguments.ys, dtype, sizes);
   check_tensor(common.op, "grad_ys", arguments.grad_ys, dtype, sizes);
-  check_tensor(common.op, "stages", arguments.stored, dtype, stored_sizes(stored_rows(common.store(), grid), y0));
+  check_tensor(common.op, "stages", arguments.stored, dtype, stored_sizes(common, y0));
   const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys), stored = dense(arguments.stored);
 
   int64_t parameters = 0;

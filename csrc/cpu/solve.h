@@ -9,11 +9,12 @@ namespace nodeshape::NODESHAPE_TARGET {
 /// Results do not depend on how samples are grouped, so groups may be as many as keep all threads busy.
 template <class D, class T>
 void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& executor) {
-  const int64_t group = larger(1, smaller(weights.group(), ceil_div(problem.samples, executor.threads)));
-  share(executor, ceil_div(problem.samples, group), [&](int64_t task, Arena& arena) {
-    const Group samples{task * group, int(smaller(group, problem.samples - task * group))};
-    D dynamics(weights, arena, samples.count, false);
-    solve_forward(dynamics, arena, problem, samples);
+  const int64_t slots = ceil_div(problem.samples, D::kSamples);
+  const int64_t group = larger(1, smaller(weights.group(), ceil_div(slots, executor.threads)));
+  share(executor, ceil_div(slots, group), [&](int64_t task, Arena& arena) {
+    const Group members{task * group * D::kSamples, int(smaller(group, slots - task * group))};
+    D dynamics(weights, arena, members.count, false);
+    solve_forward(dynamics, arena, problem, members);
   });
 }
 
@@ -22,9 +23,10 @@ void forward(const typename D::Weights& weights, const ForwardProblem<T>& proble
 template <class D, class T>
 void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& executor) {
   constexpr int64_t kChunks = 64, kWantedChunks = 8;
-  const int64_t samples = problem.samples, parameters = weights.parameters(), times = problem.grid.count;
-  const int64_t group = larger(1, smaller(weights.group(), samples / kWantedChunks));
-  const int64_t groups = ceil_div(samples, group), chunks = smaller(groups, kChunks);
+  const int64_t slots = ceil_div(problem.samples, D::kSamples), parameters = weights.parameters(),
+                times = problem.grid.count;
+  const int64_t group = larger(1, smaller(weights.group(), slots / kWantedChunks));
+  const int64_t groups = ceil_div(slots, group), chunks = smaller(groups, kChunks);
   Arena shared;
   T* rows = shared.take<T>(chunks * parameters);
   double* time_rows = shared.zeros<double>(chunks * times);
@@ -33,7 +35,7 @@ void backward(const typename D::Weights& weights, const BackwardProblem<T>& prob
     D dynamics(weights, arena, int(group), true);
     for (int64_t g = groups * chunk / chunks; g < groups * (chunk + 1) / chunks; ++g) {
       const Arena::Mark mark = arena.mark();
-      const Group members{g * group, int(smaller(group, samples - g * group))};
+      const Group members{g * group * D::kSamples, int(smaller(group, slots - g * group))};
       BackwardSweep<D, Arena>(dynamics, arena, problem, members, time_rows + chunk * times).run();
       arena.release(mark);
     }
