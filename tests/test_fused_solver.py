@@ -215,6 +215,23 @@ def test_threads_do_not_change_a_bit(isa, adjoint):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("channels", [128, 160], ids=lambda c: f"{c} channels")
+def test_threads_that_share_a_lone_wide_sample_do_not_change_a_bit(isa, channels, method):
+    torch.manual_seed(0)
+    f, y0 = random_conv(channels), torch.randn(2, channels, 9, 8)
+    before = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            together = ns.odeint(f, y0, TIMES, method=method, steps=2)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                for _ in range(5):  # who takes which piece of the work is a matter of chance
+                    assert torch.equal(ns.odeint(f, y0[:1], TIMES, method=method, steps=2), together[:, :1])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_nan_stays_with_its_sample(isa):
     torch.manual_seed(0)
     for f, y0 in ((random_conv(4), torch.randn(4, 4, 5, 5)), (ns.MLPDynamics(3), torch.randn(4, 3))):

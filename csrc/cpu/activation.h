@@ -29,7 +29,7 @@ NODESHAPE_INLINE Vec<float> exp(Vec<float> x) {
 /// x P(x^2) / Q(x^2) for |x| <= 7.9, minimax in the relative error (6e-9; in float at most 5 units in the last place),
 /// and constant beyond, where tanh is 1 to 3e-7; never more than 1.
 NODESHAPE_INLINE Vec<float> tanh(Vec<float> x) {
-  const Vec<float> a = min(max(x, splat(-7.9f)), splat(7.9f)), s = a * a;
+  const Vec<float> a = min(splat(7.9f), max(splat(-7.9f), x)), s = a * a;
   Vec<float> p = splat(1.542787764208242e-08f), q = splat(8.598743193033442e-07f);
   p = fma(p, s, splat(2.2023183191777207e-05f));
   q = fma(q, s, splat(3.4236445208080113e-04f));
@@ -39,8 +39,7 @@ NODESHAPE_INLINE Vec<float> tanh(Vec<float> x) {
   q = fma(q, s, splat(4.6783944964408875e-01f));
   p = fma(p, s, splat(1.0f));
   q = fma(q, s, splat(1.0f));
-  const Vec<float> y = a * p / q;
-  return x != x ? x : y;
+  return quotient(a * p, q);
 }
 
 NODESHAPE_INLINE Vec<float> sigmoid(Vec<float> x) {

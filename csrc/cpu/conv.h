@@ -8,7 +8,7 @@
 #include "conv3x3.h"
 #include "groupnorm.h"
 #include "kernels.h"
-#include "share.h"
+#include "team.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
@@ -86,6 +86,13 @@ struct ConvWeights {
     const int64_t samples = kRows / shape.tiles();
     return samples < 1 ? 1 : samples > kMost ? kMost : samples;
   }
+  /// Smallest pieces that an evaluation can be cut into: whole vectors of channels and whole groups.
+  int64_t pieces() const {
+    const int64_t members = shape.channels / groups, width = padded<T>(shape.channels);
+    const int64_t piece = members <= kLanes<T> ? kLanes<T> : members;
+    return piece % members == 0 && piece % kLanes<T> == 0 && width % piece == 0 ? width / piece : 1;
+  }
+  double cost() const { return 100 + 0.02 * double(parameters() * shape.pixels()); }
 
  private:
   const T* padded_row(const T* numbers, Arena& arena) const {
@@ -126,6 +133,14 @@ class ConvDynamics {
       bias_gradient_[l] = arena.zeros<T>(width_);
       time_gradient_[l] = arena.zeros<T>(kKinds * width_);
     }
+  }
+
+  /// Evaluate with the help of a team from now on; the dynamics is one of a single sample.
+  void join(Team& team, Arena& arena) {
+    team_ = &team;
+    for (int i = 0; i < team.size(); ++i)
+      products_[i] =
+          arena.take<T>(winograd::kProducts * product_stride<T>(shape_.tiles(), smaller(width_, Filters<T>::kPanel)));
   }
 
   int64_t size() const { return shape_.pixels() * width_; }
@@ -170,18 +185,20 @@ class ConvDynamics {
         unpack(rows[s] + (1 + l) * sample(), members[s], slot.z[l]);
         slot.norm[l]->prepare(slot.input(l));
       }
-      finish(slot, batch.out[i]);
+      finish(all(), slot, batch.out[i]);
     }
   }
 
   void eval(double t, const Batch<T>& batch) {
     for (int i = 0; i < batch.count; ++i) slots_[batch.slot[i]].y = batch.in[i];
     for (int l = 0; l < 2; ++l) {
-      for (int i = 0; i < batch.count; ++i) {
-        Slot& slot = slots_[batch.slot[i]];
-        slot.norm[l]->prepare(slot.input(l));
-        transform_activations(slot, l, batch.count, i);
-      }
+      together([&](Span channels, T*) {
+        for (int i = 0; i < batch.count; ++i) {
+          Slot& slot = slots_[batch.slot[i]];
+          slot.norm[l]->prepare(slot.input(l), channels);
+          transform_activations(channels, slot, l, batch.count, i);
+        }
+      });
       const Vec<T> time = splat(T(t));
       T* shift = shift_[l];
       const typename Weights::Layer& layer = w_.layers[l];
@@ -189,12 +206,14 @@ class ConvDynamics {
         each<T>(width_, [&](int64_t c) {
           store(shift + kind * width_ + c, fma(time, load(layer.time + kind * width_ + c), load(layer.bias + c)));
         });
-      layer.forward->apply(
-          shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
-            store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
-          });
+      together([&](Span channels, T* products) {
+        layer.forward->apply(
+            channels, shape_, batch.count, inputs_, products, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
+              store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
+            });
+        for (int i = 0; l == 1 && i < batch.count; ++i) finish(channels, slots_[batch.slot[i]], batch.out[i]);
+      });
     }
-    for (int i = 0; i < batch.count; ++i) finish(slots_[batch.slot[i]], batch.out[i]);
   }
 
   void vjp(const Batch<T>& batch) {
@@ -205,12 +224,12 @@ class ConvDynamics {
     for (int l = 1; l >= 0; --l) {
       for (int i = 0; i < batch.count; ++i) {
         const T* dz = slots_[batch.slot[i]].dz[l];
-        framed_.set([&](int64_t p, int64_t c) { return load(dz + p * width_ + c); });
-        framed_.transform(batch.count * shape_.tiles(), i * shape_.tiles(), inputs_);
+        framed_.set(all(), [&](int64_t p, int64_t c) { return load(dz + p * width_ + c); });
+        framed_.transform(all(), batch.count * shape_.tiles(), i * shape_.tiles(), inputs_);
       }
       // Through the ReLU on the way: its cotangent lands in `to`, which the norm then pulls back in place.
       w_.layers[l].backward->apply(
-          shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
+          all(), shape_, batch.count, inputs_, outputs_, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
             const Slot& slot = slots_[batch.slot[map]];
             T* to = l == 1 ? slot.dz[0] : batch.out[map];
             const Vec<T> activation = slot.norm[l]->apply(load(slot.input(l) + p * width_ + c), c);
@@ -242,7 +261,7 @@ class ConvDynamics {
       for (int s = 0; s < count; ++s) {
         Slot& slot = slots_[s];
         const T* dz = slot.dz[l];
-        transform_activations(slot, l, count, s);
+        transform_activations(all(), slot, l, count, s);
         transform_cotangents<T>(shape_, rows, s * shape_.tiles(), outputs_,
                                 [&](int64_t p, int64_t c) { return load(dz + p * width_ + c) * scale; });
         sum_kinds(dz);
@@ -301,21 +320,32 @@ class ConvDynamics {
     const T* input(int l) const { return l == 0 ? y : z[0]; }
   };
 
+  Span all() const { return {0, width_}; }
+
+  /// Calls body(channels, scratch for products) for ranges of channels that make up all of them, side by side if there
+  /// is a team.
+  template <class Body>
+  void together(Body&& body) {
+    if (team_ == nullptr) return body(all(), outputs_);
+    const int64_t pieces = w_.pieces(), piece = width_ / pieces, size = team_->size();
+    team_->run([&](int i) { body(Span{pieces * i / size * piece, pieces * (i + 1) / size * piece}, products_[i]); });
+  }
+
   /// out = norm3(z2)
-  void finish(Slot& slot, T* out) {
+  void finish(Span channels, Slot& slot, T* out) {
     GroupNorm<T>& norm = *slot.norm[2];
     const T* z = slot.z[1];
-    norm.prepare(z);
+    norm.prepare(z, channels);
     for (int64_t p = 0; p < shape_.pixels(); ++p)
-      each<T>(width_, [&](int64_t c) { store(out + p * width_ + c, norm.apply(load(z + p * width_ + c), c)); });
+      each<T>(channels, [&](int64_t c) { store(out + p * width_ + c, norm.apply(load(z + p * width_ + c), c)); });
   }
 
   /// relu(norm(input of layer l)) in the Winograd domain, as map `map` of `maps`.
-  void transform_activations(const Slot& slot, int l, int maps, int map) {
+  void transform_activations(Span channels, const Slot& slot, int l, int maps, int map) {
     const T* x = slot.input(l);
     const GroupNorm<T>& norm = *slot.norm[l];
-    framed_.set([&](int64_t p, int64_t c) { return relu(norm.apply(load(x + p * width_ + c), c)); });
-    framed_.transform(maps * shape_.tiles(), map * shape_.tiles(), inputs_);
+    framed_.set(channels, [&](int64_t p, int64_t c) { return relu(norm.apply(load(x + p * width_ + c), c)); });
+    framed_.transform(channels, maps * shape_.tiles(), map * shape_.tiles(), inputs_);
   }
 
   static NODESHAPE_INLINE Vec<T> relu(Vec<T> x) { return Vec<T>{} > x ? Vec<T>{} : x; }  // keeps NaN
@@ -358,7 +388,9 @@ class ConvDynamics {
   T* outputs_;           // [36, rows, panel], products; [36, rows, padded channels], transformed cotangents
   Slot slots_[kMaxGroup];
   double time_product_ = 0;
-  T* shift_[2];  // [kinds, padded channels], bias + t time
+  Team* team_ = nullptr;
+  T* products_[Team::kMost];  // as outputs_, of each piece that a team works on
+  T* shift_[2];               // [kinds, padded channels], bias + t time
   T* kinds_ = nullptr;
   T* norm_gradient_ = nullptr;  // [3, (gamma, beta), padded channels]
   FilterGradient<T>* filter_gradient_[2];

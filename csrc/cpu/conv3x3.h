@@ -7,6 +7,7 @@
 
 #include "arena.h"
 #include "gemm.h"
+#include "share.h"
 #include "winograd.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
@@ -45,23 +46,23 @@ class FramedMap {
         across_(shape.tiles_across() * winograd::kTile + 2),
         numbers_(arena.zeros<T>((shape.tiles_down() * winograd::kTile + 2) * across_ * channels_)) {}
 
-  /// Set the map: source(pixel, channel vector c) everywhere inside the frame.
+  /// Set some channels of the map: source(pixel, channel vector c) everywhere inside the frame.
   template <class Source>
-  void set(Source&& source) {
+  void set(Span channels, Source&& source) {
     for (int64_t y = 0, pixel = 0; y < shape_.height; ++y)
       for (int64_t x = 0; x < shape_.width; ++x, ++pixel) {
         T* to = numbers_ + ((y + 1) * across_ + x + 1) * channels_;
-        each<T>(channels_, [&](int64_t c) { store(to + c, source(pixel, c)); });
+        each<T>(channels, [&](int64_t c) { store(to + c, source(pixel, c)); });
       }
   }
 
   /// V = B^T d B for the tiles of the map, which are rows first_row ... of `rows`.
-  void transform(int64_t rows, int64_t first_row, T* transformed) const {
+  void transform(Span channels, int64_t rows, int64_t first_row, T* transformed) const {
     each_tile(shape_, first_row, [&](int64_t row, int64_t top, int64_t left) {
       const T* corner = numbers_ + (top * across_ + left) * channels_;
       T* to = transformed + row * channels_;
       const int64_t stride = product_stride<T>(rows, channels_);
-      each<T>(channels_, [&](int64_t c) {
+      each<T>(channels, [&](int64_t c) {
         Vec<T> patch[6][6], v[6][6];
 #pragma GCC unroll 36
         for (int k = 0; k < 36; ++k) patch[k / 6][k % 6] = load(corner + ((k / 6) * across_ + k % 6) * channels_ + c);
@@ -128,11 +129,11 @@ class Filters {
     }
   }
 
-  /// Convolve: for each panel of output channels, sink(map, pixel, channel vector c, value) of every output.
-  /// `outputs` is scratch of 36 product_stride(rows, panel).
+  /// Convolve: sink(map, pixel, channel vector c, value) of every output in some channels. `outputs` is scratch of
+  /// 36 product_stride(rows, panel).
   template <class Sink>
-  void apply(const MapShape& shape, int64_t maps, const T* inputs, T* outputs, Sink&& sink) const {
-    panels<kBlockVectors>(0, shape, maps, inputs, outputs, sink);
+  void apply(Span channels, const MapShape& shape, int64_t maps, const T* inputs, T* outputs, Sink&& sink) const {
+    panels<kBlockVectors>(0, channels, shape, maps, inputs, outputs, sink);
   }
 
   /// Widest panel, for sizing the scratch of apply().
@@ -152,18 +153,21 @@ class Filters {
   }
 
   template <int Vectors, class Sink>
-  void panels(int64_t from, const MapShape& shape, int64_t maps, const T* inputs, T* outputs, Sink&& sink) const {
+  void panels(int64_t from, Span channels, const MapShape& shape, int64_t maps, const T* inputs, T* outputs,
+              Sink&& sink) const {
     constexpr int64_t width = Vectors * kLanes<T>;
     const int64_t columns = padded<T>(channels_), rows = maps * shape.tiles();
     const int64_t in_stride = product_stride<T>(rows, columns), out_stride = product_stride<T>(rows, width);
     for (; from + width <= columns; from += width) {
+      const Span part{larger(channels.begin - from, 0), smaller(channels.end - from, width)};
+      if (part.begin >= part.end) continue;
       for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
-        detail::panel<T, Vectors, false>(rows, channels_, {inputs + xi * in_stride, columns, 1},
-                                         transformed_ + place(xi, 0, from), width, outputs + xi * out_stride, width);
+        detail::panels<T, Vectors, false>(part.begin, rows, part.end, channels_, {inputs + xi * in_stride, columns, 1},
+                                          transformed_ + place(xi, 0, from), width, outputs + xi * out_stride, width);
       for (int64_t map = 0; map < maps; ++map)
         each_tile(shape, map * shape.tiles(), [&](int64_t row, int64_t top, int64_t left) {
           const int64_t last_i = shape.height - top, last_j = shape.width - left, corner = top * shape.width + left;
-          each<T>(width, [&](int64_t c) {
+          each<T>(part, [&](int64_t c) {
             const T* at = outputs + row * width + c;
             Vec<T> m[6][6], y[4][4];
 #pragma GCC unroll 36
@@ -178,7 +182,7 @@ class Filters {
         });
     }
     if constexpr (Vectors > 1)
-      if (from < columns) panels<Vectors / 2>(from, shape, maps, inputs, outputs, sink);
+      if (from < columns) panels<Vectors / 2>(from, channels, shape, maps, inputs, outputs, sink);
   }
 
   int64_t channels_;

@@ -10,9 +10,9 @@ namespace nodeshape::NODESHAPE_TARGET {
 
 inline constexpr double kNormEpsilon = 1e-5;
 
-/// Sums over pixels of body(pixel, channel vector c), for each channel.
+/// Sums over pixels of body(pixel, channel vector c), for each of some channels.
 template <class T, class Body>
-NODESHAPE_INLINE void sum_pixels(int64_t pixels, int64_t channels, T* sums, Body&& body) {
+NODESHAPE_INLINE void sum_pixels(int64_t pixels, Span channels, T* sums, Body&& body) {
   each<T>(channels, [&](int64_t c) {
     Vec<T> s0{}, s1{}, s2{}, s3{};
     int64_t p = 0;
@@ -49,17 +49,18 @@ class GroupNorm {
     constant_ = rows + 7 * width_;
   }
 
-  /// Take the statistics of x.
-  void prepare(const T* x) {
+  /// Take the statistics of x, or those of some channels: whole groups.
+  void prepare(const T* x) { prepare(x, {0, width_}); }
+  void prepare(const T* x, Span channels) {
     const T count = T(pixels_ * members_);
-    sum_pixels<T>(pixels_, width_, mean_, [=, this](int64_t p, int64_t c) { return load(x + p * width_ + c); });
-    share(mean_, [=](T sum) { return sum / count; });
-    sum_pixels<T>(pixels_, width_, rstd_, [=, this](int64_t p, int64_t c) {
+    sum_pixels<T>(pixels_, channels, mean_, [=, this](int64_t p, int64_t c) { return load(x + p * width_ + c); });
+    share(mean_, channels, [=](T sum) { return sum / count; });
+    sum_pixels<T>(pixels_, channels, rstd_, [=, this](int64_t p, int64_t c) {
       const Vec<T> d = load(x + p * width_ + c) - load(mean_ + c);
       return d * d;
     });
-    share(rstd_, [=](T sum) { return T(1) / std::sqrt(sum / count + T(kNormEpsilon)); });
-    each<T>(width_, [=, this](int64_t c) {
+    share(rstd_, channels, [=](T sum) { return T(1) / std::sqrt(sum / count + T(kNormEpsilon)); });
+    each<T>(channels, [=, this](int64_t c) {
       const Vec<T> scale = load(gamma_ + c) * load(rstd_ + c);
       store(scale_ + c, scale);
       store(shift_ + c, fma(-load(mean_ + c), scale, load(beta_ + c)));
@@ -71,8 +72,9 @@ class GroupNorm {
 
   /// Take in the cotangent g of y at every pixel; afterwards pull() is the cotangent of x.
   void prepare_pull(const T* x, const T* g) {
-    sum_pixels<T>(pixels_, width_, to_beta_, [=, this](int64_t p, int64_t c) { return load(g + p * width_ + c); });
-    sum_pixels<T>(pixels_, width_, to_gamma_, [=, this](int64_t p, int64_t c) {
+    const Span all{0, width_};
+    sum_pixels<T>(pixels_, all, to_beta_, [=, this](int64_t p, int64_t c) { return load(g + p * width_ + c); });
+    sum_pixels<T>(pixels_, all, to_gamma_, [=, this](int64_t p, int64_t c) {
       return load(g + p * width_ + c) * (load(x + p * width_ + c) - load(mean_ + c));
     });
     each<T>(width_, [=, this](int64_t c) {
@@ -82,8 +84,8 @@ class GroupNorm {
       store(constant_ + c, gamma * load(to_beta_ + c));
     });
     const T count = T(pixels_ * members_);
-    share(from_x_, [=](T sum) { return sum / count; });
-    share(constant_, [=](T sum) { return sum / count; });
+    share(from_x_, all, [=](T sum) { return sum / count; });
+    share(constant_, all, [=](T sum) { return sum / count; });
     // dx = rstd (gamma g - mean(gamma g) - xhat mean(gamma g xhat))
     each<T>(width_, [=, this](int64_t c) {
       const Vec<T> rstd = load(rstd_ + c);
@@ -103,8 +105,9 @@ class GroupNorm {
  private:
   /// Replace each channel's number by function(sum over its group).
   template <class Function>
-  void share(T* numbers, Function&& function) const {
-    for (int64_t group = 0; group < groups_; ++group) {
+  void share(T* numbers, Span channels, Function&& function) const {
+    const int64_t last = channels.end == width_ ? groups_ : channels.end / members_;
+    for (int64_t group = channels.begin / members_; group < last; ++group) {
       T* members = numbers + group * members_;
       T sum = members[0];
       for (int64_t m = 1; m < members_; ++m) sum += members[m];

@@ -28,6 +28,7 @@ struct MlpTileWeights {
     return total;
   }
   int64_t group() const { return 1; }
+  double cost() const { return 2.0 * double(parameters()); }
 
   /// Whether tiles are worth it for a batch of one too, most of whose lanes are idle; a solve may not depend on its
   /// batch.
@@ -49,7 +50,7 @@ class MlpTile {
       slots_[s].layers = arena.take<Layer>(count_);
       for (int64_t l = 0; l < count_; ++l) {
         Layer& layer = slots_[s].layers[l];
-        layer.z = arena.take<T>(w_.out(l) * kWidth);
+        layer.z = with_gradient ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
         layer.a = l + 1 < count_ ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
         layer.dz = with_gradient ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
       }
@@ -102,7 +103,7 @@ class MlpTile {
             for (int n = 0; n < N; ++n) sum[n] = fma(splat(weight[(o + n) * columns + k]), x, sum[n]);
           }
           for (int n = 0; n < N; ++n) {
-            store(z + (o + n) * kWidth, sum[n]);
+            if (z != nullptr) store(z + (o + n) * kWidth, sum[n]);
             if (activated != nullptr) store(activated + (o + n) * kWidth, activate<A>(sum[n]));
           }
         });
@@ -176,7 +177,7 @@ class MlpTile {
 
  private:
   struct Layer {
-    T *z, *a, *dz;  // [units, lanes]; of the last layer only dz is used
+    T *z, *a, *dz;  // [units, lanes]; z and dz for the gradient only; of the last layer only dz is used
   };
   struct Slot {
     const T* y;
@@ -190,6 +191,7 @@ class MlpTile {
   static NODESHAPE_INLINE void units(int64_t count, Body&& body) {
     int64_t first = 0;
     for (; first + 4 <= count; first += 4) body.template operator()<4>(first);
+    for (; first + 2 <= count; first += 2) body.template operator()<2>(first);
     for (; first < count; ++first) body.template operator()<1>(first);
   }
 

@@ -93,14 +93,32 @@ NODESHAPE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+/// a > b ? a : b, so that a NaN in b is kept.
 template <class V>
 NODESHAPE_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
 
+/// a < b ? a : b, so that a NaN in b is kept.
 template <class V>
 NODESHAPE_INLINE V min(V a, V b) {
   return a < b ? a : b;
+}
+
+#if defined(__AVX512F__)
+// GCC 12 takes the general form for a comparison where an argument is a constant. The mask spares it a false warning.
+NODESHAPE_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+NODESHAPE_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+#endif
+
+/// a / b to two units in the last place, for b whose reciprocal is neither denormal nor infinite.
+NODESHAPE_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  const Vec<float> r = _mm512_maskz_rcp14_ps(0xffff, b), y = a * r;
+  return fma(fma(-b, y, a), r, y);  // a step of Newton's method, four times as fast as dividing
+#else
+  return a / b;
+#endif
 }
 
 /// The sum of a vector's lanes, in a fixed order.
@@ -117,6 +135,17 @@ NODESHAPE_INLINE T sum(Vec<T> v) {
 template <class T, class Body>
 NODESHAPE_INLINE void each(int64_t size, Body&& body) {
   for (int64_t i = 0; i < size; i += kLanes<T>) body(i);
+}
+
+/// A range of channels, from a multiple of the lanes to another.
+struct Span {
+  int64_t begin, end;
+};
+
+/// Calls body(i) for each vector of a range.
+template <class T, class Body>
+NODESHAPE_INLINE void each(Span range, Body&& body) {
+  for (int64_t i = range.begin; i < range.end; i += kLanes<T>) body(i);
 }
 
 /// The sum over i of the vectors body(i), as one number; four running sums hide the latency of addition.

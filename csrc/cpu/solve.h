@@ -1,15 +1,38 @@
 // Shares a batch out to threads: groups of samples for the forward solve, chunks of groups for the backward sweep.
 #pragma once
 
-#include "share.h"
+#include "team.h"
 #include "../scheme.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
+/// The executor with as many threads as `evaluations` of a dynamics are worth, given its cost(), which is roughly the
+/// nanoseconds of one evaluation of a slot: waking a thread takes some microseconds.
+template <class W>
+Executor worthwhile(Executor executor, const W& weights, double evaluations) {
+  constexpr double kWorthAThread = 20e3;
+  const double threads = weights.cost() * evaluations / kWorthAThread;
+  if (threads < double(executor.threads)) executor.threads = larger(1, int64_t(threads));
+  return executor;
+}
+
 /// Results do not depend on how samples are grouped, so groups may be as many as keep all threads busy.
 template <class D, class T>
-void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& executor) {
+void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all) {
   const int64_t slots = ceil_div(problem.samples, D::kSamples);
+  const Executor executor = worthwhile(all, weights, double(slots * problem.grid.total_steps()));
+  if constexpr (requires(D f, Team& team, Arena& arena) { f.join(team, arena); }) {
+    // What threads pass to each other costs as much as they gain by sharing out a small map.
+    constexpr double kWorthATeam = 250e3;
+    const int64_t size = smaller(executor.threads, weights.pieces());
+    if (slots == 1 && size > 1 && weights.cost() >= kWorthATeam)
+      return Team::gather(executor, size, [&](Team& team) {
+        Arena arena;
+        D dynamics(weights, arena, 1, false);
+        dynamics.join(team, arena);
+        solve_forward(dynamics, arena, problem, {0, 1});
+      });
+  }
   const int64_t group = larger(1, smaller(weights.group(), ceil_div(slots, executor.threads)));
   share(executor, ceil_div(slots, group), [&](int64_t task, Arena& arena) {
     const Group members{task * group * D::kSamples, int(smaller(group, slots - task * group))};
@@ -21,12 +44,13 @@ void forward(const typename D::Weights& weights, const ForwardProblem<T>& proble
 /// Parameter gradients are summed within chunks and then over chunks, in an order that depends on the batch alone, so
 /// that they are the same for any number of threads.
 template <class D, class T>
-void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& executor) {
+void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& all) {
   constexpr int64_t kChunks = 64, kWantedChunks = 8;
   const int64_t slots = ceil_div(problem.samples, D::kSamples), parameters = weights.parameters(),
                 times = problem.grid.count;
   const int64_t group = larger(1, smaller(weights.group(), slots / kWantedChunks));
   const int64_t groups = ceil_div(slots, group), chunks = smaller(groups, kChunks);
+  const Executor executor = worthwhile(all, weights, 3.0 * double(slots * problem.grid.total_steps()));
   Arena shared;
   T* rows = shared.take<T>(chunks * parameters);
   double* time_rows = shared.zeros<double>(chunks * times);
