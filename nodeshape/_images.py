@@ -283,10 +283,15 @@ def _scan_classes(folder: Path) -> dict[str, list[str]]:
         loose = len(_images(folder))
         found = f"its {loose} images lie in no class folder" if loose else "it is empty of class folders"
         raise UserError(f"{folder}: {found}; expected {folder / 'CLASS' / '*.png'}, one folder a class")
-    images = {name: _images(folder / name) for name in classes}
-    for name in classes:
-        if not images[name]:
-            raise UserError(f"{folder / name}: has no images ({', '.join(SUFFIXES)})")
+    from tqdm import tqdm  # predict reads single images and need not have it
+
+    images: dict[str, list[str]] = {}
+    with tqdm(desc="listing", unit=" images", delay=2, disable=None) as bar:
+        for name in classes:
+            images[name] = _images(folder / name)
+            bar.update(len(images[name]))
+            if not images[name]:
+                raise UserError(f"{folder / name}: has no images ({', '.join(SUFFIXES)})")
     if len(classes) == 1:
         raise UserError(f"{folder}: has one class only, {classes[0]!r}; a classifier needs two or more class folders")
     return images

@@ -99,7 +99,7 @@ class Trainer:
     """A classifier in training on ``data``.
 
     Args:
-        model: on ``device``, float32 or float64; with several processes its batch normalisation is replaced by one that they share.
+        model: on ``device``, float32 or float64; several processes replace its batch normalisation by one they share.
         data: its images stay where they are; batches move to ``device``.
         processes: among which every batch is shared.
     """
