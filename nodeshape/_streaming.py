@@ -37,12 +37,15 @@ class StreamedSplit:
         image_size: side in pixels.
         channels: ``"grey"`` or ``"rgb"``.
         strict: raise the ImageError of an unreadable file instead.
+
+    Attributes:
+        unreadable: paths of the files passed over so far.
     """
 
     def __init__(self, files: Files, image_size: int, channels: str, strict: bool = False) -> None:
         self.files, self.image_size, self.channels, self.strict = files, image_size, channels, strict
         self.labels = torch.from_numpy(files.labels)
-        self.unreadable: dict[Path, ImageError] = {}
+        self.unreadable: set[Path] = set()
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -91,7 +94,6 @@ class StreamedSplit:
             ImageError: the file is unreadable and ``strict`` is set.
             UserError: no file of the class is readable.
         """
-        labels = self.files.labels
         for i in self._own_class_from(index):
             try:
                 return load_image(self.files[i][0], self.image_size, self.channels)
@@ -99,7 +101,7 @@ class StreamedSplit:
                 if self.strict:
                     raise
                 self._report(error)
-        folder = self.files.folders[labels[index]]
+        folder = self.files.folders[self.files.labels[index]]
         raise UserError(f"{folder}: none of its images is readable")
 
     def _own_class_from(self, index: int) -> Iterator[int]:
@@ -111,7 +113,7 @@ class StreamedSplit:
     def _report(self, error: ImageError) -> None:
         with self._lock:
             new = error.path not in self.unreadable
-            self.unreadable[error.path] = error
+            self.unreadable.add(error.path)
             if new and len(self.unreadable) <= NAMED:
                 tqdm.write(f"skipped {error}", file=sys.stderr)
 

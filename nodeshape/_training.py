@@ -95,6 +95,10 @@ class Interrupted(Exception):
     """The user asked to stop; the trainer's state is that after a whole number of batches."""
 
 
+class Diverged(UserError):
+    """The loss is no longer finite; raised in all processes at once."""
+
+
 class Trainer:
     """A classifier in training on ``data``.
 
@@ -166,7 +170,7 @@ class Trainer:
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after the batch at hand, in all processes.
-            UserError: the loss is no longer finite.
+            Diverged: the loss is no longer finite.
         """
         with _interruptible() as asked_to_stop:
             while self.progress.epoch < self.recipe.epochs and not self.stopped_early:
@@ -207,9 +211,7 @@ class Trainer:
             logits = self._parallel(images.to(self.dtype))
         loss = nn.functional.cross_entropy(logits.to(self.dtype), labels, self._class_weights, reduction="sum") / count
         self.optimizer.zero_grad(set_to_none=True)
-        (
-            loss * self.processes.count
-        ).backward()  # gradients are averaged over the processes, and this makes sums of them
+        (loss * self.processes.count).backward()  # the mean of gradients over the processes is now their sum
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
@@ -223,7 +225,7 @@ class Trainer:
         own = [float(loss), float(stats.nfe_forward.sum()), float(stats.nfe_backward.sum()), float(asked_to_stop)]
         mean_loss, forward, backward, stop = self.processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
         if not math.isfinite(mean_loss):
-            raise UserError(
+            raise Diverged(
                 f"the loss is {mean_loss} in epoch {progress.epoch + 1}: lower --lr (now {self.recipe.lr:g}) or"
                 " --step-size"
             )

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from nodeshape._solve import ADJOINTS
 from nodeshape._stage import StageSolveError
 from nodeshape._streaming import StreamedSplit
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import CLASS_WEIGHTS, Interrupted, Recipe, Trainer
+from nodeshape._training import CLASS_WEIGHTS, Diverged, Interrupted, Recipe, Trainer
 
 RUNS = Path("runs")
 MIN_STEP_SIZE = 1e-4
@@ -129,12 +130,7 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
     }
     with user_input():
         model = ShapeClassifier(**architecture).to(device, getattr(torch, config["dtype"]))
-    recipe = Recipe(
-        **{
-            name: config[name]
-            for name in ("epochs", "batch_size", "lr", "seed", "patience", "clip_norm", "class_weights", "amp")
-        }
-    )
+    recipe = Recipe(**{field.name: config[field.name] for field in fields(Recipe) if field.name in config})
     processes.connect()
     trainer = Trainer(model, data, recipe, device, processes)
     if state is not None:
@@ -173,6 +169,10 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
         if processes.first:
             folder.save_last(trainer)
         raise UserError(str(error)) from error
+    except Diverged:
+        if processes.first:
+            raise
+        sys.exit(2)
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
@@ -182,6 +182,12 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
         ) from error
     processes.disconnect()
     if processes.first:
+        if trainer.stopped_early:
+            print(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
+        splits = trainer.data.train, trainer.data.test
+        unreadable = sum(len(split.unreadable) for split in splits if isinstance(split, StreamedSplit))
+        if unreadable:
+            print(f"passed over {unreadable} unreadable files", file=sys.stderr)
         folder.finish(trainer)
 
 
