@@ -53,7 +53,7 @@ class StreamedSplit:
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """Images uint8 ``[len(index), channels, size, size]``."""
-        return torch.from_numpy(np.stack([self._read(i) for i in index]))
+        return torch.from_numpy(np.stack(self._read_all(index)))
 
     def batch(self, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images as float32 in [0, 1], and labels."""
@@ -61,17 +61,20 @@ class StreamedSplit:
 
     def batches(self, indices: Iterable[Tensor], device: torch.device) -> Generator[tuple[Tensor, Tensor], None, None]:
         """For each of the index tensors, its images as float32 in [0, 1], and its labels; threads read ahead."""
-        waiting: deque[tuple[Tensor, list[Future[NDArray[np.uint8]]]]] = deque()
-        pool = ThreadPoolExecutor(max_workers=os.cpu_count())  # Pillow decodes without holding Python's lock
+        workers = os.cpu_count() or 1
+        pool = ThreadPoolExecutor(workers)  # Pillow decodes without holding Python's lock
+        waiting: deque[tuple[Tensor, list[Future[list[NDArray[np.uint8]]]]]] = deque()
 
         def take() -> tuple[Tensor, Tensor]:
-            index, futures = waiting.popleft()
-            images = np.stack([future.result() for future in futures]) if futures else self._nothing()
-            return as_float(torch.from_numpy(images), device), self.labels[index].to(device)
+            index, parts = waiting.popleft()
+            images = [image for part in parts for image in part.result()]
+            pixels = torch.from_numpy(np.stack(images) if images else self._nothing())
+            return as_float(pixels, device), self.labels[index].to(device)
 
         try:
             for index in indices:
-                waiting.append((index, [pool.submit(self._read, i) for i in index.tolist()]))
+                parts = [pool.submit(self._read_all, part.tolist()) for part in index.tensor_split(workers)]
+                waiting.append((index, parts))
                 if len(waiting) > AHEAD:
                     yield take()
             while waiting:
@@ -86,6 +89,9 @@ class StreamedSplit:
 
     def _nothing(self) -> NDArray[np.uint8]:
         return np.empty((0, 1 if self.channels == "grey" else 3, self.image_size, self.image_size), np.uint8)
+
+    def _read_all(self, index: Sequence[int]) -> list[NDArray[np.uint8]]:
+        return [self._read(i) for i in index]
 
     def _read(self, index: int) -> NDArray[np.uint8]:
         """The image at ``index``, or the next readable one of its class.
