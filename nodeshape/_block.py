@@ -61,7 +61,13 @@ class ODEBlock(nn.Module):
         self._check()
 
     def forward(self, y: Tensor) -> Tensor:
-        """Map features ``y`` at t=0 to features of the same shape at t=1."""
+        """Map features ``y`` at t=0 to features of the same shape at t=1.
+
+        Under autocast the solve stays in float32: rounding to 16 bits in every step would add up over the steps.
+        """
+        if torch.is_autocast_enabled(y.device.type):
+            with torch.autocast(y.device.type, enabled=False):
+                return self.forward(y.float())
         rtol, atol = self.rtol, self.atol
         if not self.training:
             rtol = rtol if self.eval_rtol is None else self.eval_rtol

@@ -13,10 +13,13 @@ import torch
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
 
+#: Names of files that a kill left half written.
+PARTIAL = ".*.partial-*"
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that a reader, or a kill, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,13 +40,51 @@ class ImageError(UserError):
         return f"{self.path}: {self.reason}"
 
 
+@dataclass(frozen=True, eq=False)
+class Files(Sequence[LabelledFile]):
+    """Labelled files, class by class, kept as names: a million take a tenth of a gigabyte, as paths five times that.
+
+    Attributes:
+        folders: of the classes, by label.
+        names: of the files.
+        labels: of the files, ascending, ``[n]``.
+    """
+
+    folders: tuple[Path, ...]
+    names: list[str]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> LabelledFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> Files: ...
+    def __getitem__(self, index: int | slice) -> LabelledFile | Files:
+        if isinstance(index, slice):
+            return Files(self.folders, self.names[index], self.labels[index])
+        label = int(self.labels[index])
+        return self.folders[label] / self.names[index], label
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Files):
+            return NotImplemented
+        same = self.folders == other.folders and self.names == other.names
+        return same and np.array_equal(self.labels, other.labels)
+
+    def take(self, indices: Sequence[int]) -> Files:
+        """The files at ascending ``indices``."""
+        return Files(self.folders, [self.names[i] for i in indices], self.labels[list(indices)])
+
+
 @dataclass(frozen=True)
 class Folder:
     """Labelled files of a user's folder; a label is an index of ``classes``, the sorted names of the class folders."""
 
     classes: tuple[str, ...]
-    train: list[LabelledFile]
-    test: list[LabelledFile]
+    train: Files
+    test: Files
 
 
 @dataclass(frozen=True)
@@ -203,63 +242,72 @@ def _letterbox(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def _scan_split(root: Path) -> Folder:
-    classes = {name: {path.name for path in _folders(root / name)} for name in ("train", "test")}
+    classes = {name: set(_folders(root / name)) for name in ("train", "test")}
     for name, other in (("train", "test"), ("test", "train")):
         only = sorted(classes[name] - classes[other])
         if only:
             raise UserError(f"{root}: train and test must have the same classes; only {name} has {', '.join(only)}")
-    names = _class_names(root / "train")
-    _class_names(root / "test")
-    train, test = (
-        [(path, label) for label, name in enumerate(names) for path in _images(root / part / name)]
-        for part in ("train", "test")
-    )
-    return Folder(names, train, test)
+    train, test = (_scan_classes(root / part) for part in ("train", "test"))
+    return Folder(tuple(train), _files(root / "train", train), _files(root / "test", test))
 
 
 def _scan_and_split(root: Path, seed: int, test_fraction: float) -> Folder:
-    names = _class_names(root)
-    train: list[LabelledFile] = []
-    test: list[LabelledFile] = []
-    for label, name in enumerate(names):
-        paths = _images(root / name)
-        if len(paths) < 2:
+    train: dict[str, list[str]] = {}
+    test: dict[str, list[str]] = {}
+    for name, images in _scan_classes(root).items():
+        if len(images) < 2:
             raise UserError(f"{root / name}: has 1 image; a class needs 2 or more, to train on and to test on")
-        count = min(max(1, round(test_fraction * len(paths))), len(paths) - 1)
-        drawn = set(sorted(paths, key=lambda path: _lot(seed, path))[:count])
-        train += [(path, label) for path in paths if path not in drawn]
-        test += [(path, label) for path in paths if path in drawn]
-    return Folder(names, train, test)
+        count = min(max(1, round(test_fraction * len(images))), len(images) - 1)
+        drawn = set(sorted(images, key=lambda image: _lot(seed, name, image))[:count])
+        train[name] = [image for image in images if image not in drawn]
+        test[name] = [image for image in images if image in drawn]
+    return Folder(tuple(train), _files(root, train), _files(root, test))
 
 
-def _lot(seed: int, path: Path) -> bytes:
+def _lot(seed: int, class_name: str, image: str) -> bytes:
     """A number that the seed and the names of class and file decide, alike on every machine."""
-    return hashlib.sha256(f"{seed}/{path.parent.name}/{path.name}".encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(f"{seed}/{class_name}/{image}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(path.name for path in _folders(folder))
-    if not names:
+def _files(folder: Path, names: dict[str, list[str]]) -> Files:
+    labels = np.repeat(np.arange(len(names), dtype=np.int64), [len(images) for images in names.values()])
+    return Files(
+        tuple(folder / name for name in names), [image for images in names.values() for image in images], labels
+    )
+
+
+def _scan_classes(folder: Path) -> dict[str, list[str]]:
+    """The names of the images of each class, both sorted."""
+    classes = _folders(folder)
+    if not classes:
         loose = len(_images(folder))
         found = f"its {loose} images lie in no class folder" if loose else "it is empty of class folders"
         raise UserError(f"{folder}: {found}; expected {folder / 'CLASS' / '*.png'}, one folder a class")
-    for name in names:
-        if not _images(folder / name):
-            raise UserError(f"{folder / name}: has no images ({', '.join(SUFFIXES)})")
-    if len(names) == 1:
-        raise UserError(f"{folder}: has one class only, {names[0]!r}; a classifier needs two or more class folders")
-    return names
+    from tqdm import tqdm  # predict reads single images and need not have it
+
+    images: dict[str, list[str]] = {}
+    with tqdm(desc="listing", unit=" images", delay=2, disable=None) as bar:
+        for name in classes:
+            images[name] = _images(folder / name)
+            bar.update(len(images[name]))
+            if not images[name]:
+                raise UserError(f"{folder / name}: has no images ({', '.join(SUFFIXES)})")
+    if len(classes) == 1:
+        raise UserError(f"{folder}: has one class only, {classes[0]!r}; a classifier needs two or more class folders")
+    return images
 
 
-def _folders(folder: Path) -> list[Path]:
+def _folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _images(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:  # which knows files from folders without asking about each
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,24 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str], titl
     _save(figure, path)
 
 
-def samples(images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str], title: str, path: Path) -> None:
-    """Test images with their predicted class: mistakes first, the most confident at the top, then others."""
+def samples(
+    images: Callable[[list[int]], Tensor],
+    labels: Tensor,
+    probabilities: Tensor,
+    classes: list[str],
+    title: str,
+    path: Path,
+) -> None:
+    """Test images with their predicted class: mistakes first, the most confident at the top, then others.
+
+    Args:
+        images: gives the images at some indices, uint8 ``[n, channels, height, width]``.
+        labels: ``[images]``.
+        probabilities: ``[images, classes]``.
+        classes: their names.
+        title: of the picture.
+        path: to write it to.
+    """
     confidence, predicted = probabilities.max(dim=1)
     wrong = predicted != labels
     mistakes = wrong.nonzero()[:, 0]
@@ -84,8 +101,8 @@ def samples(images: Tensor, labels: Tensor, probabilities: Tensor, classes: list
     )
     for axes in grid.flat:
         axes.axis("off")
-    for axes, i in zip(grid.flat, chosen):
-        image = images[i].permute(1, 2, 0).numpy()
+    for axes, i, shown in zip(grid.flat, chosen, images(chosen)):
+        image = shown.permute(1, 2, 0).numpy()
         axes.imshow(image if image.shape[2] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
         name = f"{classes[int(predicted[i])]} {100 * float(confidence[i]):.0f}%"
         text = f"{name}\n(is {classes[int(labels[i])]})" if wrong[i] else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -79,7 +80,7 @@ def check_images(model: ShapeClassifier, state: dict[str, Any]) -> tuple[Tensor,
     if task is None and state.get("data"):
         try:
             folder = scan_folder(state["data"], seed)
-            files = (folder.test + folder.train)[:IMAGES]
+            files = list(islice(chain(folder.test, folder.train), IMAGES))
             own = load_folder(files, model.image_size, "grey" if model.in_channels == 1 else "rgb").images
         except UserError as error:
             sources.append(f"none of the user's own ({error})")

@@ -1,14 +1,16 @@
-"""The training loop: Adam, cross-entropy and a one-cycle rate, resumable at any batch with identical results.
+"""The training loop: AdamW, cross-entropy and a one-cycle rate, resumable at any batch with identical results.
 
-Everything random is a function of (seed, epoch), so a checkpoint needs no random state.
+Everything random is a function of (seed, epoch), so a checkpoint needs no random state. What is drawn for an image must
+be a function of (seed, epoch, image) too, so that it does not depend on which process takes the image.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,10 +21,13 @@ from tqdm import tqdm
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
 from nodeshape._datasets import Data, Split
+from nodeshape._processes import Processes
+from nodeshape._streaming import StreamedSplit
 
 TEST_BATCH_SIZE = 300
 #: Training batches whose mean and variance become the batch normalisation's after each epoch.
 CALIBRATION_BATCHES = 8
+CLASS_WEIGHTS = ("none", "balanced")
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,14 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training images.
-        batch_size: images a step.
+        batch_size: images a step, over all processes.
         lr: peak of the one-cycle learning rate.
         weight_decay: of AdamW.
         seed: fixes the order of the images.
+        patience: stop after so many epochs without a better test accuracy; None to train them all.
+        clip_norm: gradients are scaled down to this Euclidean norm; None for no limit.
+        class_weights: ``"balanced"`` weighs images so that every class counts the same, however many it has.
+        amp: bfloat16 autocast in stem and head; the ODE is solved in float32.
     """
 
     epochs: int = 5
@@ -42,6 +51,10 @@ class Recipe:
     lr: float = 0.01
     weight_decay: float = 1e-4
     seed: int = 0
+    patience: int | None = None
+    clip_norm: float | None = None
+    class_weights: str = "none"
+    amp: bool = False
 
 
 @dataclass
@@ -82,21 +95,51 @@ class Interrupted(Exception):
     """The user asked to stop; the trainer's state is that after a whole number of batches."""
 
 
+class Diverged(UserError):
+    """The loss is no longer finite; raised in all processes at once."""
+
+
 class Trainer:
     """A classifier in training on ``data``.
 
     Args:
-        model: on ``device``.
+        model: on ``device``, float32 or float64; several processes replace its batch normalisation by one they share.
         data: its images stay where they are; batches move to ``device``.
+        processes: among which every batch is shared.
     """
 
-    def __init__(self, model: ShapeClassifier, data: Data, recipe: Recipe, device: torch.device) -> None:
-        self.model, self.data, self.recipe, self.device = model, data, recipe, device
+    def __init__(
+        self,
+        model: ShapeClassifier,
+        data: Data,
+        recipe: Recipe,
+        device: torch.device,
+        processes: Processes = Processes(),  # noqa: B008 (it is immutable)
+    ) -> None:
+        self.model, self.data, self.recipe, self.device, self.processes = model, data, recipe, device, processes
+        self.dtype = next(model.parameters()).dtype
         self.batches = -(-len(data.train) // recipe.batch_size)
         self.optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
         total = max(2, recipe.epochs * self.batches)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, recipe.lr, total_steps=total)
         self.progress = Progress()
+        self._parallel = processes.parallel(model)
+        self._class_weights = None
+        if recipe.class_weights == "balanced":
+            self._class_weights = balanced(data.train.labels, len(data.classes)).to(device, self.dtype)
+
+    @property
+    def steps(self) -> int:
+        """Batches trained on so far."""
+        return self.progress.epoch * self.batches + self.progress.batch
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last ``patience`` epochs were no better than one before them."""
+        accuracies = [m.test_accuracy for m in self.progress.history]
+        if self.recipe.patience is None or not accuracies:
+            return False
+        return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self.recipe.patience
 
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs, as plain values and tensors."""
@@ -116,70 +159,90 @@ class Trainer:
         history = [EpochMetrics(**metrics) for metrics in progress.pop("history")]
         self.progress = Progress(**progress, history=history)
 
-    def run(self, epoch_done: Callable[[EpochMetrics], None]) -> None:
-        """Train the remaining epochs; ``epoch_done`` sees each one's metrics.
+    def run(
+        self, epoch_done: Callable[[EpochMetrics], None], batch_done: Callable[[float], None] = lambda loss: None
+    ) -> None:
+        """Train the remaining epochs.
+
+        Args:
+            epoch_done: sees each epoch's metrics.
+            batch_done: sees each batch's loss; :meth:`state` may be taken in both.
 
         Raises:
-            Interrupted: on Ctrl-C, after the batch at hand.
-            UserError: the loss is no longer finite.
+            Interrupted: on Ctrl-C or SIGTERM, after the batch at hand, in all processes.
+            Diverged: the loss is no longer finite.
         """
-        with _interruptible() as stop_if_asked:
-            while self.progress.epoch < self.recipe.epochs:
+        with _interruptible() as asked_to_stop:
+            while self.progress.epoch < self.recipe.epochs and not self.stopped_early:
                 order = self._order()
-                self._train_epoch(order, stop_if_asked)
-                metrics = self._finish_epoch(order)
-                epoch_done(metrics)
+                self._train_epoch(order, asked_to_stop, batch_done)
+                epoch_done(self._finish_epoch(order))
 
     def _order(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + self.progress.epoch)
         return torch.randperm(len(self.data.train), generator=generator)
 
-    def _batch(self, order: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        size = self.recipe.batch_size
-        return self.data.train.batch(order[i * size : (i + 1) * size], self.device)
-
-    def _train_epoch(self, order: Tensor, stop_if_asked: Callable[[], None]) -> None:
+    def _train_epoch(
+        self, order: Tensor, asked_to_stop: Callable[[], bool], batch_done: Callable[[float], None]
+    ) -> None:
         progress = self.progress
         self.model.train()
-        label = f"epoch {progress.epoch + 1}/{self.recipe.epochs}"
-        with tqdm(
-            total=self.batches, initial=progress.batch, desc=label, unit="batch", leave=False, disable=None
-        ) as bar:
-            while progress.batch < self.batches:
-                stop_if_asked()
-                start = time.perf_counter()
-                images, labels = self._batch(order, progress.batch)
-                loss = nn.functional.cross_entropy(self.model(images), labels)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
-                self.schedule.step()
-                self._add(float(loss.detach()), time.perf_counter() - start)
+        whole = order.split(self.recipe.batch_size)[progress.batch :]
+        own = map(self.processes.share, whole)
+        start = time.perf_counter()
+        with (
+            closing(self.data.train.batches(own, self.device)) as batches,
+            self._bar(f"epoch {progress.epoch + 1}/{self.recipe.epochs}", self.batches, progress.batch) as bar,
+        ):
+            for index, (images, labels) in zip(whole, batches):
+                loss = self._step(images, labels, len(index))
+                now = time.perf_counter()
+                mean_loss, stop = self._add(loss, len(index), now - start, asked_to_stop())
+                start = now
                 bar.set_postfix(loss=f"{progress.loss / progress.batch:.3f}")
                 bar.update()
+                batch_done(mean_loss)
+                if stop:
+                    raise Interrupted
 
-    def _add(self, loss: float, seconds: float) -> None:
+    def _step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
+        """One step of the optimiser with this process's share of a batch of ``count``; its share of the mean loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
+            logits = self._parallel(images.to(self.dtype))
+        loss = nn.functional.cross_entropy(logits.to(self.dtype), labels, self._class_weights, reduction="sum") / count
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * self.processes.count).backward()  # the mean of gradients over the processes is now their sum
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    def _add(self, loss: Tensor, count: int, seconds: float, asked_to_stop: bool) -> tuple[float, bool]:
+        """Count a batch in; its mean loss, and whether any process was asked to stop."""
         progress, stats = self.progress, self.model.ode.stats
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise UserError(
-                f"the loss is {loss} in epoch {progress.epoch + 1}: lower --lr (now {self.recipe.lr:g}) or --step-size"
-            )
         assert stats is not None
+        own = [float(loss), float(stats.nfe_forward.sum()), float(stats.nfe_backward.sum()), float(asked_to_stop)]
+        mean_loss, forward, backward, stop = self.processes.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+        if not math.isfinite(mean_loss):
+            raise Diverged(
+                f"the loss is {mean_loss} in epoch {progress.epoch + 1}: lower --lr (now {self.recipe.lr:g}) or"
+                " --step-size"
+            )
         progress.batch += 1
-        progress.loss += loss
-        progress.nfe_forward += float(stats.nfe_forward.float().mean())
-        progress.nfe_backward += float(stats.nfe_backward.float().mean())
+        progress.loss += mean_loss
+        progress.nfe_forward += forward / count
+        progress.nfe_backward += backward / count
         progress.seconds += seconds
+        return mean_loss, stop > 0
 
     def _finish_epoch(self, order: Tensor) -> EpochMetrics:
         start = time.perf_counter()
-        calibrate_batch_norm(
-            self.model, (self._batch(order, i)[0] for i in range(min(self.batches, CALIBRATION_BATCHES)))
-        )
+        some = map(self.processes.share, order.split(self.recipe.batch_size)[:CALIBRATION_BATCHES])
+        with closing(self.data.train.batches(some, self.device)) as batches:
+            calibrate_batch_norm(self.model, (images.to(self.dtype) for images, _ in batches))
         middle = time.perf_counter()
-        accuracy = float(
-            (predict(self.model, self.data.test, self.device).argmax(1) == self.data.test.labels).float().mean()
-        )
+        accuracy = self._test()
         done = self.progress
         metrics = EpochMetrics(
             epoch=done.epoch + 1,
@@ -192,6 +255,25 @@ class Trainer:
         )
         self.progress = Progress(epoch=done.epoch + 1, history=[*done.history, metrics])
         return metrics
+
+    def _test(self) -> float:
+        """The share of test images classified rightly; every process classifies some of them."""
+        test = self.data.test
+        indices = torch.arange(len(test)).split(TEST_BATCH_SIZE)[self.processes.rank :: self.processes.count]
+        right = torch.zeros((), dtype=torch.float64)
+        for logits, index in zip(classify(self.model, test, indices, self.device, self.processes.first), indices):
+            right += (logits.argmax(1) == test.labels[index]).sum()
+        return float(self.processes.sum(right)) / len(test)
+
+    def _bar(self, label: str, total: int, initial: int) -> Any:
+        hidden = None if self.processes.first else True
+        return tqdm(total=total, initial=initial, desc=label, unit="batch", leave=False, disable=hidden)
+
+
+def balanced(labels: Tensor, classes: int) -> Tensor:
+    """Weights of the classes that make their sums over ``labels`` equal, ``[classes]``, with a mean of 1 an image."""
+    counts = torch.bincount(labels, minlength=classes)
+    return len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1)).float()
 
 
 @torch.no_grad()
@@ -213,18 +295,35 @@ def calibrate_batch_norm(model: nn.Module, batches: Iterator[Tensor]) -> None:
         layer.momentum = momentum
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
-    """Logits of every image of a split, ``[n, classes]``, on the CPU."""
+def classify(
+    model: nn.Module, split: Split | StreamedSplit, indices: Iterable[Tensor], device: torch.device, show: bool
+) -> Iterator[Tensor]:
+    """For each of the index tensors, the logits of its images, ``[len(index), classes]``, on the CPU.
+
+    Args:
+        show: a progress bar, if it takes over two seconds.
+    """
     model.eval()
-    starts = range(0, len(split), TEST_BATCH_SIZE)
-    bar = tqdm(starts, desc="testing", unit="batch", leave=False, delay=2, disable=None)
-    return torch.cat([model(split.batch(slice(i, i + TEST_BATCH_SIZE), device)[0]).cpu() for i in bar])
+    dtype = next(model.parameters()).dtype
+    indices = list(indices)
+    bar = tqdm(total=len(indices), desc="testing", unit="batch", leave=False, delay=2, disable=None if show else True)
+    with bar, closing(split.batches(indices, device)) as batches:
+        for images, _ in batches:
+            with torch.inference_mode():
+                logits = model(images.to(dtype)).cpu()
+            bar.update()
+            yield logits
+
+
+def predict(model: nn.Module, split: Split | StreamedSplit, device: torch.device) -> Tensor:
+    """Logits of every image of a split, ``[n, classes]``, on the CPU."""
+    indices = torch.arange(len(split)).split(TEST_BATCH_SIZE)
+    return torch.cat(list(classify(model, split, indices, device, show=True)))
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """Within it, Ctrl-C makes the yielded function raise Interrupted; a second Ctrl-C interrupts at once."""
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it, Ctrl-C or SIGTERM makes the yielded function true; a second one interrupts at once."""
     asked = False
 
     def ask(signum: int, frame: Any) -> None:
@@ -233,16 +332,14 @@ def _interruptible() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
 
-    def stop_if_asked() -> None:
-        if asked:
-            raise Interrupted
-
+    kinds = (signal.SIGINT, signal.SIGTERM)
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        before = [signal.signal(kind, ask) for kind in kinds]
     except ValueError:  # not in the main thread, where no signal arrives
-        yield stop_if_asked
+        yield lambda: False
         return
     try:
-        yield stop_if_asked
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)

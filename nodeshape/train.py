@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import os
 import shlex
+import signal
 import sys
-from dataclasses import asdict
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nodeshape import __version__
-from nodeshape._checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from nodeshape._checkpoint import PARTIAL, load_checkpoint
 from nodeshape._classifier import MIN_IMAGE_SIZE, ShapeClassifier
 from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
-from nodeshape._datasets import DRAWN_TEST_SIZE, DRAWN_TRAIN_SIZE, Data, drawn_data, folder_data
+from nodeshape._datasets import (
+    DRAWN_TEST_SIZE,
+    DRAWN_TRAIN_SIZE,
+    MEMORY_BYTES,
+    MEMORY_FILES,
+    Data,
+    drawn_data,
+    folder_data,
+)
 from nodeshape._error_control import StepSizeError
 from nodeshape._images import CHANNELS
 from nodeshape._method import METHODS
+from nodeshape._processes import Processes, is_lost_contact
+from nodeshape._run_folder import RunFolder
 from nodeshape._shapes import CLASSES
 from nodeshape._solve import ADJOINTS
 from nodeshape._stage import StageSolveError
+from nodeshape._streaming import StreamedSplit
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, predict
+from nodeshape._training import CLASS_WEIGHTS, Diverged, Interrupted, Recipe, Trainer
 
 RUNS = Path("runs")
 MIN_STEP_SIZE = 1e-4
@@ -39,23 +51,52 @@ DEFAULTS: dict[str, Any] = {
     "test_size": None,
     "batch_size": Recipe.batch_size,
     "epochs": Recipe.epochs,
+    "patience": Recipe.patience,
     "lr": Recipe.lr,
+    "clip_norm": Recipe.clip_norm,
+    "class_weights": Recipe.class_weights,
+    "amp": Recipe.amp,
+    "dtype": "float32",
     "seed": 0,
     "image_size": 32,
     "channels": "grey",
     "device": "auto",
     "strict": False,
+    "stream": False,
+    "tensorboard": False,
 }
+#: May be given anew with --resume.
+CHANGEABLE = ("device", "tensorboard")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says."""
+    """Train as the command line says, as one process or as one of those that torchrun started."""
+    processes = Processes.from_environment()
+    with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+        if processes.count > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends what another process's end left waiting
+        if not processes.first:
+            silence.enter_context(redirect_stdout(nowhere))
+        try:
+            with ExitStack() as startup:
+                if not processes.first:
+                    startup.enter_context(redirect_stderr(nowhere))
+                trainer, folder = _prepare(argv, processes)
+        except UserError:
+            if processes.local_rank > 0:  # the first process of the machine says it
+                sys.exit(2)
+            raise
+        _train(trainer, folder)
+
+
+def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, RunFolder]:
+    """The trainer that the command line describes, at its start or where its run was left, and its run folder."""
     given = vars(_parser().parse_args(argv))
     out, resume = given.pop("out", None), given.pop("resume", False)
     if resume:
         out = _latest_run() if out is None else out
         state = load_checkpoint(out / "last.pt")
-        config = _stored_config(out, given)
+        config = _stored_config(state, given)
     else:
         state = None
         config = {**DEFAULTS, **given}
@@ -63,11 +104,18 @@ def main(argv: list[str] | None = None) -> None:
             if "task" in given:
                 raise UserError("--task draws images and --data reads yours: give one of the two")
             config["data"], config["task"] = str(Path(config["data"]).resolve()), None
+        elif config["stream"]:
+            raise UserError("--stream reads the images of --data while training: give --data too")
         out = _free_run(config) if out is None else out
-        _check_out(out)
+        if processes.first:
+            _check_out(out)
         if config["step_size"] < MIN_STEP_SIZE:
             raise UserError(f"--step-size must be at least {MIN_STEP_SIZE:g}, got {config['step_size']:g}")
-    device = _device(config["device"])
+    if config["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    device = _device(config["device"], processes)
+    if config["amp"] and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave it out")
     with user_input():
         data = _load(config)
     fingerprint = data.fingerprint()
@@ -81,9 +129,10 @@ def main(argv: list[str] | None = None) -> None:
         "adjoint": config["adjoint"],
     }
     with user_input():
-        model = ShapeClassifier(**architecture).to(device)
-    recipe = Recipe(config["epochs"], config["batch_size"], config["lr"], seed=config["seed"])
-    trainer = Trainer(model, data, recipe, device)
+        model = ShapeClassifier(**architecture).to(device, getattr(torch, config["dtype"]))
+    recipe = Recipe(**{field.name: config[field.name] for field in fields(Recipe) if field.name in config})
+    processes.connect()
+    trainer = Trainer(model, data, recipe, device, processes)
     if state is not None:
         if state.get("fingerprint") != fingerprint:
             raise UserError(f"{config['data']}: its images have changed since the run began; start a new run")
@@ -91,97 +140,63 @@ def main(argv: list[str] | None = None) -> None:
             trainer.restore(state)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{out / 'last.pt'}: holds no training state of this run; start a new run") from error
-    record = {"architecture": architecture, "classes": data.classes, "fingerprint": fingerprint, **config}
-    folder = RunFolder(out, record)
-    folder.begin(trainer)
-    _announce(out, config, data, model, device, trainer)
+    _announce(out, config, trainer)
+    return trainer, RunFolder(
+        out, {"architecture": architecture, "classes": data.classes, "fingerprint": fingerprint, **config}
+    )
+
+
+def _train(trainer: Trainer, folder: RunFolder) -> None:
+    """Train to the end; process 0 writes the folder."""
+    processes = trainer.processes
+    resume = f"{processes.launcher} -m nodeshape.train --resume --out {shlex.quote(str(folder.path))}"
     try:
-        trainer.run(lambda metrics: folder.epoch_done(trainer, metrics))
+        if processes.first:
+            folder.begin(trainer)
+            trainer.run(
+                lambda metrics: folder.epoch_done(trainer, metrics), lambda loss: folder.batch_done(trainer, loss)
+            )
+        else:
+            trainer.run(lambda metrics: None)
     except Interrupted:
-        folder.save_last(trainer)
+        if processes.first:
+            folder.save_last(trainer)
         done = trainer.progress
         print(f"interrupted in epoch {done.epoch + 1} after {done.batch} of {trainer.batches} batches; continue with:")
-        print(f"python -m nodeshape.train --resume --out {shlex.quote(str(out))}")
+        print(resume)
         sys.exit(130)
     except (StageSolveError, StepSizeError, ReversalDriftError) as error:
-        folder.save_last(trainer)
+        if processes.first:
+            folder.save_last(trainer)
         raise UserError(str(error)) from error
-    folder.finish(trainer)
-
-
-class RunFolder:
-    """A run's files: config.json, metrics.jsonl, last.pt, best.pt and pictures.
-
-    Args:
-        path: of the folder.
-        config: what a checkpoint and config.json record of the run.
-    """
-
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self.path, self.config = path, config
-
-    def begin(self, trainer: Trainer) -> None:
-        """Create the folder with what a resumed run needs, before the first step."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        config = {**self.config, "nodeshape_version": __version__, "torch_version": str(torch.__version__)}
-        write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        if trainer.progress.epoch == trainer.progress.batch == 0:
-            self.save_last(trainer)
-
-    def epoch_done(self, trainer: Trainer, metrics: EpochMetrics) -> None:
-        """Record an epoch, print its line, and keep the model if none was more accurate."""
-        history = trainer.progress.history
-        if metrics.test_accuracy >= max(m.test_accuracy for m in history):
-            save_checkpoint(
-                self.path / "best.pt", {**self.config, "model": trainer.model.state_dict(), "epoch": metrics.epoch}
-            )
-        lines = "".join(json.dumps(asdict(m)) + "\n" for m in history)
-        write_atomically(self.path / "metrics.jsonl", lines.encode())
-        self.save_last(trainer)
-        print(
-            f"epoch {metrics.epoch}/{trainer.recipe.epochs}  loss {metrics.train_loss:.4f}  test accuracy"
-            f" {100 * metrics.test_accuracy:6.2f}%  {metrics.seconds:.1f} s training"
-            f", {metrics.test_seconds:.1f} s testing"
-            f"  evaluations of f {metrics.nfe_forward:.1f} forward, {metrics.nfe_backward:.1f} backward",
-            flush=True,
-        )
-
-    def save_last(self, trainer: Trainer) -> None:
-        """Write the checkpoint that ``--resume`` continues from."""
-        save_checkpoint(self.path / "last.pt", {**self.config, **trainer.state()})
-
-    def finish(self, trainer: Trainer) -> None:
-        """Draw the pictures of the best epoch's model and say what to do next."""
-        from nodeshape import _plots  # matplotlib takes a second to import
-
-        history, data = trainer.progress.history, trainer.data
-        best = load_checkpoint(self.path / "best.pt")
-        trainer.model.load_state_dict(best["model"])
-        probabilities = predict(trainer.model, data.test, trainer.device).softmax(dim=1)
-        predicted = probabilities.argmax(dim=1)
-        right = int((predicted == data.test.labels).sum())
-        what = self.config["task"] or Path(self.config["data"]).name
-        title = f"{what}, {self.config['method']}, h={self.config['step_size']:g}"
-        score = f"{right} of {len(data.test)} test images right"
-        _plots.learning_curve(history, title, self.path / "learning_curve.png")
-        _plots.confusion_matrix(
-            data.test.labels, predicted, data.classes, f"{title}\n{score}", self.path / "confusion_matrix.png"
-        )
-        _plots.samples(
-            data.test.images,
-            data.test.labels,
-            probabilities,
-            data.classes,
-            f"{title}: {score}",
-            self.path / "samples.png",
-        )
-        print(f"best: {100 * right / len(data.test):.2f}% ({score}), epoch {best['epoch']}")
-        print(f"pictures and checkpoints are in {self.path}; export the best one with:")
-        print(f"python -m nodeshape.export {shlex.quote(str(self.path / 'best.pt'))}")
+    except Diverged:
+        if processes.first:
+            raise
+        sys.exit(2)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise UserError(
+            f"process {processes.rank} of {processes.count} lost contact with the others: one of them ended or was"
+            f" killed; continue with: {resume}"
+        ) from error
+    processes.disconnect()
+    if processes.first:
+        if trainer.stopped_early:
+            print(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
+        splits = trainer.data.train, trainer.data.test
+        unreadable = sum(len(split.unreadable) for split in splits if isinstance(split, StreamedSplit))
+        if unreadable:
+            print(f"passed over {unreadable} unreadable files", file=sys.stderr)
+        folder.finish(trainer)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("train", "Train a Neural-ODE classifier of drawn shapes, or of your own images.")
+    parser = Parser(
+        "train",
+        "Train a Neural-ODE classifier of drawn shapes, or of your own images. Several processes share the work when"
+        " started by: torchrun --nproc-per-node=N -m nodeshape.train ...",
+    )
 
     def add(flag: str, text: str, **settings: Any) -> None:
         default = DEFAULTS.get(flag.lstrip("-").replace("-", "_"))
@@ -205,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name}-size", f"number of {name} images (default: {default})", type=whole(2), metavar="N")
     add("--batch-size", "images a step", type=positive_int, metavar="N")
     add("--epochs", "passes over the training images", type=positive_int, metavar="N")
+    add("--patience", "stop after N epochs without a better test accuracy", type=positive_int, metavar="N")
     add("--lr", "peak learning rate", type=positive_float)
+    add("--clip-norm", "scale gradients down to this norm", type=positive_float, metavar="NORM")
+    add("--class-weights", "balanced: every class counts the same, however few images it has", choices=CLASS_WEIGHTS)
+    add("--amp", "bfloat16 in stem and head (the ODE stays in float32)", action="store_true")
+    add("--dtype", "of weights and states; float64 to compare runs without rounding", choices=("float32", "float64"))
     add("--seed", "fixes images, weights and order", type=seed)
     add(
         "--image-size",
@@ -216,6 +236,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--channels", "colour of the images", choices=list(CHANNELS))
     add("--device", "auto, cpu, cuda or cuda:N")
     add("--strict", "stop at the first unreadable image instead of skipping it", action="store_true")
+    add(
+        "--stream",
+        "read images while training rather than before (what a folder of more than"
+        f" {MEMORY_FILES:,} images or {MEMORY_BYTES >> 30} GiB of pixels does anyway)",
+        action="store_true",
+    )
+    add("--tensorboard", "also log to RUN/tensorboard", action="store_true")
     add("--out", "run folder (default: runs/TASK-METHOD)", type=Path, metavar="DIR")
     add("--resume", "continue the run in --out, or the latest one", action="store_true")
     return parser
@@ -232,7 +259,8 @@ def _load(config: dict[str, Any]) -> Data:
         return drawn_data(
             config["task"], train_size or DRAWN_TRAIN_SIZE, test_size or DRAWN_TEST_SIZE, image_size, channels, seed
         )
-    data = folder_data(Path(config["data"]), train_size, test_size, image_size, channels, seed, config["strict"])
+    strict, stream = config["strict"], config["stream"]
+    data = folder_data(Path(config["data"]), train_size, test_size, image_size, channels, seed, strict, stream)
     for error in data.unreadable[:10]:
         print(f"skipped {error}", file=sys.stderr)
     if data.unreadable:
@@ -240,32 +268,37 @@ def _load(config: dict[str, Any]) -> Data:
     return data
 
 
-def _announce(
-    out: Path, config: dict[str, Any], data: Data, model: ShapeClassifier, device: torch.device, trainer: Trainer
-) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
+def _announce(out: Path, config: dict[str, Any], trainer: Trainer) -> None:
+    data, processes = trainer.data, trainer.processes
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    streamed = ", streamed from disk" if isinstance(data.train, StreamedSplit) else ""
     print(
         f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} classes"
-        f" ({', '.join(data.classes[:8])}{', …' if len(data.classes) > 8 else ''})"
+        f" ({', '.join(data.classes[:8])}{', …' if len(data.classes) > 8 else ''}){streamed}"
     )
     print(
         f"{parameters:,} parameters, {config['method']} with h={config['step_size']:g}, gradient {config['adjoint']},"
-        f" on {device}; run folder {out}"
+        f" on {trainer.device}{f', {processes.count} processes' if processes.count > 1 else ''}; run folder {out}",
+        flush=True,
     )
-    if trainer.progress.epoch or trainer.progress.batch:
-        print(f"resuming in epoch {trainer.progress.epoch + 1} after batch {trainer.progress.batch}")
+    if trainer.steps:
+        print(f"resuming in epoch {trainer.progress.epoch + 1} after batch {trainer.progress.batch}", flush=True)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, processes: Processes) -> torch.device:
+    own = f"cuda:{processes.local_rank}" if processes.count > 1 else "cuda"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(own if torch.cuda.device_count() >= processes.local_count else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(own if name == "cuda" else name)
     except RuntimeError:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and name != "cuda" and processes.count > 1:
+        raise UserError(f"--device {name}: {processes.count} processes need a GPU each; give --device cuda")
+    needed = processes.local_count if name == "cuda" else (device.index or 0) + 1
+    if device.type == "cuda" and needed > torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
     return device
 
@@ -284,7 +317,7 @@ def _check_out(out: Path) -> None:
     """Refuse, before any work, a run folder that cannot be made or would hide what is there."""
     if (out / "last.pt").exists():
         raise UserError(f"{out}: already holds a run; add --resume to continue it, or choose another --out")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and set(out.iterdir()) - set(out.glob(PARTIAL)):
         raise UserError(f"{out}: is a folder with other files; choose a new one with --out")
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not above.is_dir():
@@ -300,14 +333,10 @@ def _latest_run() -> Path:
     return runs[-1].parent
 
 
-def _stored_config(out: Path, given: dict[str, Any]) -> dict[str, Any]:
-    try:
-        stored = json.loads((out / "config.json").read_text())
-        config = {name: stored[name] for name in DEFAULTS}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{out / 'config.json'}: not readable; the run cannot be resumed") from error
+def _stored_config(state: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    config = {name: state.get(name, default) for name, default in DEFAULTS.items()}
     for name, value in given.items():
-        if name == "device":
+        if name in CHANGEABLE:
             config[name] = value
         elif name == "data" and str(Path(value).resolve()) == config["data"]:
             continue

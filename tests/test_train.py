@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from nodeshape import _fused, _run_folder
 from nodeshape._checkpoint import load_checkpoint, load_classifier
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
 from nodeshape._datasets import drawn_data
 from nodeshape._shapes import draw
-from nodeshape._training import Interrupted, Recipe, Trainer
+from nodeshape._training import Interrupted, Recipe, Trainer, balanced
 from nodeshape.train import main
 
 SMALL = ["--train-size", "40", "--test-size", "30", "--batch-size", "16", "--step-size", "0.5", "--epochs", "2"]
@@ -79,10 +82,9 @@ def test_an_existing_run_is_never_overwritten(finished_run: tuple[Path, str]) ->
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
 
-def trainer(method: str = "euler") -> Trainer:
+def trainer(method: str = "euler", recipe: Recipe = Recipe(epochs=2, batch_size=16)) -> Trainer:  # noqa: B008
     torch.manual_seed(0)
     model = ShapeClassifier(3, image_size=16, method=method, step_size=0.5)
-    recipe = Recipe(epochs=2, batch_size=16)
     return Trainer(model, drawn_data("single", 40, 30, 16, "grey", seed=0), recipe, torch.device("cpu"))
 
 
@@ -171,6 +173,150 @@ def test_a_users_folder_trains_and_skips_what_it_cannot_read(tmp_path: Path) -> 
     assert not (tmp_path / "strict").exists()
 
 
+def test_training_stops_early_after_epochs_without_a_better_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(recipe=Recipe(epochs=10, batch_size=16, patience=2))
+    accuracies = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    monkeypatch.setattr(run, "_test", lambda: next(accuracies))
+    run.run(lambda metrics: None)
+    assert [m.test_accuracy for m in run.progress.history] == [0.5, 0.6, 0.6, 0.4]
+    assert run.stopped_early
+
+
+def test_clipping_bounds_the_norm_of_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: dict[float | None, list[float]] = {}
+    for limit in (None, 0.1):
+        run = trainer(recipe=Recipe(epochs=1, batch_size=16, clip_norm=limit))
+        norms[limit] = []
+
+        def record(run: Trainer = run, limit: float | None = limit) -> None:
+            gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+            norms[limit].append(float(torch.stack([g.norm() for g in gradients]).norm()))
+
+        monkeypatch.setattr(run.optimizer, "zero_grad", lambda set_to_none, run=run: run.model.zero_grad(set_to_none))
+        run.run(lambda metrics: None, lambda loss, record=record: record())
+    assert min(norms[None]) > 0.1
+    assert norms[0.1] == pytest.approx([0.1] * 3, rel=1e-3)
+
+
+def test_balanced_weights_give_every_class_the_same_sum() -> None:
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
+    weights = balanced(labels, 3)
+    sums = torch.zeros(3).index_add_(0, labels, weights[labels])
+    assert torch.allclose(sums, torch.full((3,), 10 / 3))
+
+
+def test_class_weights_teach_the_rare_class() -> None:
+    """One image of a class in eight: without weights its loss counts an eighth, with them a half."""
+    data = drawn_data("single", 64, 10, 16, "grey", seed=0)
+    data.train.labels[:] = (torch.arange(64) % 8 == 0).long()
+    data.classes[:] = ["often", "rarely"]
+    gradients = []
+    for class_weights in ("none", "balanced"):
+        torch.manual_seed(0)
+        model = ShapeClassifier(2, image_size=16, step_size=0.5)
+        torch.nn.init.zeros_(model.head[-1].weight)  # so that every image gets the logits 0, 0
+        torch.nn.init.zeros_(model.head[-1].bias)
+        run = Trainer(model, data, Recipe(batch_size=64, class_weights=class_weights), torch.device("cpu"))
+        run._step(*data.train.batch(slice(None), torch.device("cpu")), 64)
+        gradients.append(model.head[-1].bias.grad)
+    assert gradients[0].tolist() == pytest.approx([0.5 - 7 / 8, 0.5 - 1 / 8])
+    assert gradients[1].tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_autocast_leaves_the_ode_in_float32_and_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(recipe=Recipe(epochs=1, batch_size=16, amp=True))
+    kinds: dict[str, torch.dtype] = {}
+
+    def record(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda m, x, y: kinds.update({name: y.dtype}) if m.training else None)
+
+    record("stem", next(m for m in run.model.stem.modules() if isinstance(m, torch.nn.Conv2d)))
+    record("ode", run.model.ode)
+    record("head", next(m for m in run.model.head.modules() if isinstance(m, torch.nn.Linear)))
+    solves: list[torch.dtype] = []
+    solve = _fused.solve
+
+    def recorded(dynamics: object, weights: list[torch.Tensor], y0: torch.Tensor, *rest: object) -> object:
+        solves.append(y0.dtype)
+        return solve(dynamics, weights, y0, *rest)
+
+    monkeypatch.setattr(_fused, "solve", recorded)
+    run._step(*run.data.train.batch(slice(16), torch.device("cpu")), 16)
+    assert kinds == {"stem": torch.bfloat16, "ode": torch.float32, "head": torch.bfloat16}
+    assert solves == [torch.float32]
+
+
+def test_tensorboard_logs_losses_and_accuracy_once_a_step(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    main([*SMALL, "--tensorboard", "--out", str(tmp_path / "run")])
+    main(["--resume", "--out", str(tmp_path / "run")])
+    log = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("batch/loss")] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [event.value for event in log.Scalars("epoch/test_accuracy")]
+    assert accuracies == pytest.approx([line["test_accuracy"] for line in lines])
+
+
+def test_missing_tensorboard_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        main([*SMALL, "--tensorboard", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_last_is_written_within_an_epoch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_run_folder, "SAVE_SECONDS", 0.0)
+    saved: list[tuple[int, int]] = []
+    save = _run_folder.save_checkpoint
+
+    def record(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        if path.name == "last.pt":
+            progress = load_checkpoint(path)["progress"]
+            saved.append((progress["epoch"], progress["batch"]))
+
+    monkeypatch.setattr(_run_folder, "save_checkpoint", record)
+    main([*SMALL, "--out", str(tmp_path / "run")])
+    assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(tmp_path: Path) -> None:
+    settings = ["--train-size", "300", "--test-size", "300", "--batch-size", "10", "--epochs", "3", "--device", "cpu"]
+    whole = command(*settings, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    # as `python -m nodeshape.train` does, but saving after every batch, so that many kills meet a save
+    code = (
+        "import sys; from nodeshape import _cli, _run_folder, train\n"
+        "_run_folder.SAVE_SECONDS = 0; _cli.run(lambda: train.main(sys.argv[1:]))"
+    )
+    random = Random(0)
+    last = tmp_path / "run" / "last.pt"
+    kills, finished = 0, False
+    while not finished:
+        arguments = ["--resume", "--out", "run"] if last.exists() else [*settings, "--out", "run"]
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=tmp_path, stdout=subprocess.PIPE)
+        try:
+            # a run that never gets to its first batch in this time would be killed for ever
+            process.communicate(timeout=random.uniform(0, 6) + kills)
+            finished = True
+            assert process.returncode == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if last.exists():
+            load_classifier(last)
+    assert kills >= 2
+    expected = load_checkpoint(tmp_path / "whole" / "last.pt")
+    found = load_checkpoint(last)
+    for name, value in expected["model"].items():
+        assert torch.equal(value, found["model"][name]), name
+    for a, b in zip(expected["progress"]["history"], found["progress"]["history"], strict=True):
+        assert (a["train_loss"], a["test_accuracy"]) == (b["train_loss"], b["test_accuracy"])
+    assert not list((tmp_path / "run").glob(".*")), "what a kill left half written is gone"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -180,6 +326,12 @@ def test_a_users_folder_trains_and_skips_what_it_cannot_read(tmp_path: Path) -> 
         ["--step-size", "nan"],
         ["--step-size", "inf"],
         ["--epochs", "0"],
+        ["--patience", "0"],
+        ["--clip-norm", "0"],
+        ["--clip-norm", "inf"],
+        ["--class-weights", "inverse"],
+        ["--dtype", "float16"],
+        ["--stream"],
         ["--lr", "nan"],
         ["--data", "nowhere"],
         ["--data", "empty"],

@@ -1,0 +1,148 @@
+"""The processes of one run, started by torchrun: which one this is, its share of a batch, and sums over all of them.
+
+Every process holds the whole model and takes a share of every batch, so that a run computes the same with any number of
+them: gradients are summed, and batch normalisation takes the mean and variance of the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Attributes:
+        rank: of this process, from 0. Process 0 alone prints and writes.
+        count: of all processes.
+        local_rank: of this process among those of its machine.
+        local_count: processes on this machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Processes:
+        """As torchrun's environment variables say; a single process without them."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ[name]) for name in names)) if "LOCAL_WORLD_SIZE" in os.environ else cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    @property
+    def launcher(self) -> str:
+        """The command that starts a run like this one, up to ``-m``."""
+        return "python" if self.count == 1 else f"torchrun --nproc-per-node={self.local_count}"
+
+    def connect(self) -> None:
+        """Meet the other processes: over gloo for tensors in memory, over nccl for tensors on GPUs."""
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group()
+
+    def disconnect(self) -> None:
+        """Part from the others, who may go on or end."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch, ``[n]`` to about ``[n / count]``, possibly empty."""
+        return batch.tensor_split(self.count)[self.rank]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over the processes."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """A module that computes what ``model`` does and averages the gradients of its parameters over the processes.
+
+        Batch normalisation in ``model`` is made to see the whole batch.
+        """
+        if self.count == 1:
+            return model
+        for module in list(model.modules()):
+            for name, layer in module.named_children():
+                if type(layer) is nn.BatchNorm2d:
+                    setattr(module, name, SharedBatchNorm2d.of(layer))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch have another name for it
+            return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another process can no longer be reached."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the mean and variance of all processes' samples, on CPU and GPU.
+
+    PyTorch's SyncBatchNorm does this on GPUs only. Each process contributes count, sum and sum of squares (in float64,
+    where their difference is exact enough), summed in a way that gradients pass through.
+    """
+
+    @classmethod
+    def of(cls, layer: nn.BatchNorm2d) -> SharedBatchNorm2d:
+        """The same layer, its parameters and buffers shared."""
+        shared = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        shared._parameters, shared._buffers = layer._parameters, layer._buffers
+        return shared.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[batch, channels, height, width]``, of which the batch may be empty here."""
+        if not self.training:
+            return super().forward(x)
+        y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        own = y.numel() // y.shape[1]
+        mean = y.sum(dim=(0, 2, 3)) / max(own, 1)
+        spread = (y - mean[:, None, None]).square().sum(dim=(0, 2, 3)).double()
+        mean = mean.double()
+        total, squares, count = _Sum.apply(
+            torch.stack([mean * own, spread + own * mean.square(), torch.full_like(mean, own)])
+        )
+        mean = total / count
+        variance = squares / count - mean.square()
+        self._track(mean.detach(), (variance * count / (count - 1).clamp(min=1)).detach())
+        scale = self.weight * (variance + self.eps).rsqrt().to(y.dtype)
+        shift = self.bias - mean.to(y.dtype) * scale
+        normalised: Tensor = (y * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return normalised
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
