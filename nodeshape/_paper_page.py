@@ -123,8 +123,8 @@ def _networks(paper: dict[str, Any]) -> Iterator[str]:
     )
     for task, models in paper["networks"].items():
         rows = [
-            [name, _mean(models[n]), f"{models[n]['parameters']:,}", f"{models[n]['seconds']:.1f}"]
-            for n, name in NETWORKS.items()
+            [NETWORKS[network], _mean(model), f"{model['parameters']:,}", f"{model['seconds']:.1f}"]
+            for network, model in models.items()
         ]
         yield from _table([f"{task}", "test accuracy, %", "parameters", "s/epoch"], rows)
     yield "The parent paper's table 1, on MNIST (L blocks, L̃ evaluations of f):\n"

@@ -29,7 +29,10 @@ FLAT = 1.1
 def collect(plan: Plan, get: Get) -> dict[str, Any]:
     """All tables."""
     experiments = [_experiment(plan, get, experiment) for experiment in EXPERIMENTS]
-    networks = {task: {n: _final(get, plan.network(n, task)) for n in NETWORKS} for task in ("single", "compound")}
+    networks = {
+        task: {network: _final(get, plan.network(network, task)) for network in compared}
+        for task, compared in plan.networks().items()
+    }
     depth = [_depth(plan, get, *line) for line in plan.depth_lines()]
     epoch = {method: get(plan.epoch(method)) for method in METHODS}
     return {

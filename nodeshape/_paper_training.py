@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from nodeshape._paper_networks import RESIDUAL_BLOCKS, build
 from nodeshape._shapes import CLASSES
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import EpochMetrics, Recipe, Trainer, predict
+from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, predict
 
 IMAGE_SIZE, CHANNELS = 32, "grey"
 CPU = torch.device("cpu")
@@ -80,6 +81,8 @@ class Training(Job):
             trainer.run(history.append)
         except (*REFUSALS, UserError) as error:  # a step too large for the stage equation; a loss that is not finite
             return {"failed": str(error)}
+        except Interrupted:  # the command is over, and so is this worker
+            sys.exit()
         accuracy = [epoch.test_accuracy for epoch in history]
         accuracy[-1] = accuracy_on(model, test)
         save_checkpoint(store.path(self, ".pt"), model.state_dict())
@@ -132,7 +135,9 @@ class Epoch(Job):
 @lru_cache(maxsize=8)
 def drawn_test_images(task: str, size: int, seed: int) -> Split:
     """The test images of a task and seed; kept, as most runs share them."""
-    return drawn_data(task, 2, size, IMAGE_SIZE, CHANNELS, seed).test
+    test = drawn_data(task, 2, size, IMAGE_SIZE, CHANNELS, seed).test
+    assert isinstance(test, Split)  # drawn images are in memory
+    return test
 
 
 def slowness() -> float:

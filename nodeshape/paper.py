@@ -54,7 +54,8 @@ def _compute_missing(plan: Plan, store: Store) -> None:
         return
     seconds_a_unit = slowness() / cores
     minutes = seconds_a_unit * sum(job.seconds for stage in stages for job in stage) / 60
-    print(f"{missing} runs on {cores} cores, about {minutes:.0f} minutes; each is kept as it ends", flush=True)
+    runs, duration = f"{missing} run{'s' * (missing > 1)}", f"{max(1, round(minutes))} min"
+    print(f"{runs} on {cores} cores, about {duration}; each is kept as it ends", flush=True)
     with tqdm(
         total=minutes * 60, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", disable=None
     ) as bar:
