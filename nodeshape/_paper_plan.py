@@ -43,9 +43,9 @@ class Plan:
     sweep_test_size: int = 1000
     depths: tuple[int, ...] = (6, 12, 25, 50, 100)
     batch_size: int = 120
-    solver_steps: tuple[int, ...] = (5, 10, 20, 50)
-    rtols: tuple[float, ...] = (1e-1, 1e-2)
-    solver_images: int = 500
+    solver_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
+    rtols: tuple[float, ...] = (1.0, 1e-1, 1e-2)
+    solver_images: int = 300
     count_steps: tuple[int, ...] = (5, 10, 20, 40)
     count_rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     count_images: int = 12

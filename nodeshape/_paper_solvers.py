@@ -22,7 +22,7 @@ from nodeshape._paper_training import (
 from nodeshape._solve import ADJOINTS
 
 #: Evaluations of f by error control cost this many fused Euler steps.
-CONTROLLED_FACTOR = 400
+CONTROLLED_FACTOR = 500
 
 
 @dataclass(frozen=True)
