@@ -196,7 +196,7 @@ def _other_solvers(paper: dict[str, Any]) -> Iterator[str]:
         worst, best = min(named, key=lambda cell: cell[1]), max(named, key=lambda cell: cell[1])
         yield (
             f"Within a method the number of steps matters most to {METHOD_TITLES[row['method']]} trained with"
-            f" h = {row['step_size']:g}: {best[1]:.1f}% with {best[0]['steps']} steps, {worst[1]:.1f}% with"
+            f" h = {row['step_size']:g}: {best[1]:.1f}% in {best[0]['steps']} steps, {worst[1]:.1f}% in"
             f" {worst[0]['steps']}.\n"
         )
     yield "![Test accuracy by the solver of training and of testing](other-solvers.png)\n"

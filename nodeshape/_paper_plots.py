@@ -44,7 +44,7 @@ def _learning_curves(experiment: dict[str, Any], path: Path) -> None:
     axes.plot([], [], "--", color=GREY, label="the 2021 report")
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=experiment["title"], xticks=epochs, ylim=(None, 102))
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     _save(figure, path)
 
 
@@ -54,10 +54,10 @@ def _depth(lines: list[dict[str, Any]], path: Path) -> None:
         (panels[0], "peak_bytes", 2**20, "peak memory of a training step, MiB"),
         (panels[1], "seconds", 1, "time of a training step, s"),
     ):
-        for line in lines:
+        for line, marker in zip(lines, "osv^D"):
             points = [(x, y / unit) for x, y in zip(line["depths"], line[name]) if y]
             if points:
-                axes.plot(*zip(*points), "o-", color=LINE_COLOURS[line["name"]], label=line["name"], ms=4)
+                axes.plot(*zip(*points), color=LINE_COLOURS[line["name"]], marker=marker, label=line["name"], ms=5)
         axes.set(xscale="log", yscale="log", xlabel="residual blocks, or steps of the solver", ylabel=label)
         axes.set_xticks(lines[0]["depths"], map(str, lines[0]["depths"]))
         axes.minorticks_off()
@@ -99,7 +99,7 @@ def _other_solvers(table: dict[str, Any], path: Path) -> None:
         dark = np.isfinite(value) and value < middle
         text = f"{value:.0f}" if np.isfinite(value) else "–"
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
-    names = [f"{c['steps']} steps" if "steps" in c else f"rtol {c['rtol']:g}" for c in columns]
+    names = [f"{c['steps']} step{'s' * (c['steps'] > 1)}" if "steps" in c else f"rtol {c['rtol']:g}" for c in columns]
     axes.set_xticks(range(len(columns)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     axes.set_yticks(
         range(len(rows)), [f"{METHOD_TITLES[r['method']]}, h = {r['step_size']:g}" for r in rows], fontsize=7
