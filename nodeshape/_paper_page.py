@@ -239,7 +239,7 @@ def _answer(cells: Sequence[dict[str, Any]]) -> str:
     verdict = (
         "so the report's finding holds here too"
         if clear > len(few) / 2
-        else "so on our images the methods cannot be told apart this way"
+        else "so our images do not show it"
         if clear == 0
         else "so the finding holds in part"
     )
