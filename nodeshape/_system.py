@@ -70,6 +70,7 @@ class System:
         return out.detach()
 
     def _evaluate(self, time: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()  # the adjoint's are a part of wider rows, which group normalisation under vmap refuses
         if time.dim():
             each: Tensor = torch.func.vmap(self._one_sample)(time, rows)
             return each

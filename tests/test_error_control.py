@@ -77,6 +77,15 @@ def test_continuous_gradients_follow_their_own_tolerance() -> None:
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
 
 
+def test_continuous_gradients_of_conv_dynamics_take_error_control() -> None:
+    torch.manual_seed(0)
+    func, y0 = ns.ConvDynamics(4).double(), torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (y0, *func.parameters())
+    expected = gradients(ns.odeint(func, y0, [0.0, 1.0], steps=100), inputs)
+    ys = ns.odeint(func, y0, [0.0, 1.0], rtol=1e-3, atol=1e-4, adjoint="continuous")
+    assert relative_error(gradients(ys, inputs), expected) < 5e-2
+
+
 def test_each_sample_takes_its_own_steps() -> None:
     rates = torch.tensor([[-0.1], [-5.0], [-200.0]], dtype=torch.float64)
 

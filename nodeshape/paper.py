@@ -1,0 +1,90 @@
+"""``python -m nodeshape.paper``: every table of the report and of its parent paper, measured and set side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nodeshape import __version__
+from nodeshape._checkpoint import write_atomically
+from nodeshape._cli import Parser, UserError, run
+from nodeshape._paper_jobs import Job, Result, Store, compute
+from nodeshape._paper_plan import FULL, QUICK, Plan
+from nodeshape._paper_results import collect
+from nodeshape._paper_training import slowness
+
+RESULTS, QUICK_RESULTS = Path("docs/results"), Path("runs/paper-quick")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compute what is missing, then write the page, its pictures and its figures."""
+    parser = Parser("paper", "Repeat every experiment of the report; interrupted, it goes on where it was.")
+    parser.add_argument("--quick", action="store_true", help="a miniature, in a minute: shows that it works, no more")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder of the page (default: {RESULTS}, or {QUICK_RESULTS})"
+    )
+    args = parser.parse_args(argv)
+    out = args.out or (QUICK_RESULTS if args.quick else RESULTS)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    plan = QUICK if args.quick else FULL
+    store = Store(out / "cache")
+    store.prepare()
+    try:
+        _compute_missing(plan, store)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was")
+        sys.exit(130)
+    _write(plan, store, out, args.quick)
+
+
+def _compute_missing(plan: Plan, store: Store) -> None:
+    """Trainings first, then what is measured on trained models, then what needs the machine to itself."""
+    cores = torch.get_num_threads()
+    stages = [
+        [job for job in jobs if store.get(job) is None] for jobs in (plan.trainings(), plan.analyses(), plan.timings())
+    ]
+    missing = sum(map(len, stages))
+    if not missing:
+        return
+    seconds_a_unit = slowness() / cores
+    minutes = seconds_a_unit * sum(job.seconds for stage in stages for job in stage) / 60
+    runs, duration = f"{missing} run{'s' * (missing > 1)}", f"{max(1, round(minutes))} min"
+    print(f"{runs} on {cores} cores, about {duration}; each is kept as it ends", flush=True)
+    with tqdm(
+        total=minutes * 60, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", disable=None
+    ) as bar:
+        ended = 0
+        for stage in stages:
+            if stage:
+                workers, threads = (1, cores) if stage[0].alone else (cores, 1)
+                for job in compute(stage, store, workers, threads):
+                    if job is not None:
+                        ended += 1
+                        bar.update(seconds_a_unit * job.seconds)
+                    bar.set_description(f"{ended} of {missing} runs ")
+
+
+def _write(plan: Plan, store: Store, out: Path, quick: bool) -> None:
+    from nodeshape._paper_page import headline, page
+    from nodeshape._paper_plots import draw  # matplotlib takes a second to import
+
+    def get(job: Job) -> Result:
+        result = store.get(job)
+        assert result is not None
+        return result
+
+    paper = {"nodeshape_version": __version__, "quick": quick, **collect(plan, get)}
+    draw(paper, out)
+    write_atomically(out / "results.json", (json.dumps(paper, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(out / "README.md", page(paper).encode())
+    print(f"{headline(paper)}; open {out / 'README.md'}")
+
+
+if __name__ == "__main__":
+    run(main)

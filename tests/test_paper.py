@@ -1,0 +1,163 @@
+"""The paper: its networks are what it says, its page follows from the figures, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+
+from nodeshape import _cli
+from nodeshape._method import METHODS
+from nodeshape._paper_depth import Depth
+from nodeshape._paper_jobs import Job, Result, Store
+from nodeshape._paper_networks import RESIDUAL_BLOCKS, build
+from nodeshape._paper_page import headline, page
+from nodeshape._paper_plan import FULL
+from nodeshape._paper_results import collect
+from nodeshape._paper_solvers import Evaluations, OtherSolvers
+from nodeshape._paper_source import EXPERIMENTS
+from nodeshape._paper_training import Epoch, Training
+from nodeshape.paper import main
+
+
+def test_the_report_gives_sixty_accuracies() -> None:
+    curves = [curve for experiment in EXPERIMENTS for curve in experiment.accuracy.values()]
+    assert sum(map(len, curves)) == 60 and all(0 < x <= 100 for curve in curves for x in curve)
+    assert all(set(experiment.accuracy) == set(METHODS) for experiment in EXPERIMENTS)
+
+
+def test_rk_net_is_the_ode_net_differentiated_by_autograd() -> None:
+    torch.manual_seed(0)
+    ode, rk = build("ode", 3, 4, method="euler"), build("rknet", 3, 4)
+    rk.load_state_dict(ode.state_dict())
+    images, labels = torch.rand(3, 1, 32, 32), torch.tensor([0, 1, 2])
+    for model in (ode, rk):
+        cross_entropy(model.eval()(images), labels).backward()
+    torch.testing.assert_close(rk(images), ode(images), rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(ode.parameters(), rk.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_res_net_has_a_block_s_parameters_for_each_block_and_the_same_stem_and_head() -> None:
+    def count(model: torch.nn.Module) -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    deep, shallow, ode = build("resnet", 3, RESIDUAL_BLOCKS), build("resnet", 3, 1), build("ode", 3, 20)
+    time_weights = 2 * 64 * 9  # of the time channel, which the residual block lacks
+    assert count(ode) - count(shallow) == time_weights
+    assert count(deep) - count(shallow) == (RESIDUAL_BLOCKS - 1) * count(shallow.ode)
+    assert count(ode) <= 0.4 * count(deep)
+
+
+def made_up(accuracy: float = 1.0) -> Any:
+    """Results that no one measured, every accuracy the same."""
+
+    def get(job: Job) -> Result:
+        if isinstance(job, Training):
+            curve = [accuracy] * job.epochs
+            return {
+                "accuracy": curve,
+                "seconds": [1.0] * job.epochs,
+                "parameters": 490 if "res" in job.network else 120,
+            }
+        if isinstance(job, Epoch):
+            machine = {"cpu": "a processor", "threads": 2, "isa": "portable", "torch": "2"}
+            return {"seconds": 5.0, "machine": machine}
+        if isinstance(job, Depth):
+            return {"peak_bytes": 2**20, "seconds": 0.1}
+        if isinstance(job, Evaluations):
+            return {"counts": [{"adjoint": "discrete", "steps": 5, "forward": None, "backward": None}]}
+        assert isinstance(job, OtherSolvers)
+        return {"accuracy": [accuracy for _ in job.settings()]}
+
+    return get
+
+
+def test_what_is_met_and_missed_follows_from_the_figures() -> None:
+    perfect = {"quick": False, **collect(FULL, made_up())}
+    assert headline(perfect).startswith("60 of the report's 60 accuracies")
+    assert all(goal["met"] for goal in perfect["goals"]) and "✗ (" not in page(perfect)
+
+    run = FULL.training("single", 1350, 0.025, "implicit_euler", seed=2)
+
+    def get(job: Job) -> Result:
+        return {**made_up()(job), "accuracy": [1.0, 1.0, 1.0, 1.0, 0.97]} if job == run else made_up()(job)
+
+    paper = {"quick": False, **collect(FULL, get)}  # (100 + 100 + 97) / 3 = 99.0, below the report's 99.883
+    text = page(paper)
+    assert headline(paper).startswith("59 of the report's 60 accuracies")
+    assert "- Single, 1,350 images, h = 0.025, implicit Euler, epoch 5: 99.00 against 99.88" in text
+    assert text.count("✗ (") == 1 and "99.00 ± 1.73 ✗ (99.88)" in text
+
+
+def test_a_worse_ode_net_misses_its_goal() -> None:
+    def get(job: Job) -> Result:
+        return made_up(1.0 if isinstance(job, Training) and job.network == "resnet" else 0.996)(job)
+
+    goals = {goal["name"]: goal for goal in collect(FULL, get)["goals"]}
+    assert goals["Single: points that the ODE-Net loses to the ResNet"]["met"] is False
+    assert goals["Single: points that the ODE-Net loses to the ResNet"]["measured"] == pytest.approx(0.4)
+
+
+def test_a_training_that_failed_is_said_in_the_sweep_and_an_error_in_an_experiment() -> None:
+    failing = FULL.sweep(250, 0.1, "implicit_euler")
+    assert failing is not None
+
+    def get(job: Job) -> Result:
+        return {"failed": "no stage"} if job == failing[0] else made_up()(job)
+
+    assert "| 250 | 0.1 | 100.00 ± 0.00 | failed | 100.00 ± 0.00 |" in page({"quick": False, **collect(FULL, get)})
+    with pytest.raises(_cli.UserError, match=r"single, 2700 images, euler, seed 0: no stage"):
+        collect(FULL, lambda job: {"failed": "no stage"})
+
+
+def test_a_result_is_kept_for_its_job_and_its_code_alone(tmp_path: Path) -> None:
+    job = FULL.training("single", 500, 0.01, "euler", seed=0)
+    store = Store(tmp_path / "cache")
+    store.prepare()
+    assert store.get(job) is None
+    store.put(job, {"accuracy": [0.5]})
+    assert Store(tmp_path / "cache").get(job) == {"accuracy": [0.5]}
+    assert store.get(replace(job, seed=1)) is None and store.get(replace(job, network="rknet")) is None
+    store.sources = "of another version"
+    assert store.get(job) is None
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_every_table_and_a_second_one_only_draws_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    main(["--quick", "--out", str(out)])
+    assert f"open {out / 'README.md'}" in capsys.readouterr().out
+    text, figures = (out / "README.md").read_text(), json.loads((out / "results.json").read_text())
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+    assert {*pictures, "cache", "README.md", "results.json"} == {path.name for path in out.iterdir()}
+    for name in pictures:
+        assert (out / name).stat().st_size < 150_000
+        with Image.open(out / name) as picture:
+            picture.verify()
+    assert "nan" not in text and figures["quick"] and len(figures["experiments"]) == 4
+
+    kept = {path: path.stat().st_mtime_ns for path in (out / "cache").iterdir() if path.suffix in (".json", ".pt")}
+    lost = next(path for path in kept if path.suffix == ".json")
+    lost.unlink()
+    main(["--quick", "--out", str(out)])
+    assert capsys.readouterr().out.startswith("1 run on ")
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.stem != lost.stem)
+    main(["--quick", "--out", str(out)])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_an_out_that_is_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_:
+        _cli.run(lambda: main(["--out", str(tmp_path / "file")]))
+    assert exit_.value.code == 2 and capsys.readouterr().err.startswith("error: --out")
