@@ -34,6 +34,12 @@ inline constexpr int kRegisters = 16;
 
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
 
+/// Samples that are evaluated together, so that weights are fetched once for all of them.
+inline constexpr int kMaxGroup = 16;
+
+/// Whether this thread keeps the records of the samples it carries; here a sample has one thread.
+NODESHAPE_INLINE constexpr bool leads() { return true; }
+
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
@@ -103,6 +109,19 @@ NODESHAPE_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+/// 2^n for whole n from -126 to 127.
+NODESHAPE_INLINE Vec<float> power_of_two(Vec<float> n) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return (Vec<float>)bits;
+}
+
+template <class Function>
+NODESHAPE_INLINE Vec<double> lane_by_lane(Vec<double> x, Function&& function) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]);
+  return x;
+}
+
 /// The sum of a vector's lanes, in a fixed order.
 template <class T>
 NODESHAPE_INLINE T sum(Vec<T> v) {
@@ -119,6 +138,12 @@ NODESHAPE_INLINE void each(int64_t size, Body&& body) {
   for (int64_t i = 0; i < size; i += kLanes<T>) body(i);
 }
 
+/// Calls body(i) for i = 0, 1, ... below `count`.
+template <class Body>
+NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 /// The sum over i of the vectors body(i), as one number; four running sums hide the latency of addition.
 template <class T, class Body>
 NODESHAPE_INLINE T total(int64_t size, Body&& body) {
@@ -133,6 +158,23 @@ NODESHAPE_INLINE T total(int64_t size, Body&& body) {
   }
   for (; i < size; i += lanes) s0 += body(i);
   return sum<T>((s0 + s1) + (s2 + s3));
+}
+
+/// sums[c] = the sum over rows of body(row, c), for each vector of columns c.
+template <class T, class Body>
+NODESHAPE_INLINE void sum_rows(int64_t rows, int64_t columns, T* sums, Body&& body) {
+  each<T>(columns, [&](int64_t c) {
+    Vec<T> s0{}, s1{}, s2{}, s3{};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      s0 += body(r, c);
+      s1 += body(r + 1, c);
+      s2 += body(r + 2, c);
+      s3 += body(r + 3, c);
+    }
+    for (; r < rows; ++r) s0 += body(r, c);
+    store(sums + c, (s0 + s1) + (s2 + s3));
+  });
 }
 
 }  // namespace nodeshape::NODESHAPE_TARGET
