@@ -13,9 +13,13 @@
 
 namespace nodeshape::cuda {
 
+template <class T>
+class ConvDynamics;
+
 /// Parameters as the kernels read them; pointers to global memory.
 template <class T>
 struct ConvWeights {
+  using Dynamics = ConvDynamics<T>;
   int64_t channels, height, width, groups;
   const T* gamma[3];  // [padded channels], zero beyond the channels, as all below
   const T* beta[3];

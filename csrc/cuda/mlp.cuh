@@ -8,9 +8,13 @@
 
 namespace nodeshape::cuda {
 
+template <class T>
+class MlpDynamics;
+
 /// Weights as the kernels read them, in global memory.
 template <class T>
 struct MlpWeights {
+  using Dynamics = MlpDynamics<T>;
   struct Layer {
     int64_t in, out;     // without time
     int64_t columns;     // of `weight`: in, and one for the time in layer 0

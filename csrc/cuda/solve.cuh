@@ -125,8 +125,9 @@ Plan plan(int64_t tasks, int64_t work, const Launch& on, Take&& take) {
           {arena.shared_bytes(), static_cast<char*>(on.scratch(blocks * global)), global}};
 }
 
-template <class D, class T>
-void solve(const typename D::Weights& weights, int64_t work, ForwardProblem<T> problem, const Launch& on) {
+template <class Weights, class T>
+void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, const Launch& on) {
+  using D = typename Weights::Dynamics;
   if (problem.samples == 0) return;
   const Plan how = plan(problem.samples, work, on, [&](Arena& arena) {
     const D dynamics(weights, arena, nullptr, false);
@@ -141,8 +142,9 @@ void solve(const typename D::Weights& weights, int64_t work, ForwardProblem<T> p
 }
 
 /// Returns the parameters' gradient, [weights.gradient_numbers()] in the kernels' order.
-template <class D, class T>
-const T* solve(const typename D::Weights& weights, int64_t work, BackwardProblem<T> problem, const Launch& on) {
+template <class Weights, class T>
+const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem, const Launch& on) {
+  using D = typename Weights::Dynamics;
   constexpr int64_t kFewestChunks = 256, kMostChunks = 4096, kRowBytes = int64_t(1) << 26;
   const int64_t numbers = weights.gradient_numbers(), times = problem.grid.count;
   const int64_t fit = min(max(kRowBytes / (numbers * int64_t(sizeof(T))), kFewestChunks), kMostChunks);
@@ -165,6 +167,23 @@ const T* solve(const typename D::Weights& weights, int64_t work, BackwardProblem
   launch_over(numbers, sum_chunks<T>, on, chunks, numbers, rows, sums);
   launch_over(times, sum_chunks<double>, on, chunks, times, time_rows, problem.grad_t);
   return sums;
+}
+
+/// A model's file brings
+///     prepare<T>(model, on)                            its weights as the kernels read them
+///     work(weights)                                    numbers that a block works on side by side
+///     finish(weights, row, gradients, model, on)       from solve()'s row to the parameters' gradients
+template <class Model, class T>
+void forward(const Model& model, ForwardProblem<T> problem, const Launch& on) {
+  const auto weights = prepare<T>(model, on);
+  solve(weights, work(weights), problem, on);
+}
+
+template <class Model, class T>
+void backward(const Model& model, BackwardProblem<T> problem, const std::vector<T*>& gradients, const Launch& on) {
+  const auto weights = prepare<T>(model, on);
+  const T* row = solve(weights, work(weights), problem, on);
+  finish(weights, row, gradients, model, on);
 }
 
 }  // namespace nodeshape::cuda
