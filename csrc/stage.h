@@ -120,17 +120,14 @@ class StageSolver {
 
   /// The norm of x, given the sum of its squares, which may have overflowed or underflowed.
   NODESHAPE_FUNCTION double root(double square, const T* x) const {
-    if (square > 1e-25 && square < 1e25) return std::sqrt(square);
-    double peak = 0, sum = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      const double magnitude = x[i] < 0 ? -double(x[i]) : double(x[i]);
-      if (magnitude > peak) peak = magnitude;
-    }
-    for (int64_t i = 0; i < size_; ++i) {
-      const double unit = double(x[i]) / (peak > 0 ? peak : 1.0);
-      sum += unit * unit;
-    }
-    return peak > 0 ? peak * std::sqrt(sum) : sum;
+    if (square > 1e-25 && square < 1e25) return square_root<T>(square);
+    const double peak = double(largest<T>(size_, [=](int64_t i) { return load(x + i); }));
+    if (!(peak > 0)) return square;
+    const Vec<T> scale = splat(T(peak));
+    return peak * square_root<T>(double(total<T>(size_, [=](int64_t i) {
+             const Vec<T> unit = load(x + i) / scale;
+             return unit * unit;
+           })));
   }
 
   NODESHAPE_FUNCTION void begin(Sample& sample, const T* base, T c) {
@@ -231,7 +228,7 @@ class StageSolver {
     }
     const double length = columns ? norm(q) : whole;
     if (!(length > kDependent * whole) || !__builtin_isfinite(length)) return false;
-    const Vec<T> inverse = splat(T(1.0 / length));
+    const Vec<T> inverse = splat(reciprocal<T>(length));
     each<T>(size_, [=](int64_t i) {
       store(q + i, load(q + i) * inverse);
       store(x + i, load(x + i) * inverse);

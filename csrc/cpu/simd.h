@@ -122,6 +122,16 @@ NODESHAPE_INLINE Vec<double> lane_by_lane(Vec<double> x, Function&& function) {
   return x;
 }
 
+// Scalars of a solve of T; a GPU computes them in T.
+template <class T>
+NODESHAPE_INLINE double square_root(double x) {
+  return std::sqrt(x);
+}
+template <class T>
+NODESHAPE_INLINE T reciprocal(double x) {
+  return T(1.0 / x);
+}
+
 /// The sum of a vector's lanes, in a fixed order.
 template <class T>
 NODESHAPE_INLINE T sum(Vec<T> v) {
@@ -158,6 +168,19 @@ NODESHAPE_INLINE T total(int64_t size, Body&& body) {
   }
   for (; i < size; i += lanes) s0 += body(i);
   return sum<T>((s0 + s1) + (s2 + s3));
+}
+
+/// The largest magnitude of the numbers in the vectors body(i); NaN is none.
+template <class T, class Body>
+NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
+  Vec<T> most{};
+  for (int64_t i = 0; i < size; i += kLanes<T>) {
+    const Vec<T> x = body(i);
+    most = max(max(x, -x), most);
+  }
+  T peak = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) peak = most[lane] > peak ? most[lane] : peak;
+  return peak;
 }
 
 /// sums[c] = the sum over rows of body(row, c), for each vector of columns c.

@@ -73,6 +73,17 @@ NODESHAPE_INLINE T min(T a, T b) {
   return a < b ? a : b;
 }
 
+// Scalars are computed by every thread alike, and in double they would take a GPU without double units longer than the
+// sample's own arithmetic.
+template <class T>
+NODESHAPE_INLINE double square_root(double x) {
+  return double(std::sqrt(T(x)));
+}
+template <class T>
+NODESHAPE_INLINE T reciprocal(double x) {
+  return T(1) / T(x);
+}
+
 /// 2^n for whole n from -126 to 127.
 NODESHAPE_INLINE float power_of_two(float n) {
   const int32_t bits = (int32_t(n) + 127) * (1 << 23);
@@ -133,23 +144,36 @@ NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
   barrier();
 }
 
-/// The sum over i of body(i), the same bits in every thread.
+/// body(i) for every i, combined in a fixed order: the same bits in every thread.
+template <class T, class Body, class Combine>
+NODESHAPE_INLINE T reduce(int64_t size, Body&& body, Combine&& combine) {
+  T result = 0;
+  for (int64_t i = thread(); i < size; i += threads()) result = combine(result, body(i));
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) result = combine(result, from_lane_xor(result, mask));
+  if (threads() > kWarp) {
+    T* warps = reinterpret_cast<T*>(shared_memory());
+    if (thread() % kWarp == 0) warps[thread() / kWarp] = result;
+    barrier();
+    result = warps[0];
+    for (int w = 1; w < threads() / kWarp; ++w) result = combine(result, warps[w]);
+  }
+  barrier();
+  return result;
+}
+
 template <class T, class Body>
 NODESHAPE_INLINE T total(int64_t size, Body&& body) {
-  T sum = 0;
-  for (int64_t i = thread(); i < size; i += threads()) sum += body(i);
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += from_lane_xor(sum, mask);
-  if (threads() == kWarp) {
-    barrier();
-    return sum;
-  }
-  T* warps = reinterpret_cast<T*>(shared_memory());
-  if (thread() % kWarp == 0) warps[thread() / kWarp] = sum;
-  barrier();
-  sum = warps[0];
-  for (int w = 1; w < threads() / kWarp; ++w) sum += warps[w];
-  barrier();
-  return sum;
+  return reduce<T>(size, body, [](T a, T b) { return a + b; });
+}
+
+/// The largest magnitude of body(i); NaN is none.
+template <class T, class Body>
+NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
+  const auto magnitude = [&](int64_t i) {
+    const T x = body(i);
+    return x < 0 ? -x : x;
+  };
+  return reduce<T>(size, magnitude, [](T a, T b) { return b > a ? b : a; });
 }
 
 /// sink(c, the sum over rows of body(row, c)) for every column c: threads side by side take columns side by side, and

@@ -73,7 +73,7 @@ void raise_failures() {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   cuda::Report* const found = report();
-  if (!found->ready) return;
+  if (!__atomic_load_n(&found->ready, __ATOMIC_ACQUIRE)) return;
   const FirstFailures failed = found->failed;
   const int64_t samples = found->samples;
   const double tolerance = found->tolerance, drift_tolerance = found->drift_tolerance;
