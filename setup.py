@@ -1,8 +1,10 @@
-"""Builds the fused CPU solver as a plain shared library, nodeshape/libnodeshape_cpu.so.
+"""Builds the fused solver as plain shared libraries: nodeshape/libnodeshape_cpu.so and, for CUDA, libnodeshape_cuda.so.
 
-The library speaks to torch through its stable C++ ABI and to Python not at all, so one build serves every Python and
-every torch from 2.10 on. Its kernels are compiled once per instruction set; the machine that runs them chooses.
-NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example).
+The libraries speak to torch through its stable C++ ABI and to Python not at all, so one build serves every Python and
+every torch from 2.10 on. The CPU kernels are compiled once per instruction set; the machine that runs them chooses.
+The CUDA library is built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds it for any torch and fails without
+nvcc, NODESHAPE_CUDA=0 leaves it out, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs.
+NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's.
 """
 
 import os
@@ -17,7 +19,7 @@ from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("csrc/cpu")
+CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 #: Contraction is off so that a sum rounds the same way wherever the compiler has inlined it; kernels call fma by name.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -25,46 +27,110 @@ INSTRUCTION_SETS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def find_nvcc() -> str | None:
+    """Nvcc, if the CUDA solver is to be built."""
+    if os.environ.get("NODESHAPE_CUDA") == "0":
+        return None
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if not forced:
+        try:
+            import torch
+        except ImportError:
+            return None  # metadata can be read without torch
+        if torch.version.cuda is None:
+            return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + ["/usr/local/cuda"]
+    candidates = ["nvcc", *(f"{home}/bin/nvcc" for home in homes)]
+    found = next((path for path in map(shutil.which, candidates) if path), None)
+    if found is None and forced:
+        sys.exit(f"FORCE_CUDA=1 needs nvcc and found none (looked for {', '.join(candidates)}): set CUDA_HOME")
+    if found is None:
+        print("nodeshape: torch has CUDA but nvcc was not found, so solves on a GPU will take the plain loop")
+    return found
+
+
+def gencode_flags(architectures: str) -> list[str]:
+    """Nvcc's flags for a list like torch's, "8.0;9.0+PTX"."""
+    flags = []
+    for name in architectures.replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}", f"compute_{number}"] if name.endswith("+PTX") else [f"sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
+    return flags
 
 
 class BuildLibrary(build_ext):
-    """Compile ops.cpp and isa.cpp once, kernels.cpp once per instruction set, and link them."""
+    """Compile a library's sources side by side, and link them."""
+
+    def finalize_options(self) -> None:
+        self.nvcc = find_nvcc()
+        if self.nvcc is not None:
+            self.distribution.ext_modules.append(
+                Extension("nodeshape._cuda", [str(path) for path in sorted(CUDA.glob("*.c*")) if path.suffix != ".cuh"])
+            )
+        super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")[:-1], "libnodeshape_cpu.so")
+        package, name = fullname.split(".") if "." in fullname else ("", fullname)
+        return os.path.join(package, f"libnodeshape{name}.so")
 
     def build_extension(self, ext: Extension) -> None:
-        candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-        compiler = next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
-        if compiler is None:
-            sys.exit(
-                f"nodeshape needs a C++20 compiler and found none (looked for {', '.join(candidates)}):"
-                " install g++ 11 or clang 16, or newer, or set CXX to one"
-            )
         import torch  # only here, so that metadata can be read without it
 
         root = Path(torch.__file__).parent
-        extra = shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", ""))
         torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-        units = [("ops.cpp", "ops", torch_flags), ("isa.cpp", "isa", [])]
+        link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == "nodeshape._cuda":
+            if (root / "lib/libtorch_cuda.so").exists():
+                link.append("-ltorch_cuda")
+            command = [self.nvcc, *NVCC_FLAGS, *(["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else [])]
+            code = gencode_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+            units = [
+                (path, f"cuda_{Path(path).stem}_{Path(path).suffix[1:]}", [*code, *torch_flags]) for path in ext.sources
+            ]
+            self.build_library(command, units, link, target)
+            return
+        command = [*shlex.split(find_compiler()), *FLAGS]
+        extra = shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", ""))
+        units = [(CPU / "ops.cpp", "ops", [*torch_flags, *extra]), (CPU / "isa.cpp", "isa", extra)]
         for name, flags in INSTRUCTION_SETS.items():
-            units.append(("kernels.cpp", f"kernels_{name}", [f"-DNODESHAPE_TARGET={name}", *KERNEL_FLAGS, *flags]))
+            kernel_flags = [f"-DNODESHAPE_TARGET={name}", *KERNEL_FLAGS, *flags, *extra]
+            units.append((CPU / "kernels.cpp", f"kernels_{name}", kernel_flags))
+        self.build_library(command, units, [*link, *extra], target)
 
-        command = shlex.split(compiler)
+    def build_library(
+        self, command: list[str], units: list[tuple[Path | str, str, list[str]]], link: list[str], target: Path
+    ) -> None:
+        """Compile units (source, name of the object, flags) and link them into ``target``."""
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
 
-        def compile(unit: tuple[str, str, list[str]]) -> None:
+        def compile(unit: tuple[Path | str, str, list[str]]) -> str:
             source, name, flags = unit
             output = str(objects / f"{name}.o")
-            self.spawn([*command, *FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", output])
+            self.spawn([*command, *flags, "-c", str(source), "-o", output])
+            return output
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile, units))
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link = [*command, "-shared", *extra, *(str(objects / f"{name}.o") for _, name, _ in units)]
-        self.spawn([*link, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(target)])
+            compiled = list(pool.map(compile, units))
+        self.spawn([*command, "-shared", *compiled, *link, "-o", str(target)])
+
+
+def find_compiler() -> str:
+    candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+    compiler = next((name for name in candidates if shutil.which(shlex.split(name)[0])), None)
+    if compiler is None:
+        sys.exit(
+            f"nodeshape needs a C++20 compiler and found none (looked for {', '.join(candidates)}):"
+            " install g++ 11 or clang 16, or newer, or set CXX to one"
+        )
+    return compiler
 
 
 class PlatformWheel(bdist_wheel):
@@ -80,7 +146,7 @@ class BinaryDistribution(Distribution):
 
 
 setup(
-    ext_modules=[Extension("nodeshape._cpu", [str(path) for path in sorted(SOURCES.glob("*.cpp"))])],
+    ext_modules=[Extension("nodeshape._cpu", [str(path) for path in sorted(CPU.glob("*.cpp"))])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+/// What a function needs to run where the solve does: on CUDA, both sides of it.
+#ifdef __CUDACC__
+#define NODESHAPE_FUNCTION __host__ __device__
+#else
+#define NODESHAPE_FUNCTION
+#endif
+
 namespace nodeshape {
 
 /// Equal steps between observation times: `steps[j]` of them from `times[j]` to `times[j + 1]`.
@@ -12,7 +19,7 @@ struct Grid {
   const int64_t* steps;  // [count - 1], each at least 1
   double theta;          // where in a step the stage lies: 0, 1/2 or 1
 
-  int64_t total_steps() const {
+  NODESHAPE_FUNCTION int64_t total_steps() const {
     int64_t total = 0;
     for (int64_t j = 0; j + 1 < count; ++j) total += steps[j];
     return total;
@@ -38,6 +45,32 @@ struct Failure {
   int64_t evaluations = 0;
 };
 
+/// The samples that failed first.
+struct FirstFailures {
+  Failure worst;         // of sample number `first`
+  int64_t first, count;  // `count` is 0 if none failed
+  double residual;       // the largest of theirs
+};
+
+NODESHAPE_FUNCTION inline FirstFailures first_failures(const Failure* failures, int64_t samples, bool backward) {
+  FirstFailures found{{}, -1, 0, 0};
+  for (int64_t n = 0; n < samples; ++n) {
+    const int64_t step = failures[n].step;
+    if (step < 0) continue;
+    if (found.first < 0 || (backward ? step > found.worst.step : step < found.worst.step))
+      found = {failures[n], n, 0, 0};
+  }
+  for (int64_t n = 0; n < samples; ++n) {
+    const Failure& failure = failures[n];
+    if (failure.step < 0 || failure.step != found.worst.step || failure.kind != found.worst.kind ||
+        failure.sweep != found.worst.sweep)
+      continue;
+    ++found.count;
+    if (failure.residual > found.residual) found.residual = failure.residual;
+  }
+  return found;
+}
+
 enum class Adjoint : int { discrete, reversible, continuous };
 
 /// Arrays of a forward solve. `sample` below counts the numbers of one sample.
@@ -62,12 +95,12 @@ inline constexpr int64_t kStoreStages = -1;
 inline constexpr int64_t kConvMapsKept = 3;
 
 /// Rows of `stored` that an interval of `steps` steps fills; its last state is an observation anyway.
-inline int64_t stored_rows(int64_t store, int64_t steps) {
+NODESHAPE_FUNCTION inline int64_t stored_rows(int64_t store, int64_t steps) {
   if (store == kStoreStages) return steps;
   return store > 0 ? (steps - 1) / store : 0;
 }
 
-inline int64_t stored_rows(int64_t store, const Grid& grid) {
+NODESHAPE_FUNCTION inline int64_t stored_rows(int64_t store, const Grid& grid) {
   int64_t rows = 0;
   for (int64_t j = 0; j + 1 < grid.count; ++j) rows += stored_rows(store, grid.steps[j]);
   return rows;

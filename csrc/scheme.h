@@ -34,16 +34,17 @@ struct Group {
 template <class D>
 class Slots {
  public:
-  Slots(Group group, int64_t samples) : first_(group.first), samples_(samples) {}
+  NODESHAPE_FUNCTION Slots(Group group, int64_t samples) : first_(group.first), samples_(samples) {}
 
-  int64_t first(int s) const { return first_ + s * int64_t(D::kSamples); }
-  int members(int s) const {
+  NODESHAPE_FUNCTION int64_t first(int s) const { return first_ + s * int64_t(D::kSamples); }
+  NODESHAPE_FUNCTION int members(int s) const {
     const int64_t left = samples_ - first(s);
     return left < D::kSamples ? int(left) : D::kSamples;
   }
-  /// Calls body(n) for each sample n of slot s.
+  /// Calls body(n) for each sample n of slot s, on the thread that keeps the samples' records.
   template <class Body>
-  void each(int s, Body&& body) const {
+  NODESHAPE_FUNCTION void each(int s, Body&& body) const {
+    if (!leads()) return;
     for (int64_t n = first(s), end = n + members(s); n < end; ++n) body(n);
   }
 
@@ -54,13 +55,13 @@ class Slots {
 namespace detail {
 
 template <class T>
-double dot(int64_t size, const T* x, const T* y) {
+NODESHAPE_FUNCTION double dot(int64_t size, const T* x, const T* y) {
   return double(total<T>(size, [=](int64_t i) { return load(x + i) * load(y + i); }));
 }
 
 /// The sum of x_s . y_s over the stages of `x` and `y`, with one sum across a vector's lanes for all of them.
 template <class T>
-double value_dot_slope(int64_t size, int count, const StageSolver<T>& x, const StageSolver<T>& y) {
+NODESHAPE_FUNCTION double value_dot_slope(int64_t size, int count, const StageSolver<T>& x, const StageSolver<T>& y) {
   return double(total<T>(size, [&](int64_t i) {
     Vec<T> sum{};
     for (int s = 0; s < count; ++s) sum = fma(load(x[s].value + i), load(y[s].slope + i), sum);
@@ -70,23 +71,24 @@ double value_dot_slope(int64_t size, int count, const StageSolver<T>& x, const S
 
 /// y += a x
 template <class T>
-void add(int64_t size, T a, const T* x, T* y) {
+NODESHAPE_FUNCTION void add(int64_t size, T a, const T* x, T* y) {
   const Vec<T> factor = splat(a);
   each<T>(size, [=](int64_t i) { store(y + i, fma(factor, load(x + i), load(y + i))); });
 }
 
 template <class T>
-void fill(int64_t size, T a, T* y) {
+NODESHAPE_FUNCTION void fill(int64_t size, T a, T* y) {
   each<T>(size, [=](int64_t i) { store(y + i, splat(a)); });
 }
 
 /// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation a stage.
 template <class D, class T>
-void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64_t size, int64_t step, Sweep sweep,
-           double t, double h, T* const* state, Failure* failures) {
+NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64_t size,
+                              int64_t step, Sweep sweep, double t, double h, T* const* state, Failure* failures) {
   for (int s = 0; s < count; ++s) {
     if (stages[s].solved) continue;
-    failures[slots.first(s)] = {step, Failure::stage, sweep, t, h, stages[s].residual, stages[s].evaluations};
+    if (leads())
+      failures[slots.first(s)] = {step, Failure::stage, sweep, t, h, stages[s].residual, stages[s].evaluations};
     fill(size, T(__builtin_nan("")), state[s]);
   }
 }
@@ -95,7 +97,7 @@ void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64
 
 /// Carry a group from the first observation time to the last.
 template <class D, class Arena>
-void solve_forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& p, Group group) {
+NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& p, Group group) {
   using T = typename D::Scalar;
   const Grid& grid = p.grid;
   const Slots<D> slots(group, p.samples);
@@ -146,7 +148,7 @@ class BackwardSweep {
   using T = typename D::Scalar;
 
  public:
-  BackwardSweep(D& f, Arena& arena, const BackwardProblem<T>& p, Group group, double* grad_t)
+  NODESHAPE_FUNCTION BackwardSweep(D& f, Arena& arena, const BackwardProblem<T>& p, Group group, double* grad_t)
       : f_(f),
         p_(p),
         group_(group),
@@ -167,7 +169,7 @@ class BackwardSweep {
     }
   }
 
-  void run() {
+  NODESHAPE_FUNCTION void run() {
     const Grid& grid = p_.grid;
     for (int s = 0; s < group_.count; ++s) {
       slots_.each(s, [&](int64_t n) { p_.evaluations[n] = 0; });
@@ -201,8 +203,8 @@ class BackwardSweep {
         }
       }
       if (!pair_) {
-        grad_t_[j] += to_start - to_h / double(grid.steps[j]);
-        grad_t_[j + 1] += to_h / double(grid.steps[j]);
+        add_to_time(j, to_start - to_h / double(grid.steps[j]));
+        add_to_time(j + 1, to_h / double(grid.steps[j]));
       }
       arrive(j, step, grid.times[j], h);
     }
@@ -211,28 +213,30 @@ class BackwardSweep {
 
  private:
   /// Stages of the sweep that finds the trajectory again are given, not solved for.
-  bool rebuilds_explicitly() const {
+  NODESHAPE_FUNCTION bool rebuilds_explicitly() const {
     return p_.adjoint == Adjoint::discrete || (p_.adjoint == Adjoint::reversible && p_.grid.theta == 1.0) ||
            (pair_ && explicit_);
   }
 
-  const T* observed(const T* tensor, int64_t j, int s) const {
+  NODESHAPE_FUNCTION const T* observed(const T* tensor, int64_t j, int s) const {
     return tensor + (j * p_.samples + slots_.first(s)) * sample_;
   }
-  const T* stored(int64_t row, int s) const { return p_.stored + (row * p_.samples + slots_.first(s)) * row_; }
+  NODESHAPE_FUNCTION const T* stored(int64_t row, int s) const {
+    return p_.stored + (row * p_.samples + slots_.first(s)) * row_;
+  }
 
-  void count(const StageSolver<T>& stages) {
+  NODESHAPE_FUNCTION void count(const StageSolver<T>& stages) {
     for (int s = 0; s < group_.count; ++s)
       slots_.each(s, [&](int64_t n) { p_.evaluations[n] += stages[s].evaluations; });
   }
 
-  void judge(const StageSolver<T>& stages, int64_t size, int64_t step, Sweep sweep, double t, double h,
-             T* const* state) {
+  NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, int64_t size, int64_t step, Sweep sweep, double t,
+                                double h, T* const* state) {
     detail::judge(stages, slots_, group_.count, size, step, sweep, t, h, state, p_.failures);
   }
 
   /// discrete: the forward solve kept the stage and what f is linearised about it with.
-  void restore_stage(int64_t row, double t, double h) {
+  NODESHAPE_FUNCTION void restore_stage(int64_t row, double t, double h) {
     const T* rows[kMaxGroup];
     int members[kMaxGroup];
     for (int s = 0; s < group_.count; ++s) {
@@ -245,7 +249,7 @@ class BackwardSweep {
   }
 
   /// reversible: Y = y_{k+1} - (1 - theta) h f(Y), the very stage of the forward step.
-  void rebuild_stage(int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION void rebuild_stage(int64_t step, double t, double h) {
     const double theta = p_.grid.theta;
     rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
     count(rebuilt_);
@@ -253,7 +257,7 @@ class BackwardSweep {
   }
 
   /// reversible: y_k = y_{k+1} - h f(Y)
-  void step_back(double h) {
+  NODESHAPE_FUNCTION void step_back(double h) {
     for (int s = 0; s < group_.count; ++s) detail::add(size_, T(-h), rebuilt_[s].slope, y_[s]);
   }
 
@@ -262,7 +266,7 @@ class BackwardSweep {
   };
 
   /// w = lambda + theta h J^T w, then lambda += h J^T w; returns dL/dh and dL/dt of the step.
-  TimeGradient transposed_step(int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION TimeGradient transposed_step(int64_t step, double t, double h) {
     const double theta = p_.grid.theta;
     transposed_.solve(group_.count, lam_, theta * h, [&](const Batch<T>& b) { f_.vjp(b); });
     count(transposed_);
@@ -275,7 +279,7 @@ class BackwardSweep {
   }
 
   /// continuous (Chen et al. 2018, section 2): (y, a)' = (f, -J^T a), stepped with -h from t + h.
-  void augmented_step(int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION void augmented_step(int64_t step, double t, double h) {
     const double theta = p_.grid.theta, at = t + (1.0 - theta) * h;
     rebuilt_.solve(group_.count, y_, -theta * h, [&](const Batch<T>& b) {
       f_.eval(at, b);
@@ -294,21 +298,21 @@ class BackwardSweep {
   }
 
   /// continuous: dL/dt_j = dL/dy(t_j) . f(t_j, y(t_j)), and for t_0 minus the adjoint that reached it.
-  void observe_slopes(int64_t j) {
+  NODESHAPE_FUNCTION void observe_slopes(int64_t j) {
     Batch<T> batch;
     for (int s = 0; s < group_.count; ++s) batch.add(s, y_[s], slope_[s]);
     f_.eval(p_.grid.times[j], batch);
     for (int s = 0; s < group_.count; ++s) {
       slots_.each(s, [&](int64_t n) { ++p_.evaluations[n]; });
       if (j == 0)
-        grad_t_[j] -= detail::dot(size_, lam_[s], slope_[s]);
+        add_to_time(j, -detail::dot(size_, lam_[s], slope_[s]));
       else
-        grad_t_[j] += detail::dot(size_, jump(j, s), slope_[s]);
+        add_to_time(j, detail::dot(size_, jump(j, s), slope_[s]));
     }
   }
 
   /// At observation time j: back to the stored trajectory, and the jump of lambda by dL/dy(t_j).
-  void arrive(int64_t j, int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION void arrive(int64_t j, int64_t step, double t, double h) {
     if (p_.adjoint == Adjoint::reversible) compare(step, j, t, h, kObserved);
     if (pair_) {
       for (int s = 0; s < group_.count; ++s) f_.read(observed(p_.ys, j, s), slots_.members(s), y_[s]);
@@ -318,16 +322,20 @@ class BackwardSweep {
   }
 
   /// dL/dy(t_j) as the loss gives it, until the next call for this sample.
-  const T* jump(int64_t j, int s) {
+  NODESHAPE_FUNCTION const T* jump(int64_t j, int s) {
     f_.read_cotangent(observed(p_.grad_ys, j, s), slots_.members(s), truth_[s]);
     return truth_[s];
+  }
+
+  NODESHAPE_FUNCTION void add_to_time(int64_t j, double gradient) {
+    if (leads()) grad_t_[j] += gradient;
   }
 
   static constexpr int64_t kObserved = -1;
 
   /// reversible: how far the rebuilt state has drifted from the stored one, from which the sweep goes on: row `row` of
   /// `stored`, or the state at observation time j.
-  void compare(int64_t step, int64_t j, double t, double h, int64_t row) {
+  NODESHAPE_FUNCTION void compare(int64_t step, int64_t j, double t, double h, int64_t row) {
     for (int s = 0; s < group_.count; ++s) {
       f_.read(observed(p_.ys, j + 1, s), slots_.members(s), slope_[s]);
       const double end = detail::dot(size_, slope_[s], slope_[s]);
@@ -343,7 +351,7 @@ class BackwardSweep {
       const double start = detail::dot(size_, truth, truth);
       const double drift = square == 0 ? 0.0 : std::sqrt(square / (start >= end ? start : end));
       Failure& failure = p_.failures[slots_.first(s)];
-      if (__builtin_isfinite(start) && !(drift <= p_.drift_tolerance) && failure.step < 0)
+      if (leads() && __builtin_isfinite(start) && !(drift <= p_.drift_tolerance) && failure.step < 0)
         failure = {step, Failure::drift, Sweep::reversed, t, h, drift, 0};
       each<T>(size_, [=](int64_t i) { store(y + i, load(truth + i)); });
     }

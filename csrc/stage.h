@@ -10,9 +10,6 @@
 
 namespace nodeshape::NODESHAPE_TARGET {
 
-/// Samples that are evaluated together, so that weights are fetched once for all of them.
-inline constexpr int kMaxGroup = 16;
-
 /// Iterates of history Anderson acceleration keeps.
 inline constexpr int kAndersonMemory = 5;
 /// A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the newer ones.
@@ -26,7 +23,7 @@ struct Batch {
   const T* in[kMaxGroup];
   T* out[kMaxGroup];
 
-  void add(int s, const T* from, T* to) {
+  NODESHAPE_FUNCTION void add(int s, const T* from, T* to) {
     slot[count] = s;
     in[count] = from;
     out[count++] = to;
@@ -47,7 +44,7 @@ class StageSolver {
 
   /// `size` numbers a sample, a multiple of the vector; `explicit_only` if every c will be 0.
   template <class Arena>
-  StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool explicit_only)
+  NODESHAPE_FUNCTION StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool explicit_only)
       : size_(size), options_(options) {
     for (int s = 0; s < group; ++s) {
       Sample& sample = samples_[s];
@@ -69,11 +66,11 @@ class StageSolver {
     }
   }
 
-  const Stage& operator[](int s) const { return samples_[s].stage; }
+  NODESHAPE_FUNCTION const Stage& operator[](int s) const { return samples_[s].stage; }
 
   /// Solve for samples 0 ... count - 1. The last call of `function` for a sample is at the Y it ends with.
   template <class Function>
-  void solve(int count, T* const* base, double c, Function&& function) {
+  NODESHAPE_FUNCTION void solve(int count, T* const* base, double c, Function&& function) {
     Batch<T> batch;
     if (c == 0.0) {
       for (int s = 0; s < count; ++s) {
@@ -117,26 +114,23 @@ class StageSolver {
     double mixing;  // share of what the secants do not predict that is mixed in
   };
 
-  double norm(const T* x) const {
+  NODESHAPE_FUNCTION double norm(const T* x) const {
     return root(double(total<T>(size_, [=](int64_t i) { return load(x + i) * load(x + i); })), x);
   }
 
   /// The norm of x, given the sum of its squares, which may have overflowed or underflowed.
-  double root(double square, const T* x) const {
-    if (square > 1e-25 && square < 1e25) return std::sqrt(square);
-    double peak = 0, sum = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      const double magnitude = x[i] < 0 ? -double(x[i]) : double(x[i]);
-      if (magnitude > peak) peak = magnitude;
-    }
-    for (int64_t i = 0; i < size_; ++i) {
-      const double unit = double(x[i]) / (peak > 0 ? peak : 1.0);
-      sum += unit * unit;
-    }
-    return peak > 0 ? peak * std::sqrt(sum) : sum;
+  NODESHAPE_FUNCTION double root(double square, const T* x) const {
+    if (square > 1e-25 && square < 1e25) return square_root<T>(square);
+    const double peak = double(largest<T>(size_, [=](int64_t i) { return load(x + i); }));
+    if (!(peak > 0)) return square;
+    const Vec<T> scale = splat(T(peak));
+    return peak * square_root<T>(double(total<T>(size_, [=](int64_t i) {
+             const Vec<T> unit = load(x + i) / scale;
+             return unit * unit;
+           })));
   }
 
-  void begin(Sample& sample, const T* base, T c) {
+  NODESHAPE_FUNCTION void begin(Sample& sample, const T* base, T c) {
     T *value = sample.value, *slope = sample.stage.slope;
     const Vec<T> factor = splat(c);
     if (started_)
@@ -152,7 +146,7 @@ class StageSolver {
   }
 
   /// Take in a new F(Y): the residual, and whether the iteration ends here.
-  bool finished(Sample& sample, T c) {
+  NODESHAPE_FUNCTION bool finished(Sample& sample, T c) {
     const T *base = sample.base, *value = sample.value, *slope = sample.stage.slope;
     T *residual = sample.residual, *difference = sample.difference[0];
     const Vec<T> factor = splat(c);
@@ -189,7 +183,7 @@ class StageSolver {
   /// Y += the moves that the residual's part in the span of the differences calls for, and the rest of it, or less of
   /// the rest by half each time the residual has more than doubled. Modified Gram-Schmidt, the newest difference first,
   /// so that old ones never spoil new ones.
-  void propose(Sample& sample) {
+  NODESHAPE_FUNCTION void propose(Sample& sample) {
     const T* residual = sample.residual;
     T *value = sample.value, *step = step_, *rest = rest_;
     each<T>(size_, [=](int64_t i) {
@@ -218,7 +212,7 @@ class StageSolver {
   }
 
   /// (q, x) = (difference, move), made orthonormal in q to the first `columns` of (q_, x_); false if nothing is left.
-  bool orthonormalise(const T* difference, const T* move, int columns, T* q, T* x) {
+  NODESHAPE_FUNCTION bool orthonormalise(const T* difference, const T* move, int columns, T* q, T* x) {
     const double whole = norm(difference);
     each<T>(size_, [=](int64_t i) {
       store(q + i, load(difference + i));
@@ -234,7 +228,7 @@ class StageSolver {
     }
     const double length = columns ? norm(q) : whole;
     if (!(length > kDependent * whole) || !__builtin_isfinite(length)) return false;
-    const Vec<T> inverse = splat(T(1.0 / length));
+    const Vec<T> inverse = splat(reciprocal<T>(length));
     each<T>(size_, [=](int64_t i) {
       store(q + i, load(q + i) * inverse);
       store(x + i, load(x + i) * inverse);
@@ -243,7 +237,7 @@ class StageSolver {
   }
 
   /// Make room for the newest difference at the front, in place of the oldest once the history is full.
-  void remember(Sample& sample) {
+  NODESHAPE_FUNCTION void remember(Sample& sample) {
     const int last = sample.history < kAndersonMemory ? sample.history++ : kAndersonMemory - 1;
     T *difference = sample.difference[last], *move = sample.move[last];
     for (int m = last; m > 0; --m) {

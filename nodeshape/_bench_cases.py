@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nodeshape._bench_contenders import Call, Problem, Unavailable
-from nodeshape._bench_timing import Effort, Timing, measure, sgemm, torch_threads
+from nodeshape._bench_timing import CPU, Effort, Timing, measure, sgemm, torch_threads
 from nodeshape._dynamics import ConvDynamics
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
@@ -44,6 +44,7 @@ class Case:
         scale: what a plot has on its horizontal axis, or None.
         direct: operations of the direct convolutions, 0 if there are none: adds the column ``direct limit``.
         threads: of torch; None for all.
+        device: where the contenders compute.
         describe: figures to keep beside the times, asked for after them.
     """
 
@@ -53,6 +54,7 @@ class Case:
     scale: float | None = None
     direct: float = 0.0
     threads: int | None = None
+    device: torch.device = CPU
     describe: Callable[[], dict[str, float]] = dict
 
 
@@ -108,7 +110,7 @@ def run_case(case: Case, effort: Effort) -> Result:
                     continue
             calls[name] = call
         if case.direct:
-            calls[DIRECT_LIMIT], operations = sgemm(effort)
+            calls[DIRECT_LIMIT], operations = sgemm(effort, case.device)
             calls[DIRECT_LIMIT]()
         result.seconds = measure(calls, effort)
         if case.direct:
@@ -125,7 +127,7 @@ def direct_operations(problem: Problem) -> float:
 
 
 def _flat(tensors: tuple[Any, ...]) -> np.ndarray[Any, Any]:
-    return np.concatenate([np.asarray(x).ravel() for x in tensors])
+    return np.concatenate([np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x).ravel() for x in tensors])
 
 
 def _relative(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:

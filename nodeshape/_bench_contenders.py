@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape import _fused
 from nodeshape._backend import backend
 from nodeshape._dynamics import ConvDynamics, MLPDynamics
 from nodeshape._odeint import odeint
@@ -65,7 +64,7 @@ class Problem:
 
     def cotangent(self) -> Tensor:
         """dL/dy(1)."""
-        return torch.randn(self.y0.shape, generator=torch.Generator().manual_seed(1))
+        return torch.randn(self.y0.shape, generator=torch.Generator().manual_seed(1)).to(self.y0.device)
 
 
 def nodeshape(problem: Problem, adjoint: str = "discrete") -> Call:
@@ -90,8 +89,9 @@ def plain_loop(problem: Problem, adjoint: str = "discrete") -> Call:
 def op(problem: Problem) -> Call:
     """The op alone, without odeint's Python: what diffrax's compiled function is to diffrax."""
     assert isinstance(problem.dynamics, MLPDynamics) and problem.method == "euler" and not problem.training
-    if _fused._missing is not None:
-        raise Unavailable(_fused._missing)
+    path = backend(problem.dynamics, problem.y0, steps=problem.steps)
+    if path.name != "fused":
+        raise Unavailable(path.reason)
     solve = torch.ops.nodeshape.mlp_solve.default
     weights = [x.detach() for x in problem.dynamics.parameters()]
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -130,7 +130,7 @@ def torchdiffeq(problem: Problem, adjoint: bool = False) -> Call:
     except ImportError as error:
         raise Unavailable("not installed: pip install torchdiffeq") from error
     function = package.odeint_adjoint if adjoint else package.odeint
-    t, options = torch.tensor([0.0, 1.0]), {"step_size": 1 / problem.steps}
+    t, options = torch.tensor([0.0, 1.0], device=problem.y0.device), {"step_size": 1 / problem.steps}
 
     def solve(y: Tensor) -> Tensor:
         y1: Tensor = function(problem.dynamics, y, t, method="euler", options=options)[-1]
@@ -141,6 +141,8 @@ def torchdiffeq(problem: Problem, adjoint: bool = False) -> Call:
 
 def diffrax(problem: Problem) -> Call:
     """diffrax, jitted, float32, Euler in constant steps; its gradient is that of the discrete solve."""
+    if problem.y0.device.type != "cpu":
+        raise Unavailable("measured on the CPU only")
     try:
         import diffrax as package
         import jax

@@ -12,6 +12,7 @@ from nodeshape._bench_cases import Case, Contender
 from nodeshape._bench_contenders import Call, Unavailable, without_fused
 from nodeshape._bench_targets import Target
 from nodeshape._bench_trained import checkpoint, images_of, trained_classifier
+from nodeshape._cli import UserError
 
 NODESHAPE, PLAIN, ONNX = "PyTorch, fused", "PyTorch, plain", "onnxruntime"
 SECTION = "Logits of a batch of images, Euler"
@@ -19,8 +20,10 @@ PLOTS = {SECTION: "batch"}
 TARGETS: list[Target] = []
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, device: torch.device) -> list[Case]:
     """One image, and batches."""
+    if device.type != "cpu":
+        raise UserError(f"--suite deploy measures on the CPU, got --device {device}")
     return [
         Case(
             SECTION,

@@ -16,13 +16,14 @@ from nodeshape._checkpoint import write_atomically
 
 
 def describe_machine(machine: Mapping[str, Any]) -> str:
-    """The machine in two lines."""
+    """The machine in two lines, with a GPU in three."""
     rates = ", ".join(
         f"{rate / 1e9:.0f} GFLOP/s on {count} thread{'s' if count != '1' else ''}"
         for count, rate in machine["sgemm_flops_by_threads"].items()
     )
+    gpu = f"{machine['gpu']}, sgemm {machine['gpu_sgemm_flops'] / 1e9:.0f} GFLOP/s\n" if "gpu" in machine else ""
     return (
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, {machine['system']};"
+        f"{gpu}{machine['cpu']}, {machine['isa']}, {machine['threads']} threads, {machine['system']};"
         f" torch {machine['torch']}, Python {machine['python']}\nsgemm: {rates}"
     )
 

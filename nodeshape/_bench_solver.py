@@ -32,27 +32,27 @@ STAGE_TOLERANCE = 1e-5
 PLOTS = {BATCH: "batch", STEPS: "steps", THREADS: "threads", MLP: "batch"}
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, device: torch.device) -> list[Case]:
     """The suite's cases; ``quick`` makes every problem small and leaves torch.compile out."""
     rivals = [PLAIN, TORCHDIFFEQ]
     some = rivals if quick else [PLAIN, COMPILED, TORCHDIFFEQ]
     channels, side, batch = (32, 4, 4) if quick else (64, 8, 120)
-    conv = partial(_conv, channels=channels, side=side)
+    conv = partial(_conv, channels=channels, side=side, device=device)
     found = []
     for n in (1, 2) if quick else (1, 16, 120, 1024):
         chosen = some if n in (1, batch) else rivals if n < batch else [TORCHDIFFEQ]
         found.append(_case(BATCH, conv(n), chosen, scale=n))
     for c, s in ((64, 4), (32, 6)) if quick else ((32, 8), (128, 8), (64, 14)):
-        found.append(_case(SIZES, _conv(batch, c, s), rivals))
+        found.append(_case(SIZES, _conv(batch, c, s, device=device), rivals))
     for steps in (1, 4) if quick else (1, 4, 16, 64):
         found.append(_case(STEPS, conv(2 if quick else 16, steps=steps), rivals, scale=steps))
-    for threads in _thread_counts():
+    for threads in _thread_counts() if device.type == "cpu" else ():
         found.append(_case(THREADS, conv(batch), rivals, scale=threads, threads=threads))
     found.append(_case(CONV_TRAINING, conv(batch, training=True), [*some, ADJOINT]))
-    found += _methods(quick)
+    found += _methods(quick, device)
     for n in (1, 8) if quick else (1, 128, 4096):
-        found.append(_case(MLP, _mlp(n), [OP, *some, DIFFRAX], scale=n))
-    found.append(_case(MLP_TRAINING, _mlp(128, training=True), [*some, ADJOINT, DIFFRAX]))
+        found.append(_case(MLP, _mlp(n, device), [OP, *some, DIFFRAX], scale=n))
+    found.append(_case(MLP_TRAINING, _mlp(128, device, training=True), [*some, ADJOINT, DIFFRAX]))
     return found
 
 
@@ -108,15 +108,14 @@ def _case(
     row = f"{'×'.join(map(str, shape)) if conv else '2→16→2'}, batch {batch}, {problem.steps} steps"
     if threads is not None:
         row += f", {threads} threads"
-    return Case(
-        section, row, chosen, scale, direct_operations(problem) if conv and not problem.training else 0.0, threads
-    )
+    direct = direct_operations(problem) if conv and not problem.training else 0.0
+    return Case(section, row, chosen, scale, direct, threads, problem.y0.device)
 
 
-def _methods(quick: bool) -> list[Case]:
+def _methods(quick: bool, device: torch.device) -> list[Case]:
     """Every method and gradient mode, on the ODE of a classifier that has been trained for an epoch."""
     batch, steps = (4, 4) if quick else (120, 20)
-    dynamics, y0 = trained_dynamics(batch, quick)
+    dynamics, y0 = trained_dynamics(batch, quick, device)
     problems = {
         name: Problem(dynamics, y0, steps, method=name, tolerance=STAGE_TOLERANCE if METHODS[name].theta else None)
         for name in METHODS
@@ -155,15 +154,17 @@ def _evaluations(problem: Problem) -> float:
     return float(stats.nfe_forward.double().mean()) / problem.steps
 
 
-def _conv(batch: int, channels: int, side: int, steps: int = 20, training: bool = False) -> Problem:
+def _conv(
+    batch: int, channels: int, side: int, steps: int = 20, training: bool = False, *, device: torch.device
+) -> Problem:
     torch.manual_seed(0)
-    dynamics = ConvDynamics(channels)
-    return Problem(dynamics, _features(batch, channels, side, side), steps, training)
+    dynamics = ConvDynamics(channels).to(device)
+    return Problem(dynamics, _features(batch, channels, side, side).to(device), steps, training)
 
 
-def _mlp(batch: int, training: bool = False) -> Problem:
+def _mlp(batch: int, device: torch.device, training: bool = False) -> Problem:
     torch.manual_seed(0)
-    return Problem(MLPDynamics(2, hidden=(16,)), _features(batch, 2), training=training)
+    return Problem(MLPDynamics(2, hidden=(16,)).to(device), _features(batch, 2).to(device), training=training)
 
 
 def _features(*shape: int) -> Tensor:

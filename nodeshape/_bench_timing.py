@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -64,13 +66,13 @@ def measure(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[s
     return {name: _timing(samples[name], repeats[name]) for name in calls}
 
 
-def sgemm(effort: Effort) -> tuple[Callable[[], object], float]:
+def sgemm(effort: Effort, device: torch.device = CPU) -> tuple[Callable[[], object], float]:
     """A float32 matrix product, what this machine's arithmetic can do at best, and its number of operations."""
-    a, b = torch.rand(2, effort.sgemm_size, effort.sgemm_size)
+    a, b = torch.rand(2, effort.sgemm_size, effort.sgemm_size, device=device)
     return lambda: torch.mm(a, b), 2.0 * effort.sgemm_size**3
 
 
-def machine(effort: Effort) -> dict[str, Any]:
+def machine(effort: Effort, device: torch.device = CPU) -> dict[str, Any]:
     """What the figures depend on; the rates of sgemm in operations a second."""
     threads = torch.get_num_threads()
     rates = {}
@@ -79,7 +81,13 @@ def machine(effort: Effort) -> dict[str, Any]:
         with torch_threads(count):
             product()
             rates[str(count)] = operations / measure({"sgemm": product}, effort)["sgemm"].median
-    return {
+    gpu: dict[str, Any] = {}
+    if device.type == "cuda":
+        product, operations = sgemm(effort, device)
+        product()
+        rate = operations / measure({"sgemm": product}, effort)["sgemm"].median
+        gpu = {"gpu": torch.cuda.get_device_name(device), "gpu_sgemm_flops": rate}
+    return gpu | {
         "cpu": _cpu_model(),
         "isa": os.environ.get("NODESHAPE_ISA") or _widest_isa(),
         "threads": threads,
@@ -113,10 +121,17 @@ def _repeats(call: Callable[[], object], least: float) -> int:
 def _sample(call: Callable[[], object], repeats: int) -> float:
     if repeats > 1:
         call()  # wakes this contender's threads and fills the caches that the previous one emptied
+    _wait_for_gpu()
     start = time.perf_counter()
     for _ in range(repeats):
         call()
+    _wait_for_gpu()
     return (time.perf_counter() - start) / repeats
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _timing(samples: list[float], repeats: int) -> Timing:

@@ -23,7 +23,7 @@ PLOTS = {SECTION: "step size"}
 STEP_SIZE = 0.05
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(quick: bool, device: torch.device) -> list[Case]:
     """A case a method, each from weights that have been trained for an epoch."""
     step_sizes = (0.5,) if quick else (STEP_SIZE, 4 * STEP_SIZE)
     return [
@@ -31,8 +31,8 @@ def cases(quick: bool) -> list[Case]:
             SECTION,
             f"{method}, h={step_size:g}",
             {
-                NODESHAPE: Contender(_builder(method, step_size, quick, fused=True)),
-                PLAIN: Contender(_builder(method, step_size, quick, fused=False), like=NODESHAPE),
+                NODESHAPE: Contender(_builder(method, step_size, quick, device, fused=True)),
+                PLAIN: Contender(_builder(method, step_size, quick, device, fused=False), like=NODESHAPE),
             },
             scale=step_size,
         )
@@ -47,11 +47,11 @@ TARGETS: list[Target] = [
 ]
 
 
-def _builder(method: str, step_size: float, quick: bool, fused: bool) -> Callable[[], Call]:
+def _builder(method: str, step_size: float, quick: bool, device: torch.device, fused: bool) -> Callable[[], Call]:
     def build() -> Call:
-        model = deepcopy(trained_classifier(quick).with_solver(method=method, step_size=step_size)).train()
+        model = deepcopy(trained_classifier(quick).with_solver(method=method, step_size=step_size)).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # all of its work, yet every step is the same
-        images, labels = images_of(8 if quick else BATCH).train.batch(slice(None), torch.device("cpu"))
+        images, labels = images_of(8 if quick else BATCH).train.batch(slice(None), device)
 
         def step() -> tuple[Tensor, ...]:
             loss = nn.functional.cross_entropy(model(images), labels)

@@ -21,10 +21,10 @@ IMAGE_SIZE = 32
 QUICK = ["--train-size", "60", "--batch-size", "20", "--step-size", "0.5"]
 
 
-def trained_dynamics(batch: int, quick: bool) -> tuple[Dynamics, Tensor]:
+def trained_dynamics(batch: int, quick: bool, device: torch.device) -> tuple[Dynamics, Tensor]:
     """The classifier's f, and the features its stem makes of ``batch`` images."""
-    model = trained_classifier(quick)
-    images, _ = images_of(batch).test.batch(slice(None), torch.device("cpu"))
+    model = trained_classifier(quick).to(device)
+    images, _ = images_of(batch).test.batch(slice(None), device)
     with torch.no_grad():
         return model.ode.dynamics, model.stem(images).contiguous()  # type: ignore[return-value]
 

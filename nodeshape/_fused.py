@@ -1,6 +1,7 @@
-"""The fused CPU solver: its ops, their shapes and gradients, and one function that calls them.
+"""The fused solver: its ops, their shapes and gradients, and one function that calls them.
 
-The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``mlp_*`` have ``str activation`` after
+The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` and again by ``libnodeshape_cuda.so`` for
+tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
 ``weights``):
 
     conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance, int max_iterations,
@@ -19,6 +20,9 @@ The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` (``
 - ``evaluations`` int64 ``[batch]``: of f in the forward solve; in the backward sweep of f, where the trajectory is
   found again, and of its vector–Jacobian product. ``residual`` float64 ``[batch]``: the largest relative residual of a
   stage.
+- ``t`` is a CPU tensor on every device; ``grad_t`` is on the device of ``ys``.
+- On the CPU, a sample that fails raises from its op. On CUDA, where nothing waits for the device, it gives NaN, and the
+  same error comes from the next op that finds it; ``torch.ops.nodeshape.raise_failures()`` does nothing but look.
 """
 
 from __future__ import annotations
@@ -38,9 +42,12 @@ from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
+_CUDA_LIBRARY = Path(__file__).with_name("libnodeshape_cuda.so")
 _CONV_MAPS_KEPT = 3  # as in csrc/problem.h
 _ADJOINTS = ("discrete", "reversible", "continuous")
-_missing: str | None = None  # why the library is not there
+# Why a library is not there:
+_missing: str | None = None
+_cuda_missing: str | None = None
 
 
 def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
@@ -51,7 +58,7 @@ def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
         return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
     if not isinstance(y0, Tensor):
         return "the state is a tuple"
-    if y0.device.type != "cpu":
+    if y0.device.type not in ("cpu", "cuda"):
         return f"the state is on {y0.device}"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}"
@@ -63,7 +70,8 @@ def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
-    return _missing or _weights(dynamics)
+    missing = _missing or (_cuda_missing if y0.device.type == "cuda" else None)
+    return missing or _weights(dynamics)
 
 
 def _weights(dynamics: nn.Module) -> list[Tensor] | str:
@@ -254,7 +262,7 @@ def _fake_solve(
 def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     return (
         ys.new_empty(ys.shape[1:]),
-        t.new_empty(t.shape),
+        ys.new_empty(t.shape, dtype=torch.float64),
         [x.new_empty(x.shape) for x in weights],
         ys.new_empty((ys.shape[1],), dtype=torch.int64),
     )
@@ -268,8 +276,10 @@ def _save(ctx: Any, t: Tensor, weights: Sequence[Tensor], scheme: Sequence[Any],
     ctx.scheme = scheme
 
 
-def _gradient(ctx: Any, op: Callable[..., Any], grad_ys: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The gradients of y0, t and the weights, by ``op``."""
+def _gradient(
+    ctx: Any, op: Callable[..., Any], grad_ys: Tensor, timed: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The gradients of y0, of t if ``timed`` (which waits for a GPU), and of the weights, by ``op``."""
     ys, stages, t, *weights = ctx.saved_tensors
     try:
         grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
@@ -278,7 +288,7 @@ def _gradient(ctx: Any, op: Callable[..., Any], grad_ys: Tensor) -> tuple[Tensor
     wanted = getattr(ctx, "backward_evaluations", None)  # the function of that name leaves it there
     if wanted is not None:
         wanted.copy_(evaluations)
-    return grad_y0, grad_t, grad_weights
+    return grad_y0, grad_t.to(t.device) if timed else None, grad_weights
 
 
 def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
@@ -305,7 +315,7 @@ class _Recorded(torch.autograd.Function):
         op = getattr(torch.ops.nodeshape, f"{ctx.name}_backward").default
         if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
             op = partial(_below_autograd, op)
-        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys)
+        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys, timed=ctx.needs_input_grad[3])
         grads = (None, None, grad_y0, grad_t, *grad_weights)
         return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
 
@@ -318,7 +328,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
         # An empty list of steps passes for a list of tensors, whose gradient is a list.
-        return *_gradient(ctx, op, grad_ys), *([] if x == [] else None for x in ctx.scheme)
+        return *_gradient(ctx, op, grad_ys, timed=ctx.needs_input_grad[1]), *(
+            [] if x == [] else None for x in ctx.scheme
+        )
 
     return backward
 
@@ -362,4 +374,17 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not _CUDA_LIBRARY.exists():
+        return f"{_CUDA_LIBRARY.name} is not built: reinstall with FORCE_CUDA=1 where nvcc is"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return f"{_CUDA_LIBRARY.name} does not load: {error}"
+    return None
+
+
 _missing = _load()
+_cuda_missing = _missing or _load_cuda()

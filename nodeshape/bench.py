@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from nodeshape import _bench_deploy, _bench_report, _bench_solver, _bench_train
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure a suite, print its tables and targets, and write what was asked for."""
     parser = Parser("bench", "Measure nodeshape against its rivals: alternating rounds, medians.")
     parser.add_argument("--suite", choices=tuple(SUITES), default="solver", help="what to measure")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     parser.add_argument(
         "--json",
         type=Path,
@@ -30,13 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     _check(args.json)
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here (torch.cuda.is_available() is False)")
+
+    device = torch.device(args.device)
     suite, effort = SUITES[args.suite], QUICK if args.quick else FULL
-    here = machine(effort)
+    here = machine(effort, device)
     print(_bench_report.describe_machine(here))
     print(f"Medians of {effort.rounds} alternating rounds, and times the first column", flush=True)
     results: list[Result] = []
     with tqdm(desc="preparing", unit="case", disable=None, leave=False) as bar:
-        cases = suite.cases(args.quick)
+        cases = suite.cases(args.quick, device)
         bar.reset(len(cases))
         for section, rows in groupby(cases, key=lambda case: case.section):
             done = []
@@ -47,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.clear()
             print(f"\n{_bench_report.table(section, done)}", flush=True)
             results += done
-    lines = [] if args.quick else _bench_report.targets(suite.TARGETS, results)
+    lines = [] if args.quick or args.device != "cpu" else _bench_report.targets(suite.TARGETS, results)
     if lines:
         print(f"\nTargets\n{_bench_report.target_table(lines)}")
     if args.json is not None:
         _bench_report.write_json(args.json, args.suite, args.quick, here, results, lines)
+        name = here.get("gpu", f"{here['cpu']}, {here['threads']} threads, {here['isa']}")
         picture = args.json.with_suffix(".png")
-        _bench_report.plot(picture, suite.PLOTS, results, f"{here['cpu']}, {here['threads']} threads, {here['isa']}")
+        _bench_report.plot(picture, suite.PLOTS, results, name)
         print(f"\nWrote {args.json} and {picture}")
 
 

@@ -10,6 +10,18 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption(
+        "--cuda-on-host", metavar="LIBRARY", help="run the CUDA kernels' build for the CPU as the fused solver"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    library = config.getoption("--cuda-on-host")
+    if library:
+        import nodeshape._fused  # noqa: F401  (its library defines the ops that this one overrides)
+
+        torch.ops.load_library(library)
+        os.environ["NODESHAPE_TEST_ISAS"] = "cuda cuda:threads=96,shared=8192"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -31,12 +31,15 @@ def absent() -> None:
     raise Unavailable("not installed: pip install it")
 
 
+GPU = [pytest.param(suite, "cuda", marks=pytest.mark.cuda) for suite in ("solver", "train")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["solver", "train", "deploy"])
+@pytest.mark.parametrize(("suite", "device"), [*((suite, "cpu") for suite in ("solver", "train", "deploy")), *GPU])
 def test_a_quick_run_measures_every_case_and_its_contenders_agree(
-    suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    suite: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["--quick", "--suite", suite, "--json", str(tmp_path / "out.json")])
+    main(["--quick", "--suite", suite, "--device", device, "--json", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["suite"] == suite and report["quick"] and report["targets"] == []
     assert {"cpu", "isa", "threads", "sgemm_flops_by_threads", "torch"} <= report["machine"].keys()
@@ -44,7 +47,8 @@ def test_a_quick_run_measures_every_case_and_its_contenders_agree(
     for case in report["cases"]:
         assert case["name"] in printed and case["section"] in printed
         assert len(case["seconds"]) >= 2, case
-        assert all("not installed" in reason for reason in case["skipped"].values()), case["skipped"]
+        absent = ("not installed", "measured on the CPU only")
+        assert all(any(word in reason for word in absent) for reason in case["skipped"].values()), case["skipped"]
         assert all(difference < 1e-4 for difference in case["difference"].values()), case["difference"]
         for timing in case["seconds"].values():
             assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
@@ -80,7 +84,14 @@ def test_contenders_take_turns_and_the_order_alternates() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--suite", "nothing"], ["--json", "nowhere/out.json"], ["--json", "."], ["--json", "out.png"], ["--rounds"]],
+    [
+        ["--suite", "nothing"],
+        ["--json", "nowhere/out.json"],
+        ["--json", "."],
+        ["--json", "out.png"],
+        ["--rounds"],
+        ["--device", "tpu"],
+    ],
 )
 def test_bad_input_is_one_line_exit_code_2_before_any_measurement(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

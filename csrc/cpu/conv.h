@@ -6,26 +6,13 @@
 #pragma once
 
 #include "conv3x3.h"
-#include "groupnorm.h"
 #include "kernels.h"
 #include "team.h"
+#include "../groupnorm.h"
+#include "../kinds.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
-
-/// Kinds of pixels: bit 0 touches the top, bit 1 the bottom, bit 2 the left, bit 3 the right border.
-inline constexpr int kKinds = 16;
-
-NODESHAPE_INLINE int kind_of(int64_t y, int64_t x, const MapShape& shape) {
-  return int(y == 0) | int(y == shape.height - 1) << 1 | int(x == 0) << 2 | int(x == shape.width - 1) << 3;
-}
-
-/// Whether the filter's tap reads inside the map at such a pixel.
-NODESHAPE_INLINE bool inside(int tap, int kind) {
-  const int down = tap / 3, across = tap % 3;
-  return !(down == 0 && kind & 1) && !(down == 2 && kind & 2) && !(across == 0 && kind & 4) &&
-         !(across == 2 && kind & 8);
-}
 
 /// Parameters as the kernels read them.
 template <class T>
@@ -48,7 +35,7 @@ struct ConvWeights {
     int* kind = arena.take<int>(shape.pixels());
     kinds = kind;
     for (int64_t y = 0; y < shape.height; ++y)
-      for (int64_t x = 0; x < shape.width; ++x) *kind++ = kind_of(y, x, shape);
+      for (int64_t x = 0; x < shape.width; ++x) *kind++ = kind_of(y, x, shape.height, shape.width);
     const auto parameter = [&](int i) { return static_cast<const T*>(model.parameters[i]); };
     for (int n = 0; n < 3; ++n) {
       gamma[n] = padded_row(parameter(4 * n), arena);
@@ -195,7 +182,7 @@ class ConvDynamics {
       together([&](Span channels, T*) {
         for (int i = 0; i < batch.count; ++i) {
           Slot& slot = slots_[batch.slot[i]];
-          slot.norm[l]->prepare(slot.input(l), channels);
+          slot.norm[l]->prepare(slot.input(l), channels.begin, channels.end - channels.begin);
           transform_activations(channels, slot, l, batch.count, i);
         }
       });
@@ -335,7 +322,7 @@ class ConvDynamics {
   void finish(Span channels, Slot& slot, T* out) {
     GroupNorm<T>& norm = *slot.norm[2];
     const T* z = slot.z[1];
-    norm.prepare(z, channels);
+    norm.prepare(z, channels.begin, channels.end - channels.begin);
     for (int64_t p = 0; p < shape_.pixels(); ++p)
       each<T>(channels, [&](int64_t c) { store(out + p * width_ + c, norm.apply(load(z + p * width_ + c), c)); });
   }
@@ -368,7 +355,7 @@ class ConvDynamics {
       each<T>(width_, [&](int64_t c) {
         const auto at = [&](int64_t x) { return load(dz + (y * width + x) * width_ + c); };
         const auto add = [&](int64_t x, Vec<T> sum) {
-          T* kind = kinds_ + kind_of(y, x, shape_) * width_ + c;
+          T* kind = kinds_ + kind_of(y, x, shape_.height, width) * width_ + c;
           store(kind, load(kind) + sum);
         };
         add(0, at(0));

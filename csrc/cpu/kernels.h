@@ -1,26 +1,10 @@
 // The solvers of one instruction set, as the ops see them.
 #pragma once
 
+#include "../model.h"
 #include "../problem.h"
 
 namespace nodeshape {
-
-/// GroupNorm-ReLU-Conv-GroupNorm-ReLU-Conv-GroupNorm; parameters in the order of ConvDynamics.state_dict().
-struct ConvModel {
-  int64_t channels, height, width, groups;
-  const void* parameters[10];  // float or double
-};
-
-enum class Activation : int { tanh, relu, softplus, silu };
-
-/// A chain of Linear layers; parameters in the order of MLPDynamics.state_dict().
-struct MlpModel {
-  int64_t dim;
-  int64_t layers;
-  const int64_t* widths;          // [layers], outputs of each layer; the last is dim
-  const void* const* parameters;  // [2 * layers]: weight [out, in], bias [out]
-  Activation activation;
-};
 
 template <class Model, class T>
 using ForwardKernel = void (*)(const Model&, const ForwardProblem<T>&, const Executor&);

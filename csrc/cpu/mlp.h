@@ -3,9 +3,9 @@
 // A sample's units lie along the vector, padded with zeros; the samples of a group are the rows of each product.
 #pragma once
 
-#include "activation.h"
 #include "arena.h"
 #include "gemm.h"
+#include "../activation.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {

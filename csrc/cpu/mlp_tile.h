@@ -4,9 +4,9 @@
 // differs between samples, so that a tile of them goes through time as one.
 #pragma once
 
-#include "activation.h"
 #include "arena.h"
 #include "share.h"
+#include "../activation.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {

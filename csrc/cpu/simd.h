@@ -34,6 +34,12 @@ inline constexpr int kRegisters = 16;
 
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
 
+/// Samples that are evaluated together, so that weights are fetched once for all of them.
+inline constexpr int kMaxGroup = 16;
+
+/// Whether this thread keeps the records of the samples it carries; here a sample has one thread.
+NODESHAPE_INLINE constexpr bool leads() { return true; }
+
 template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
@@ -121,6 +127,29 @@ NODESHAPE_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
 #endif
 }
 
+/// 2^n for whole n from -126 to 127.
+NODESHAPE_INLINE Vec<float> power_of_two(Vec<float> n) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return (Vec<float>)bits;
+}
+
+template <class Function>
+NODESHAPE_INLINE Vec<double> lane_by_lane(Vec<double> x, Function&& function) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]);
+  return x;
+}
+
+// Scalars of a solve of T; a GPU computes them in T.
+template <class T>
+NODESHAPE_INLINE double square_root(double x) {
+  return std::sqrt(x);
+}
+template <class T>
+NODESHAPE_INLINE T reciprocal(double x) {
+  return T(1.0 / x);
+}
+
 /// The sum of a vector's lanes, in a fixed order.
 template <class T>
 NODESHAPE_INLINE T sum(Vec<T> v) {
@@ -148,6 +177,12 @@ NODESHAPE_INLINE void each(Span range, Body&& body) {
   for (int64_t i = range.begin; i < range.end; i += kLanes<T>) body(i);
 }
 
+/// Calls body(i) for i = 0, 1, ... below `count`.
+template <class Body>
+NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 /// The sum over i of the vectors body(i), as one number; four running sums hide the latency of addition.
 template <class T, class Body>
 NODESHAPE_INLINE T total(int64_t size, Body&& body) {
@@ -162,6 +197,36 @@ NODESHAPE_INLINE T total(int64_t size, Body&& body) {
   }
   for (; i < size; i += lanes) s0 += body(i);
   return sum<T>((s0 + s1) + (s2 + s3));
+}
+
+/// The largest magnitude of the numbers in the vectors body(i); NaN is none.
+template <class T, class Body>
+NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
+  Vec<T> most{};
+  for (int64_t i = 0; i < size; i += kLanes<T>) {
+    const Vec<T> x = body(i);
+    most = max(max(x, -x), most);
+  }
+  T peak = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) peak = most[lane] > peak ? most[lane] : peak;
+  return peak;
+}
+
+/// sums[c] = the sum over rows of body(row, c), for each vector of columns c.
+template <class T, class Body>
+NODESHAPE_INLINE void sum_rows(int64_t rows, int64_t columns, T* sums, Body&& body) {
+  each<T>(columns, [&](int64_t c) {
+    Vec<T> s0{}, s1{}, s2{}, s3{};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      s0 += body(r, c);
+      s1 += body(r + 1, c);
+      s2 += body(r + 2, c);
+      s3 += body(r + 3, c);
+    }
+    for (; r < rows; ++r) s0 += body(r, c);
+    store(sums + c, (s0 + s1) + (s2 + s3));
+  });
 }
 
 }  // namespace nodeshape::NODESHAPE_TARGET

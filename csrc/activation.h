@@ -1,15 +1,14 @@
-// Activations of MLPDynamics and their derivatives, a vector at a time.
+// Activations of MLPDynamics and their derivatives, a vector at a time; the including file brings the vectors
+// (cpu/simd.h, cuda/block.cuh).
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "model.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
 /// e^x to about one unit in the last place (Cephes' expf), for x clamped to where float neither overflows nor
 /// underflows to a denormal.
 NODESHAPE_INLINE Vec<float> exp(Vec<float> x) {
-  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
   x = min(max(x, splat(-87.0f)), splat(88.0f));
   const Vec<float> magic = splat(12582912.0f);  // 1.5 2^23: adding it rounds to an integer
   const Vec<float> n = fma(x, splat(1.44269504f), magic) - magic;
@@ -22,8 +21,7 @@ NODESHAPE_INLINE Vec<float> exp(Vec<float> x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p * r, r, r) + splat(1.0f);
-  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return p * (Vec<float>)power;  // the same bits
+  return p * power_of_two(n);
 }
 
 /// x P(x^2) / Q(x^2) for |x| <= 7.9, minimax in the relative error (6e-9; in float at most 5 units in the last place),
@@ -63,11 +61,6 @@ NODESHAPE_INLINE Vec<float> softplus(Vec<float> x) {
   return x != x || x > splat(20.0f) ? x : y;  // torch's threshold
 }
 
-template <class Function>
-NODESHAPE_INLINE Vec<double> lane_by_lane(Vec<double> x, Function&& function) {
-  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = function(x[i]);
-  return x;
-}
 NODESHAPE_INLINE Vec<double> tanh(Vec<double> x) {
   return lane_by_lane(x, [](double a) { return ::tanh(a); });
 }

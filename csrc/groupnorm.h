@@ -1,44 +1,30 @@
 // GroupNorm of one feature map [pixels, padded channels], and its derivative.
 //
+// Written in `each`, `spread` and `sum_rows`, which the including file brings (cpu/simd.h, cuda/block.cuh).
+//
 //     xhat = (x - mean) rstd over a group's channels and all pixels,   y = gamma xhat + beta = scale x + shift
 #pragma once
 
-#include "arena.h"
-#include "simd.h"
+#include "problem.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
 inline constexpr double kNormEpsilon = 1e-5;
 
-/// Sums over pixels of body(pixel, channel vector c), for each of some channels.
-template <class T, class Body>
-NODESHAPE_INLINE void sum_pixels(int64_t pixels, Span channels, T* sums, Body&& body) {
-  each<T>(channels, [&](int64_t c) {
-    Vec<T> s0{}, s1{}, s2{}, s3{};
-    int64_t p = 0;
-    for (; p + 4 <= pixels; p += 4) {
-      s0 += body(p, c);
-      s1 += body(p + 1, c);
-      s2 += body(p + 2, c);
-      s3 += body(p + 3, c);
-    }
-    for (; p < pixels; ++p) s0 += body(p, c);
-    store(sums + c, (s0 + s1) + (s2 + s3));
-  });
-}
-
 template <class T>
 class GroupNorm {
  public:
   /// gamma and beta are [padded channels], zero beyond the channels.
-  GroupNorm(int64_t pixels, int64_t channels, int64_t groups, const T* gamma, const T* beta, Arena& arena)
+  template <class Arena>
+  NODESHAPE_FUNCTION GroupNorm(int64_t pixels, int64_t channels, int64_t groups, const T* gamma, const T* beta,
+                               Arena& arena)
       : pixels_(pixels),
         width_(padded<T>(channels)),
         groups_(groups),
         members_(channels / groups),
         gamma_(gamma),
         beta_(beta) {
-    T* rows = arena.zeros<T>(8 * width_);
+    T* rows = arena.template zeros<T>(8 * width_);
     mean_ = rows;
     rstd_ = rows + width_;
     scale_ = rows + 2 * width_;
@@ -49,18 +35,21 @@ class GroupNorm {
     constant_ = rows + 7 * width_;
   }
 
-  /// Take the statistics of x, or those of some channels: whole groups.
-  void prepare(const T* x) { prepare(x, {0, width_}); }
-  void prepare(const T* x, Span channels) {
+  /// Take the statistics of x.
+  NODESHAPE_FUNCTION void prepare(const T* x) { prepare(x, 0, width_); }
+  /// Take those of `channels` channels from `first` on: whole vectors and whole groups.
+  NODESHAPE_FUNCTION void prepare(const T* x, int64_t first, int64_t channels) {
     const T count = T(pixels_ * members_);
-    sum_pixels<T>(pixels_, channels, mean_, [=, this](int64_t p, int64_t c) { return load(x + p * width_ + c); });
-    share(mean_, channels, [=](T sum) { return sum / count; });
-    sum_pixels<T>(pixels_, channels, rstd_, [=, this](int64_t p, int64_t c) {
-      const Vec<T> d = load(x + p * width_ + c) - load(mean_ + c);
+    T *mean = mean_ + first, *rstd = rstd_ + first;
+    sum_rows<T>(pixels_, channels, mean, [=, this](int64_t p, int64_t c) { return load(x + p * width_ + first + c); });
+    share(mean_, first, channels, [=](T sum) { return sum / count; });
+    sum_rows<T>(pixels_, channels, rstd, [=, this](int64_t p, int64_t c) {
+      const Vec<T> d = load(x + p * width_ + first + c) - load(mean + c);
       return d * d;
     });
-    share(rstd_, channels, [=](T sum) { return T(1) / std::sqrt(sum / count + T(kNormEpsilon)); });
-    each<T>(channels, [=, this](int64_t c) {
+    share(rstd_, first, channels, [=](T sum) { return T(1) / std::sqrt(sum / count + T(kNormEpsilon)); });
+    each<T>(channels, [=, this](int64_t i) {
+      const int64_t c = first + i;
       const Vec<T> scale = load(gamma_ + c) * load(rstd_ + c);
       store(scale_ + c, scale);
       store(shift_ + c, fma(-load(mean_ + c), scale, load(beta_ + c)));
@@ -71,10 +60,9 @@ class GroupNorm {
   NODESHAPE_INLINE Vec<T> apply(Vec<T> x, int64_t c) const { return fma(x, load(scale_ + c), load(shift_ + c)); }
 
   /// Take in the cotangent g of y at every pixel; afterwards pull() is the cotangent of x.
-  void prepare_pull(const T* x, const T* g) {
-    const Span all{0, width_};
-    sum_pixels<T>(pixels_, all, to_beta_, [=, this](int64_t p, int64_t c) { return load(g + p * width_ + c); });
-    sum_pixels<T>(pixels_, all, to_gamma_, [=, this](int64_t p, int64_t c) {
+  NODESHAPE_FUNCTION void prepare_pull(const T* x, const T* g) {
+    sum_rows<T>(pixels_, width_, to_beta_, [=, this](int64_t p, int64_t c) { return load(g + p * width_ + c); });
+    sum_rows<T>(pixels_, width_, to_gamma_, [=, this](int64_t p, int64_t c) {
       return load(g + p * width_ + c) * (load(x + p * width_ + c) - load(mean_ + c));
     });
     each<T>(width_, [=, this](int64_t c) {
@@ -84,8 +72,8 @@ class GroupNorm {
       store(constant_ + c, gamma * load(to_beta_ + c));
     });
     const T count = T(pixels_ * members_);
-    share(from_x_, all, [=](T sum) { return sum / count; });
-    share(constant_, all, [=](T sum) { return sum / count; });
+    share(from_x_, 0, width_, [=](T sum) { return sum / count; });
+    share(constant_, 0, width_, [=](T sum) { return sum / count; });
     // dx = rstd (gamma g - mean(gamma g) - xhat mean(gamma g xhat))
     each<T>(width_, [=, this](int64_t c) {
       const Vec<T> rstd = load(rstd_ + c);
@@ -99,21 +87,21 @@ class GroupNorm {
     return fma(g, load(scale_ + c), fma(x - load(mean_ + c), load(from_x_ + c), load(constant_ + c)));
   }
 
-  const T* to_gamma() const { return to_gamma_; }  // [padded channels], of the latest prepare_pull()
-  const T* to_beta() const { return to_beta_; }
+  NODESHAPE_FUNCTION const T* to_gamma() const { return to_gamma_; }  // [padded channels], of the latest prepare_pull()
+  NODESHAPE_FUNCTION const T* to_beta() const { return to_beta_; }
 
  private:
-  /// Replace each channel's number by function(sum over its group).
+  /// Replace the number of each of some channels by function(sum over its group).
   template <class Function>
-  void share(T* numbers, Span channels, Function&& function) const {
-    const int64_t last = channels.end == width_ ? groups_ : channels.end / members_;
-    for (int64_t group = channels.begin / members_; group < last; ++group) {
-      T* members = numbers + group * members_;
+  NODESHAPE_FUNCTION void share(T* numbers, int64_t first, int64_t channels, Function&& function) const {
+    const int64_t begin = first / members_, end = first + channels < width_ ? (first + channels) / members_ : groups_;
+    spread(end - begin, [=, this](int64_t group) {
+      T* members = numbers + (begin + group) * members_;
       T sum = members[0];
       for (int64_t m = 1; m < members_; ++m) sum += members[m];
       const T value = function(sum);
       for (int64_t m = 0; m < members_; ++m) members[m] = value;
-    }
+    });
   }
 
   int64_t pixels_, width_, groups_, members_;

@@ -1,0 +1,84 @@
+"""Compile every .cu file with nvcc, warnings as errors; print ptxas' report and fail if a forward kernel spills.
+
+    python .ci/compile_cuda.py [--json FILE]
+
+FILE gets the report, for ``benchmarks/cuda_roofline.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_90")
+FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", os.devnull]
+#: Kernels where a sample spends its time; those of the backward sweep may spill what they need once a step.
+HOT = "forward_kernel"
+Kernel = dict[str, str | int]
+
+
+def find_nvcc() -> str:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + ["/usr/local/cuda"]
+    found = next(filter(None, map(shutil.which, ("nvcc", *(f"{home}/bin/nvcc" for home in homes)))), None)
+    if found is None:
+        sys.exit("nvcc was not found: put it on the PATH or set CUDA_HOME")
+    return found
+
+
+def compile(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
+    """What ptxas says of each kernel of a file."""
+    done = subprocess.run([nvcc, *FLAGS, f"-arch={architecture}", str(source)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{source.name} for {architecture}:\n{done.stdout}{done.stderr}")
+    text = subprocess.run(
+        ["c++filt"], input=done.stdout + done.stderr, capture_output=True, text=True, check=True
+    ).stdout
+    return [
+        {
+            "kernel": re.sub(r"nodeshape::|cuda::|void |\(.*", "", name),
+            "file": source.name,
+            "architecture": architecture,
+            "registers": int(registers),
+            "stack": int(stack),
+            "spilled": int(stores) + int(loads),
+        }
+        for name, stack, stores, loads, registers in re.findall(
+            r"Function properties for (.*)\n"
+            r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+            r".*Used (\d+) registers",
+            text,
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the report to this file")
+    arguments = parser.parse_args()
+    nvcc = find_nvcc()
+    jobs = [(source, name) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for name in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = [kernel for found in pool.map(lambda job: compile(nvcc, *job), jobs) for kernel in found]
+    if not any(HOT in str(kernel["kernel"]) for kernel in kernels):
+        sys.exit(f"ptxas reported no {HOT}: has its output changed?")
+
+    print(f"{'kernel':<52}{'':<8}{'registers':>10}{'stack':>8}{'spilled bytes':>15}")
+    for k in kernels:
+        print(f"{k['kernel']:<52}{k['architecture']:<8}{k['registers']:>10}{k['stack']:>8}{k['spilled']:>15}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(kernels, indent=1) + "\n")
+    spilling = [f"{k['kernel']} ({k['architecture']})" for k in kernels if HOT in str(k["kernel"]) and k["spilled"]]
+    if spilling:
+        sys.exit(f"register spills in {', '.join(spilling)}")
+
+
+if __name__ == "__main__":
+    main()

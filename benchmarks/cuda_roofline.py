@@ -1,0 +1,318 @@
+"""What the CUDA kernels should take on a GPU: operations, bytes, occupancy and the time they allow, kernel by kernel.
+
+    python .ci/compile_cuda.py --json report.json
+    python benchmarks/cuda_roofline.py report.json [--markdown]
+
+A kernel's time is that of its busiest resource on the busiest multiprocessor (SM), plus the barriers, which overlap
+with nothing in a block: a bound, to be compared with ``python -m nodeshape.bench --device cuda``. Counts follow the
+loops of csrc/cuda/conv.cuh and mlp.cuh; registers are ptxas' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+WARP, PACK, SEGMENT, KINDS = 32, 4, 4, 16
+MOST_THREADS, SCRATCH_BYTES, MOST_CHUNKS = 256, 2048, 256
+FLOAT = 4
+BARRIER_CYCLES = 40  # of a block of eight warps
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates are the vendor's; bandwidths of the second-level cache are measured ones that others have published."""
+
+    name: str
+    multiprocessors: int
+    clock: float  # Hz
+    fma: int  # float32, a cycle and multiprocessor
+    l1_bytes: int  # shared memory and first-level cache, a cycle and multiprocessor
+    l2_rate: float  # bytes a second, all together
+    memory_rate: float
+    shared_per_block: int  # most bytes
+    shared: int  # bytes a multiprocessor
+    threads: int  # a multiprocessor
+    blocks: int
+    registers: int = 65536
+    architecture: str = "sm_90"
+
+
+GPUS = (
+    Gpu("H100 SXM", 132, 1.755e9, 128, 128, 5.5e12, 3.35e12, 232448, 233472, 2048, 32),
+    Gpu("RTX 4090", 128, 2.52e9, 128, 128, 5.0e12, 1.01e12, 101376, 102400, 1536, 24, architecture="sm_80"),
+)
+
+
+@dataclass
+class Work:
+    """What one block does for one sample.
+
+    Attributes:
+        fma: fused multiply-adds and other float32 operations, one each.
+        l1: bytes through the multiprocessor's load unit, 128 for each wavefront of a warp.
+        l2: bytes from and to the second-level cache.
+        memory: bytes that leave the chip.
+        barriers: one after another.
+        latency: cycles of loops that hang on their own results.
+    """
+
+    fma: float = 0
+    l1: float = 0
+    l2: float = 0
+    memory: float = 0
+    barriers: float = 0
+    latency: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self.__dict__.values(), other.__dict__.values())))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(a * times for a in self.__dict__.values()))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel on a problem: blocks of ``threads``, each with ``shared`` bytes, for ``samples`` of ``work``."""
+
+    name: str
+    ptxas: str  # its name there
+    samples: int
+    threads: int
+    shared: int  # bytes its arena takes; what does not fit is in global memory
+    work: Work
+
+
+# ---- ConvDynamics ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conv:
+    channels: int
+    side: int
+
+    @property
+    def width(self) -> int:
+        return ceil(self.channels / PACK) * PACK
+
+    @property
+    def pixels(self) -> int:
+        return self.side**2
+
+    @property
+    def numbers(self) -> int:
+        return self.pixels * self.width
+
+    @property
+    def segments(self) -> int:
+        return self.side * ceil(self.side / SEGMENT)
+
+    @property
+    def threads(self) -> int:
+        return min(MOST_THREADS, ceil(self.segments * self.width / PACK / WARP) * WARP)
+
+    def elementwise(self, reads: int, writes: int, operations: int) -> Work:
+        return Work(fma=operations * self.numbers, l1=(reads + writes) * FLOAT * self.numbers, barriers=1)
+
+    def convolution(self) -> Work:
+        """One 3x3 convolution.
+
+        Per warp, pack of input channels and row of taps: 6 loads from shared memory that all threads of a segment
+        share, 12 of weights, 192 multiply-adds a thread.
+        """
+        packs = self.width // PACK
+        warps = ceil(self.segments * packs / WARP)
+        steps = 3 * packs * warps
+        distinct = min(WARP, packs) * PACK * FLOAT  # bytes of weights a warp loads at once
+        wavefronts = 6 + 12 * ceil(distinct / 128)
+        return Work(
+            fma=9.0 * self.width**2 * self.segments * SEGMENT,
+            l1=128.0 * wavefronts * steps,
+            l2=9.0 * self.width**2 * FLOAT,
+            barriers=1,
+        ) + self.elementwise(2, 1, 2)
+
+    def norm(self) -> Work:
+        """Statistics: two passes over the map."""
+        return self.elementwise(3, 0, 3) + Work(barriers=9)
+
+    def evaluation(self) -> Work:
+        framed = self.norm() + self.elementwise(2, 1, 3)
+        return (framed + self.convolution()) * 2 + framed
+
+    def pull(self) -> Work:
+        return self.elementwise(4, 0, 4) + self.elementwise(3, 1, 4) + Work(barriers=9)
+
+    def product(self) -> Work:
+        """A vector-Jacobian product."""
+        return (self.elementwise(1, 1, 0) + self.convolution() + self.pull()) * 2 + self.pull()
+
+    def accumulation(self) -> Work:
+        """The parameters' gradient of a step: per thread and pixel three taps of 4 x 4 channels."""
+        packs = self.width // PACK
+        tasks = 3 * packs**2
+        loads = self.pixels * (1 + ceil(min(WARP, packs) * PACK * FLOAT / 128))
+        filters = Work(
+            fma=tasks * 48.0 * self.pixels,
+            l1=128.0 * loads * ceil(tasks / WARP),
+            l2=2 * 9.0 * self.width**2 * FLOAT,
+            barriers=1,
+        )
+        kinds = Work(fma=self.numbers, l1=FLOAT * self.numbers, l2=4.0 * KINDS * self.width * FLOAT, barriers=6)
+        return (self.elementwise(2, 1, 3) + filters + kinds) * 2
+
+    def base_bytes(self) -> int:
+        framed = (self.side + 2) * (ceil(self.side / SEGMENT) * SEGMENT + 2) * self.width
+        return FLOAT * (framed + 3 * 8 * self.width + 2 * self.numbers)
+
+    def forward(self, batch: int, steps: int) -> Kernel:
+        step = self.evaluation() + self.elementwise(2, 1, 1)
+        return Kernel(
+            f"conv {self.channels}×{self.side}×{self.side} forward, euler, {steps} steps, batch {batch}",
+            "forward_kernel<ConvDynamics<float> >",
+            batch,
+            self.threads,
+            self.base_bytes() + 2 * FLOAT * self.numbers,
+            step * steps,
+        )
+
+    def backward(self, batch: int, steps: int) -> Kernel:
+        """Discrete: what a stage is linearised about comes from memory."""
+        recalled = (self.norm() + self.elementwise(0, 1, 0)) * 3 + self.elementwise(2, 1, 1)
+        read = Work(l2=3.0 * FLOAT * self.numbers, memory=3.0 * FLOAT * self.numbers)
+        step = recalled + read + self.product() + self.accumulation() + self.elementwise(4, 1, 2)
+        return Kernel(
+            f"conv {self.channels}×{self.side}×{self.side} backward, discrete, {steps} steps, batch {batch}",
+            "backward_kernel<ConvDynamics<float> >",
+            batch,
+            self.threads,
+            self.base_bytes() + FLOAT * (8 * self.numbers + KINDS * self.width),
+            step * steps,
+        )
+
+
+# ---- MLPDynamics -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """dim -> hidden -> dim in a block of one warp; its weights stay in the first-level cache."""
+
+    dim: int
+    hidden: int
+
+    def products(self, columns: int, rows: int) -> Work:
+        """A matrix product: chains of additions, with the load of a weight (30 cycles) in each link but every other."""
+        shares = max(1, WARP // columns)
+        links = ceil(ceil(rows / shares) / 2)
+        rounds = ceil(columns / WARP)
+        return Work(
+            fma=2.0 * rows * columns,
+            l1=128.0 * 2 * ceil(rows / shares) * rounds,
+            barriers=2,
+            latency=rounds * links * 34.0 + 60,
+        )
+
+    def evaluation(self) -> Work:
+        activation = Work(fma=25.0 * WARP, latency=100)
+        return self.products(self.hidden, self.dim) + self.products(self.dim, self.hidden) + activation
+
+    def parameters(self) -> int:
+        return self.hidden * (self.dim + 2) + self.dim * (self.hidden + 1)
+
+    def forward(self, batch: int, steps: int) -> Kernel:
+        return Kernel(
+            f"MLP {self.dim}→{self.hidden}→{self.dim} forward, euler, {steps} steps, batch {batch}",
+            "forward_kernel<MlpDynamics<float> >",
+            batch,
+            WARP,
+            2 * FLOAT * (self.dim + self.hidden) + 4 * FLOAT * self.dim,
+            (self.evaluation() + Work(barriers=2, latency=40)) * steps,
+        )
+
+    def backward(self, batch: int, steps: int) -> Kernel:
+        gradient = Work(fma=8.0 * self.parameters(), l1=3.0 * FLOAT * self.parameters(), barriers=6, latency=400)
+        stored = Work(l2=float(FLOAT * self.dim), memory=float(FLOAT * self.dim), latency=600)
+        return Kernel(
+            f"MLP {self.dim}→{self.hidden}→{self.dim} backward, discrete, {steps} steps, batch {batch}",
+            "backward_kernel<MlpDynamics<float> >",
+            batch,
+            WARP,
+            3 * FLOAT * (self.dim + self.hidden) + FLOAT * (self.parameters() + 12 * self.dim),
+            (self.evaluation() * 2 + gradient + stored) * steps,
+        )
+
+
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+
+def blocks_per_multiprocessor(kernel: Kernel, gpu: Gpu, registers: int) -> int:
+    """The occupancy formula.
+
+    Registers are given to warps in units of 256, shared memory in units of 128 bytes, and 1 KiB a block to the system.
+    """
+    warps = kernel.threads // WARP
+    by_registers = gpu.registers // (warps * ceil(registers * WARP / 256) * 256)
+    shared = min(kernel.shared + SCRATCH_BYTES, gpu.shared_per_block)
+    by_shared = gpu.shared // (ceil(shared / 128) * 128 + 1024)
+    return min(by_registers, by_shared, gpu.threads // kernel.threads, gpu.blocks)
+
+
+def row(kernel: Kernel, gpu: Gpu, registers: int) -> dict[str, str]:
+    resident = blocks_per_multiprocessor(kernel, gpu, registers)
+    busiest = ceil(kernel.samples / gpu.multiprocessors)  # samples of the busiest multiprocessor
+    side_by_side = min(resident, busiest)
+    work = kernel.work
+    spilled = max(0, kernel.shared + SCRATCH_BYTES - gpu.shared_per_block)
+    seconds = {
+        "arithmetic": busiest * work.fma / gpu.fma / gpu.clock,
+        "shared memory": busiest * work.l1 / gpu.l1_bytes / gpu.clock,
+        "L2": kernel.samples * work.l2 / gpu.l2_rate,
+        "memory": kernel.samples * work.memory / gpu.memory_rate,
+    }
+    waiting = ceil(busiest / side_by_side) * (work.barriers * BARRIER_CYCLES + work.latency) / gpu.clock
+    limit = max(seconds, key=lambda name: seconds[name])
+    if waiting > seconds[limit]:
+        limit = "waiting"
+    total = max(seconds.values()) + waiting
+    return {
+        "GPU": gpu.name,
+        "kernel": kernel.name,
+        "operations": f"{2e-9 * kernel.samples * work.fma:.2f} GFLOP",
+        "shared memory": f"{1e-6 * kernel.samples * work.l1:.0f} MB",
+        "L2": f"{1e-6 * kernel.samples * work.l2:.0f} MB",
+        "registers": str(registers),
+        "shared a block": f"{(kernel.shared + SCRATCH_BYTES) / 1024:.0f} KiB" + (" (spills)" if spilled else ""),
+        "blocks an SM": str(resident),
+        "occupancy": f"{100 * resident * kernel.threads / gpu.threads:.0f}%",
+        "bound": limit,
+        "predicted": f"{1e3 * total:.3f} ms",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="what .ci/compile_cuda.py --json wrote")
+    parser.add_argument("--markdown", action="store_true", help="print a table for docs/cuda.md")
+    arguments = parser.parse_args()
+    report = {(k["kernel"], k["architecture"]): k["registers"] for k in json.loads(arguments.report.read_text())}
+    conv, mlp = Conv(64, 8), Mlp(2, 16)
+    kernels = [conv.forward(1, 20), conv.forward(120, 20), conv.forward(1024, 20), conv.backward(120, 20)]
+    kernels += [mlp.forward(1, 20), mlp.forward(4096, 20), mlp.backward(128, 20)]
+    rows = [row(kernel, gpu, report[kernel.ptxas, gpu.architecture]) for gpu in GPUS for kernel in kernels]
+    names = list(rows[0])
+    if arguments.markdown:
+        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+        for line in rows:
+            print(f"| {' | '.join(line.values())} |")
+        return
+    widths = [max(len(name), *(len(line[name]) for line in rows)) for name in names]
+    for line in [dict(zip(names, names)), *rows]:
+        print("  ".join(line[name].ljust(width) for name, width in zip(names, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

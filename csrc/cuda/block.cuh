@@ -1,0 +1,219 @@
+// What scheme.h, stage.h and the layers are written in, for one block of threads that carries one sample.
+//
+// Every thread of the block runs the same code with the same scalars; a vector is one number, and a loop over a
+// sample's numbers is shared out to the threads. Each such loop ends in a barrier, so whatever it wrote may be read by
+// any thread in the next one. Blocks are whole warps.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../problem.h"
+
+#define NODESHAPE_TARGET cuda
+#ifdef __CUDACC__
+#define NODESHAPE_INLINE __host__ __device__ __forceinline__
+#else
+#define NODESHAPE_INLINE inline __attribute__((always_inline))
+#endif
+
+extern __shared__ double nodeshape_shared_memory[];
+
+namespace nodeshape::cuda {
+
+/// A block carries one sample: what it saves in fetched weights another one would cost in shared memory.
+inline constexpr int kMaxGroup = 1;
+
+template <class T>
+using Vec = T;
+
+/// Numbers that are loaded and stored together; rows of channels are whole packs.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kCount = 4;
+  T lanes[kCount];
+};
+
+template <class T>
+NODESHAPE_INLINE constexpr int64_t padded(int64_t n) {
+  return (n + Pack<T>::kCount - 1) / Pack<T>::kCount * Pack<T>::kCount;
+}
+
+template <class T>
+NODESHAPE_INLINE T load(const T* p) {
+  return *p;
+}
+template <class T>
+NODESHAPE_INLINE void store(T* p, T x) {
+  *p = x;
+}
+template <class T>
+NODESHAPE_INLINE Pack<T> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T>*>(p);
+}
+template <class T>
+NODESHAPE_INLINE void store_pack(T* p, const Pack<T>& x) {
+  *reinterpret_cast<Pack<T>*>(p) = x;
+}
+template <class T>
+NODESHAPE_INLINE T splat(T x) {
+  return x;
+}
+NODESHAPE_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+NODESHAPE_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
+template <class T>
+NODESHAPE_INLINE T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+NODESHAPE_INLINE T min(T a, T b) {
+  return a < b ? a : b;
+}
+
+// Scalars are computed by every thread alike, and in double they would take a GPU without double units longer than the
+// sample's own arithmetic.
+template <class T>
+NODESHAPE_INLINE double square_root(double x) {
+  return double(std::sqrt(T(x)));
+}
+template <class T>
+NODESHAPE_INLINE T reciprocal(double x) {
+  return T(1) / T(x);
+}
+
+NODESHAPE_INLINE float quotient(float a, float b) { return a / b; }
+
+/// 2^n for whole n from -126 to 127.
+NODESHAPE_INLINE float power_of_two(float n) {
+  const int32_t bits = (int32_t(n) + 127) * (1 << 23);
+  float power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+template <class Function>
+NODESHAPE_INLINE double lane_by_lane(double x, Function&& function) {
+  return function(x);
+}
+
+// ---- the block ---------------------------------------------------------------------------------------------------
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMostThreads = 256;
+
+/// The part of shared memory that the loops below work in; an Arena has the rest.
+inline constexpr int64_t kScratchBytes = kMostThreads * int64_t(sizeof(double));
+
+// Functions that scheme.h calls on the device exist on the host too, where they are compiled and never run.
+#if defined(__CUDA_ARCH__) || !defined(__CUDACC__)
+NODESHAPE_INLINE int thread() { return int(threadIdx.x); }
+NODESHAPE_INLINE int threads() { return int(blockDim.x); }
+NODESHAPE_INLINE void barrier() { __syncthreads(); }
+template <class T>
+NODESHAPE_INLINE T from_lane_xor(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+NODESHAPE_INLINE char* shared_memory() { return reinterpret_cast<char*>(nodeshape_shared_memory); }
+#else
+inline int thread() { return 0; }
+inline int threads() { return 1; }
+inline void barrier() {}
+template <class T>
+T from_lane_xor(T x, int) {
+  return x;
+}
+inline char* shared_memory() { return nullptr; }
+#endif
+
+/// Whether this thread keeps the records of the sample its block carries.
+NODESHAPE_INLINE bool leads() { return thread() == 0; }
+
+/// Calls body(i) for every i below `size`.
+template <class T, class Body>
+NODESHAPE_INLINE void each(int64_t size, Body&& body) {
+  for (int64_t i = thread(); i < size; i += threads()) body(i);
+#ifndef NODESHAPE_WITHOUT_A_BARRIER  // which a test defines, to see that it is missed
+  barrier();
+#endif
+}
+
+template <class Body>
+NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
+  for (int64_t i = thread(); i < count; i += threads()) body(i);
+  barrier();
+}
+
+/// body(i) for every i, combined in a fixed order: the same bits in every thread.
+template <class T, class Body, class Combine>
+NODESHAPE_INLINE T reduce(int64_t size, Body&& body, Combine&& combine) {
+  T result = 0;
+  for (int64_t i = thread(); i < size; i += threads()) result = combine(result, body(i));
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) result = combine(result, from_lane_xor(result, mask));
+  if (threads() > kWarp) {
+    T* warps = reinterpret_cast<T*>(shared_memory());
+    if (thread() % kWarp == 0) warps[thread() / kWarp] = result;
+    barrier();
+    result = warps[0];
+    for (int w = 1; w < threads() / kWarp; ++w) result = combine(result, warps[w]);
+  }
+  barrier();
+  return result;
+}
+
+template <class T, class Body>
+NODESHAPE_INLINE T total(int64_t size, Body&& body) {
+  return reduce<T>(size, body, [](T a, T b) { return a + b; });
+}
+
+/// The largest magnitude of body(i); NaN is none.
+template <class T, class Body>
+NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
+  const auto magnitude = [&](int64_t i) {
+    const T x = body(i);
+    return x < 0 ? -x : x;
+  };
+  return reduce<T>(size, magnitude, [](T a, T b) { return b > a ? b : a; });
+}
+
+/// sink(c, the sum over rows of body(row, c)) for every column c: threads side by side take columns side by side, and
+/// where columns are fewer than threads, a share of the rows each.
+template <class T, class Body, class Sink>
+NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
+  const int shares = columns < threads() ? threads() / int(columns) : 1;
+  const auto sum_of = [&](int64_t c, int share) {
+    T s0 = 0, s1 = 0;
+    int64_t r = share;
+    for (; r + shares < rows; r += 2 * shares) {
+      s0 += body(r, c);
+      s1 += body(r + shares, c);
+    }
+    if (r < rows) s0 += body(r, c);
+    return s0 + s1;
+  };
+  if (shares == 1) {
+    for (int64_t c = thread(); c < columns; c += threads()) sink(c, sum_of(c, 0));
+    barrier();
+    return;
+  }
+  T* sums = reinterpret_cast<T*>(shared_memory());
+  const int share = thread() / int(columns);
+  if (share < shares) sums[thread()] = sum_of(thread() - share * columns, share);
+  barrier();
+  if (thread() < columns) {
+    T sum = sums[thread()];
+    for (int s = 1; s < shares; ++s) sum += sums[s * columns + thread()];
+    sink(thread(), sum);
+  }
+  barrier();
+}
+
+/// sums[c] = the sum over rows of body(row, c).
+template <class T, class Body>
+NODESHAPE_INLINE void sum_rows(int64_t rows, int64_t columns, T* sums, Body&& body) {
+  sum_columns<T>(rows, columns, body, [=](int64_t c, T sum) { sums[c] = sum; });
+}
+
+}  // namespace nodeshape::cuda

@@ -1,0 +1,39 @@
+// The CUDA solver, as its ops see it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <functional>
+#include <vector>
+
+#include "../model.h"
+#include "../problem.h"
+
+namespace nodeshape::cuda {
+
+/// The first failure that a solve left behind, in host memory that kernels write to.
+struct Report {
+  int taken = 0;           // by the kernel that writes it
+  volatile int ready = 0;  // set last
+  FirstFailures failed;
+  int64_t samples;
+  double tolerance, drift_tolerance;
+};
+
+/// Where kernels run and what they may use.
+struct Launch {
+  cudaStream_t stream;
+  std::function<void*(int64_t bytes)> scratch;  // device memory, valid for what is launched on the stream by now
+  Report* report;
+};
+
+/// The grid of a problem is in host memory, `failures` is ignored, everything else in device memory. Launches kernels
+/// and returns; a sample that fails gives NaN and a report.
+template <class Model, class T>
+void forward(const Model& model, ForwardProblem<T> problem, const Launch& on);
+
+/// As forward(); `gradients` are as many as the model has parameters, `problem.grad_parameters` is ignored.
+template <class Model, class T>
+void backward(const Model& model, BackwardProblem<T> problem, const std::vector<T*>& gradients, const Launch& on);
+
+}  // namespace nodeshape::cuda

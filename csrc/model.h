@@ -1,0 +1,25 @@
+// The dynamics that have a fused solver, as their parameters.
+#pragma once
+
+#include <cstdint>
+
+namespace nodeshape {
+
+/// GroupNorm-ReLU-Conv-GroupNorm-ReLU-Conv-GroupNorm; parameters in the order of ConvDynamics.state_dict().
+struct ConvModel {
+  int64_t channels, height, width, groups;
+  const void* parameters[10];  // float or double
+};
+
+enum class Activation : int { tanh, relu, softplus, silu };
+
+/// A chain of Linear layers; parameters in the order of MLPDynamics.state_dict().
+struct MlpModel {
+  int64_t dim;
+  int64_t layers;
+  const int64_t* widths;          // [layers], outputs of each layer; the last is dim
+  const void* const* parameters;  // [2 * layers]: weight [out, in], bias [out]
+  Activation activation;
+};
+
+}  // namespace nodeshape

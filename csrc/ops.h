@@ -1,0 +1,337 @@
+// The ops, for any device: checks of every argument before any work, errors of samples that failed, and what a device
+// brings to run them. A Device has
+//     check(common, y0)                                   whether the state is where it can be read
+//     solve(common, owner, y0)                            for a ConvOwner and an MlpOwner, -> SolveResult
+//     solve_backward(common, owner, y0, arguments)        -> GradientResult
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "model.h"
+#include "problem.h"
+
+namespace nodeshape {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// ---- tensors ---------------------------------------------------------------------------------------------------
+
+inline Sizes sizes_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+inline std::string text(const Sizes& sizes) {
+  std::string out = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
+  return out + "]";
+}
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline Sizes dense_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return strides;
+}
+
+template <class T>
+int32_t dtype_of();
+template <>
+inline int32_t dtype_of<float>() {
+  return aoti_torch_dtype_float32();
+}
+template <>
+inline int32_t dtype_of<double>() {
+  return aoti_torch_dtype_float64();
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+// ---- checks ----------------------------------------------------------------------------------------------------
+
+[[noreturn]] inline void fail(const std::string& op, const std::string& message) {
+  throw std::runtime_error(op + ": " + message);
+}
+
+/// A macro so that a message is only put together when it is needed.
+#define NODESHAPE_CHECK(good, op, message) \
+  if (!(good)) fail(op, message)
+
+/// A tensor the kernels can read: on the state's device, of its dtype and of a given shape.
+inline void check_tensor(const std::string& op, const std::string& name, const Tensor& x, const Tensor& y0,
+                         const Sizes& expected) {
+  NODESHAPE_CHECK(x.is_cpu() ? y0.is_cpu() : !y0.is_cpu() && x.get_device_index() == y0.get_device_index(), op,
+                  name + " must be on the device of y0");
+  NODESHAPE_CHECK(x.scalar_type() == y0.scalar_type(), op, name + " must have the dtype of y0");
+  NODESHAPE_CHECK(sizes_of(x) == expected, op, name + " is " + text(sizes_of(x)) + " but must be " + text(expected));
+}
+
+/// What every op is given besides the model.
+struct Common {
+  std::string op;
+  Tensor t;
+  std::vector<int64_t> steps;
+  double theta, tolerance;
+  int64_t max_iterations;
+  std::string adjoint;
+  int64_t checkpoint_every;
+  double drift_tolerance;
+
+  /// What the forward solve keeps for this gradient mode; "none" is a solve without a gradient.
+  int64_t store() const {
+    if (adjoint == "discrete") return kStoreStages;
+    return adjoint == "reversible" ? checkpoint_every : kStoreNothing;
+  }
+  Grid grid() const { return {static_cast<const double*>(t.data_ptr()), t.size(0), steps.data(), theta}; }
+  StageOptions stage() const { return {tolerance, max_iterations}; }
+
+  void check_arguments(const Tensor& y0) const {
+    NODESHAPE_CHECK(y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double, op,
+                    "y0 must be float32 or float64");
+    NODESHAPE_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 1, op,
+                    "t must be a one-dimensional float64 tensor on the CPU");
+    NODESHAPE_CHECK(t.size(0) >= 1, op, "t must hold at least one observation time");
+    NODESHAPE_CHECK(int64_t(steps.size()) == t.size(0) - 1, op,
+                    "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(t.size(0)) +
+                        " observation times; give one for each interval between them");
+    for (int64_t count : steps)
+      NODESHAPE_CHECK(count >= 1, op, "every interval needs at least 1 step, got " + std::to_string(count));
+    NODESHAPE_CHECK(
+        theta == 0.0 || theta == 0.5 || theta == 1.0, op,
+        "theta must be 0 (euler), 0.5 (implicit_midpoint) or 1 (implicit_euler), got " + std::to_string(theta));
+    NODESHAPE_CHECK(tolerance > 0, op, "tolerance must be positive, got " + std::to_string(tolerance));
+    NODESHAPE_CHECK(max_iterations >= 1, op,
+                    "max_iterations must be at least 1, got " + std::to_string(max_iterations));
+    NODESHAPE_CHECK(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous",
+                    op, "unknown adjoint '" + adjoint + "': choose one of none, discrete, reversible, continuous");
+    NODESHAPE_CHECK(
+        checkpoint_every >= 0, op,
+        "checkpoint_every must be a number of steps, or 0 for none, got " + std::to_string(checkpoint_every));
+    NODESHAPE_CHECK(drift_tolerance > 0, op,
+                    "drift_tolerance must be positive, got " + std::to_string(drift_tolerance));
+  }
+};
+
+// ---- models ----------------------------------------------------------------------------------------------------
+
+/// A model with the tensors that keep its parameters alive.
+template <class Model>
+struct Owner {
+  Model model;
+  std::vector<Tensor> tensors;
+  std::vector<const void*> pointers;
+  Sizes widths;
+};
+
+using ConvOwner = Owner<ConvModel>;
+using MlpOwner = Owner<MlpModel>;
+
+inline void conv_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights, ConvOwner& owner) {
+  NODESHAPE_CHECK(y0.dim() == 4, op, "y0 must be [batch, channels, height, width], got " + text(sizes_of(y0)));
+  NODESHAPE_CHECK(weights.size() == 10, op,
+                  "expected the 10 parameters of ConvDynamics, got " + std::to_string(weights.size()));
+  const int64_t c = y0.size(1), height = y0.size(2), width = y0.size(3);
+  NODESHAPE_CHECK(height >= 1 && width >= 1, op, "y0 has an empty feature map, " + text(sizes_of(y0)));
+  NODESHAPE_CHECK(weights[2].dim() == 4, op, "conv1.weight must have 4 dimensions");
+  NODESHAPE_CHECK(
+      weights[2].size(0) == c, op,
+      "y0 has " + std::to_string(c) + " channels but conv1.weight expects " + std::to_string(weights[2].size(0)));
+  const int64_t groups = std::min<int64_t>(32, c);
+  NODESHAPE_CHECK(c >= 1 && c % groups == 0, op,
+                  "channels must be 1 to 32 or a multiple of 32, got " + std::to_string(c));
+  static const char* const names[] = {"norm1.weight", "norm1.bias",   "conv1.weight", "conv1.bias",   "norm2.weight",
+                                      "norm2.bias",   "conv2.weight", "conv2.bias",   "norm3.weight", "norm3.bias"};
+  owner.model = {c, height, width, groups, {}};
+  for (int i = 0; i < 10; ++i) {
+    check_tensor(op, names[i], weights[i], y0, i == 2 || i == 6 ? Sizes{c, c + 1, 3, 3} : Sizes{c});
+    owner.tensors.push_back(dense(weights[i]));
+    owner.model.parameters[i] = owner.tensors.back().data_ptr();
+  }
+}
+
+inline void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights,
+                      const std::string& activation, MlpOwner& owner) {
+  NODESHAPE_CHECK(y0.dim() == 2, op, "y0 must be [batch, dim], got " + text(sizes_of(y0)));
+  NODESHAPE_CHECK(
+      !weights.empty() && weights.size() % 2 == 0, op,
+      "weights must be a weight and a bias for each layer, got " + std::to_string(weights.size()) + " tensors");
+  static const char* const names[] = {"tanh", "relu", "softplus", "silu"};
+  const auto found = std::find(std::begin(names), std::end(names), activation);
+  NODESHAPE_CHECK(found != std::end(names), op,
+                  "unknown activation '" + activation + "': choose one of tanh, relu, softplus, silu");
+  const int64_t dim = y0.size(1), layers = int64_t(weights.size()) / 2;
+  NODESHAPE_CHECK(dim >= 1, op, "y0 must have at least one component");
+  int64_t in = dim + 1;
+  for (int64_t l = 0; l < layers; ++l) {
+    const std::string layer = "layers." + std::to_string(l);
+    const Tensor& weight = weights[2 * l];
+    NODESHAPE_CHECK(weight.dim() == 2, op, layer + ".weight must have 2 dimensions");
+    const int64_t out = l + 1 == layers ? dim : weight.size(0);
+    NODESHAPE_CHECK(out >= 1, op, layer + " must have at least one output");
+    if (l == 0)
+      NODESHAPE_CHECK(weight.size(1) == in, op,
+                      "y0 has " + std::to_string(dim) + " components but layers.0.weight expects " +
+                          std::to_string(weight.size(1) - 1) + " and the time");
+    check_tensor(op, layer + ".weight", weight, y0, {out, in});
+    check_tensor(op, layer + ".bias", weights[2 * l + 1], y0, {out});
+    for (int i = 0; i < 2; ++i) {
+      owner.tensors.push_back(dense(weights[2 * l + i]));
+      owner.pointers.push_back(owner.tensors.back().data_ptr());
+    }
+    owner.widths.push_back(out);
+    in = out;
+  }
+  owner.model = {dim, layers, owner.widths.data(), owner.pointers.data(), Activation(found - std::begin(names))};
+}
+
+// ---- results ---------------------------------------------------------------------------------------------------
+
+inline std::string format(const char* pattern, double value) {
+  char buffer[64];
+  std::snprintf(buffer, sizeof buffer, pattern, value);
+  return buffer;
+}
+
+/// Raise for the samples that failed first, if any did.
+inline void check_failures(const FirstFailures& failed, int64_t samples, double tolerance, double drift_tolerance) {
+  if (failed.count == 0) return;
+  const Failure& worst = failed.worst;
+  const std::string some = std::to_string(failed.count) + " of " + std::to_string(samples) + " samples";
+  if (worst.kind == Failure::drift)
+    throw std::runtime_error(
+        "ReversalDriftError: " + some + " drifted by up to " + format("%.1e", failed.residual) +
+        " (relative) when the trajectory was rebuilt back to t=" + format("%.6g", worst.t) + ", tolerance " +
+        format("%.1e", drift_tolerance) +
+        ": the flow contracts too strongly to be undone; set options={'checkpoint_every': m} with a smaller m, or use"
+        " adjoint='discrete'");
+  static const char* const sweeps[] = {"forward", "reversed", "transposed", "backward"};
+  throw std::runtime_error(
+      "StageSolveError: " + some + " (the first is number " + std::to_string(failed.first) + ") did not solve the " +
+      sweeps[int(worst.sweep)] + " stage equation at t=" + format("%.6g", worst.t) +
+      " with h=" + format("%.3g", worst.h) + ": relative residual " + format("%.1e", worst.residual) + " after " +
+      std::to_string(worst.evaluations) + " evaluations, tolerance " + format("%.1e", tolerance) + "; " +
+      (worst.sweep == Sweep::reversed ? "use adjoint='discrete'" : "take smaller steps") +
+      ", for a small stiff state use options={'stage_solver': 'newton'}, or loosen options={'stage_tolerance': ...}");
+}
+
+using SolveResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using GradientResult = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor>;
+
+/// [rows, ...shape of a sample]; a feature map [channels, height, width] is stored channels last, and a stage of it
+/// with the maps that ConvDynamics keeps.
+inline Sizes stored_sizes(const Common& common, const Tensor& y0) {
+  Sizes sizes = sizes_of(y0);
+  if (sizes.size() == 4) {
+    const int64_t maps = common.store() == kStoreStages ? kConvMapsKept : 1;
+    sizes = {sizes[0], maps, sizes[2], sizes[3], sizes[1]};
+  }
+  sizes.insert(sizes.begin(), stored_rows(common.store(), common.grid()));
+  return sizes;
+}
+
+/// y0, as the first observation.
+inline Tensor first(const std::string& op, const Tensor& ys) {
+  NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op,
+                  "ys must hold at least one observation, got " + text(sizes_of(ys)));
+  return torch::stable::select(ys, 0, 0);
+}
+
+struct BackwardArguments {
+  Tensor grad_ys, ys, stored;
+};
+
+inline void check_backward(const Common& common, const Tensor& y0, const BackwardArguments& arguments) {
+  Sizes sizes = sizes_of(y0);
+  sizes.insert(sizes.begin(), common.t.size(0));
+  check_tensor(common.op, "ys", arguments.ys, y0, sizes);
+  check_tensor(common.op, "grad_ys", arguments.grad_ys, y0, sizes);
+  check_tensor(common.op, "stages", arguments.stored, y0, stored_sizes(common, y0));
+}
+
+inline Adjoint adjoint_of(const Common& common) {
+  NODESHAPE_CHECK(common.adjoint != "none", common.op, "the forward solve was asked for no gradient, adjoint='none'");
+  if (common.adjoint == "discrete") return Adjoint::discrete;
+  return common.adjoint == "reversible" ? Adjoint::reversible : Adjoint::continuous;
+}
+
+// ---- ops -------------------------------------------------------------------------------------------------------
+
+template <class Device>
+SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::vector<int64_t> steps, double theta,
+                       double tolerance, int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
+                       double drift_tolerance) {
+  const Common common{"conv_solve",   dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
+  Device::check(common, y0);
+  common.check_arguments(y0);
+  ConvOwner owner;
+  conv_model(common.op, y0, weights, owner);
+  return Device::solve(common, owner, y0);
+}
+
+template <class Device>
+GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
+                                   std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
+                                   std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
+  const Common common{"conv_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations,        std::move(adjoint), checkpoint_every, drift_tolerance};
+  const Tensor y0 = first(common.op, ys);
+  Device::check(common, y0);
+  common.check_arguments(y0);
+  ConvOwner owner;
+  conv_model(common.op, y0, weights, owner);
+  return Device::solve_backward(common, owner, y0, {grad_ys, ys, stages});
+}
+
+template <class Device>
+SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::string activation,
+                      std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
+                      std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
+  const Common common{"mlp_solve",    dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
+  Device::check(common, y0);
+  common.check_arguments(y0);
+  MlpOwner owner;
+  mlp_model(common.op, y0, weights, activation, owner);
+  return Device::solve(common, owner, y0);
+}
+
+template <class Device>
+GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
+                                  std::string activation, std::vector<int64_t> steps, double theta, double tolerance,
+                                  int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
+                                  double drift_tolerance) {
+  const Common common{"mlp_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
+                      max_iterations,       std::move(adjoint), checkpoint_every, drift_tolerance};
+  const Tensor y0 = first(common.op, ys);
+  Device::check(common, y0);
+  common.check_arguments(y0);
+  MlpOwner owner;
+  mlp_model(common.op, y0, weights, activation, owner);
+  return Device::solve_backward(common, owner, y0, {grad_ys, ys, stages});
+}
+
+/// The four ops of a device, for STABLE_TORCH_LIBRARY_IMPL.
+#define NODESHAPE_REGISTER_OPS(m, Device)                                 \
+  m.impl("conv_solve", TORCH_BOX(&conv_solve<Device>));                   \
+  m.impl("conv_solve_backward", TORCH_BOX(&conv_solve_backward<Device>)); \
+  m.impl("mlp_solve", TORCH_BOX(&mlp_solve<Device>));                     \
+  m.impl("mlp_solve_backward", TORCH_BOX(&mlp_solve_backward<Device>))
+
+}  // namespace nodeshape

@@ -1,0 +1,134 @@
+"""The CUDA kernels, executed: on a GPU where there is one, and everywhere on the CPU.
+
+``tests/cuda_shim`` plays the GPU: the kernels' own sources, compiled as C++, with a block's threads as fibres that run
+in random order between barriers. Its library takes the place of the CPU's ops, in a process under AddressSanitizer, and
+the tests of the fused solver run on it as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from fused_reference import ADJOINTS, METHODS, random_conv, solve
+
+import nodeshape as ns
+from nodeshape import _fused
+
+ROOT = Path(__file__).parent.parent
+SANITIZERS = ("address", "undefined")
+FLAGS = [
+    *("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *(f"-fsanitize={','.join(SANITIZERS)}", "-fno-sanitize-recover=undefined"),
+    *("-DNODESHAPE_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *("-I", str(ROOT / "tests/cuda_shim"), "-isystem", str(Path(torch.__file__).parent / "include")),
+]
+SOURCES = ["tests/cuda_shim/cuda_shim.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/conv.cu", "csrc/cuda/mlp.cu"]
+
+pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
+on_host = pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("g++") is None,
+    reason="the shim needs g++ on x86-64 Linux",
+)
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The kernels as a library for the CPU."""
+
+    def compile(source: str) -> str:
+        output = str(folder / f"{Path(source).stem}_{Path(source).suffix[1:]}.o")
+        subprocess.run(["g++", *FLAGS, *flags, "-x", "c++", "-c", str(ROOT / source), "-o", output], check=True)
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, SOURCES))
+    library = folder / "libnodeshape_cuda_on_host.so"
+    torch_libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", "-shared", *FLAGS, *objects, *torch_libraries, "-o", str(library)], check=True)
+    return library
+
+
+def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run tests in a process whose fused solver is ``library``."""
+    runtimes = [
+        subprocess.run(
+            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python and torch leak on purpose
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--cuda-on-host={library}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("shim"))
+
+
+@on_host
+def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(library):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, with blocks of several sizes, in random order."""
+    # torch.compile's tools do not run under a preload, and some tests are of CPU threads and instruction sets.
+    others = "compiled exported scripted opcheck forked instruction_set threads unsolved drift_of float32_activations"
+    done = run_tests(
+        library,
+        *("tests/test_fused_solver.py", "tests/test_fused_ops.py", "tests/cuda_shim/test_failures.py"),
+        *("-k", " and ".join(f"not {name}" for name in others.split())),
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
+
+
+@on_host
+def test_a_missing_barrier_is_found(tmp_path):
+    """What the random order is for: kernels without the barrier after their loops do not give the right numbers."""
+    broken = build(tmp_path, "-DNODESHAPE_WITHOUT_A_BARRIER")
+    done = run_tests(broken, "tests/test_fused_solver.py", "-k", "conv_agrees and euler and discrete")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed" in done.stdout
+    assert "AssertionError" in done.stdout or "assert" in done.stdout
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dynamics", ["conv", "mlp"])
+def test_gpu_agrees_with_the_plain_loop(dynamics, method, adjoint):
+    torch.manual_seed(0)
+    if dynamics == "conv":
+        f, y0 = random_conv(16), torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    else:
+        f, y0 = ns.MLPDynamics(3, (33, 7)), torch.randn(19, 3, dtype=torch.float64)
+    times = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    arguments = {"method": method, "adjoint": adjoint, "steps": 3, "options": {"drift_tolerance": 1e-2}}
+    plain = solve(f, y0, times, fused=False, dtype=torch.float64, **arguments)
+    for dtype, (forward, gradients) in {torch.float32: (1e-5, 1e-4), torch.float64: (1e-12, 1e-11)}.items():
+        fused = solve(f.cuda(), y0.cuda(), times, fused=True, dtype=dtype, **arguments)
+        to_ys, to_y0, to_t, to_parameters = fused.distance(plain)
+        assert to_ys < forward
+        assert max(to_y0, to_parameters, to_t / 10) < gradients
+
+
+@pytest.mark.cuda
+def test_solve_can_be_captured_in_a_cuda_graph():
+    f, y0 = ns.ConvDynamics(16).cuda(), torch.randn(3, 16, 8, 8, device="cuda")
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with torch.no_grad():
+        expected = ns.odeint(f, y0, times, method="implicit_midpoint", steps=5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ys = ns.odeint(f, y0, times, method="implicit_midpoint", steps=5)
+        graph.replay()
+    assert torch.equal(ys, expected)
