@@ -23,6 +23,8 @@ from nodeshape._datasets import Data, Split
 TEST_BATCH_SIZE = 300
 #: Training batches whose mean and variance become the batch normalisation's after each epoch.
 CALIBRATION_BATCHES = 8
+#: The learning rate starts at its peak divided by this.
+WARM_UP_FROM = 10
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Recipe:
         epochs: passes over the training images.
         batch_size: images a step.
         lr: peak of the one-cycle learning rate.
+        warm_up: part of the steps in which the rate rises to its peak; it falls to zero in the rest.
+        betas: of AdamW. A short memory of the gradient, because a few dozen steps must do.
         weight_decay: of AdamW.
         seed: fixes the order of the images.
     """
@@ -40,6 +44,8 @@ class Recipe:
     epochs: int = 5
     batch_size: int = 120
     lr: float = 0.01
+    warm_up: float = 0.15
+    betas: tuple[float, float] = (0.8, 0.999)
     weight_decay: float = 1e-4
     seed: int = 0
 
@@ -93,9 +99,17 @@ class Trainer:
     def __init__(self, model: ShapeClassifier, data: Data, recipe: Recipe, device: torch.device) -> None:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
         self.batches = -(-len(data.train) // recipe.batch_size)
-        self.optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-        total = max(2, recipe.epochs * self.batches)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, recipe.lr, total_steps=total)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            recipe.lr,
+            total_steps=max(2, recipe.epochs * self.batches),
+            pct_start=recipe.warm_up,
+            div_factor=WARM_UP_FROM,
+            cycle_momentum=False,
+        )
         self.progress = Progress()
 
     def state(self) -> dict[str, Any]:
@@ -201,7 +215,7 @@ def calibrate_batch_norm(model: nn.Module, batches: Iterator[Tensor]) -> None:
     The usual moving average lags behind weights that change fast, by a lot after a few dozen steps (Wu & Johnson,
     *Rethinking "Batch" in BatchNorm*, arXiv:2105.07576, section 3).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
