@@ -61,7 +61,7 @@ class ShapeClassifier(nn.Module):
         if image.dim() != 4 or image.shape[1:] != expected:
             sizes = ", ".join(map(str, expected))
             raise ValueError(f"ShapeClassifier expects images [batch, {sizes}], got {list(image.shape)}")
-        logits: Tensor = self.head(self.ode(self.stem(image)))
+        logits: Tensor = self.head(self.ode(self.stem(image).contiguous()))
         return logits
 
     def with_solver(
@@ -79,7 +79,7 @@ def _stem(in_channels: int, width: int, halvings: int) -> nn.Sequential:
 
     The first layer is rectified by absolute value (Jarrett et al., ICCV 2009, doi:10.1109/ICCV.2009.5459469), so that
     an edge counts alike from dark to bright and from bright to dark. Maps are halved before they are normalised, on a
-    quarter of the pixels, and channels lie next to each other in memory: both halve the time of a batch of 120 here.
+    quarter of the pixels, and channels lie next to each other in memory: together this halves the stem's time on a CPU.
     """
     widths = [FIRST_WIDTH, *[width] * max(1, halvings)]
     layers: list[nn.Module] = [nn.BatchNorm2d(in_channels)]
@@ -98,9 +98,9 @@ def _stem(in_channels: int, width: int, halvings: int) -> nn.Sequential:
 def _head(width: int, num_classes: int) -> nn.Sequential:
     """Features to logits.
 
-    The maximum of a channel says whether its feature is anywhere, the mean how much of it there is. Batch
-    normalisation of both takes away what they share over all images, which would otherwise be most of what the last
-    layer sees: a compound epoch of 23 steps ends at 78 % accuracy instead of 73 %.
+    The maximum of a channel says whether its feature is anywhere, the mean how much of it there is. Both have a mean
+    over all images that outweighs their differences; batch normalisation takes it away, so that the last layer learns
+    from the differences at once. Layer normalisation, which leaves it, is far behind after the first epochs.
     """
     return nn.Sequential(
         nn.BatchNorm2d(width), nn.ReLU(), _GlobalPool(), _PooledNorm(2 * width), nn.Linear(2 * width, num_classes)
