@@ -14,10 +14,12 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nodeshape._augment import apply_maps, random_maps
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
 from nodeshape._datasets import Data, Split
@@ -25,8 +27,10 @@ from nodeshape._processes import Processes
 from nodeshape._streaming import StreamedSplit
 
 TEST_BATCH_SIZE = 300
-#: Training batches whose mean and variance become the batch normalisation's after each epoch.
-CALIBRATION_BATCHES = 8
+#: Training images whose mean and variance become the batch normalisation's after each epoch.
+CALIBRATION_IMAGES = 960
+#: The learning rate starts at its peak divided by this.
+WARM_UP_FROM = 10
 CLASS_WEIGHTS = ("none", "balanced")
 
 
@@ -38,8 +42,11 @@ class Recipe:
         epochs: passes over the training images.
         batch_size: images a step, over all processes.
         lr: peak of the one-cycle learning rate.
+        warm_up: part of the steps in which the rate rises to its peak; it falls to zero in the rest.
+        betas: of AdamW. A short memory of the gradient, because a few dozen steps must do.
         weight_decay: of AdamW.
-        seed: fixes the order of the images.
+        augment: one of ``AUGMENTATIONS``.
+        seed: fixes the order of the images and their augmentation.
         patience: stop after so many epochs without a better test accuracy; None to train them all.
         clip_norm: gradients are scaled down to this Euclidean norm; None for no limit.
         class_weights: ``"balanced"`` weighs images so that every class counts the same, however many it has.
@@ -49,12 +56,19 @@ class Recipe:
     epochs: int = 5
     batch_size: int = 120
     lr: float = 0.01
+    warm_up: float = 0.15
+    betas: tuple[float, float] = (0.8, 0.999)
     weight_decay: float = 1e-4
+    augment: str = "none"
     seed: int = 0
     patience: int | None = None
     clip_norm: float | None = None
     class_weights: str = "none"
     amp: bool = False
+
+
+#: What ``--recipe`` chooses from: the report's protocol, and one for a few hundred images.
+RECIPES = {"default": Recipe(), "small": Recipe(batch_size=20, lr=0.005, augment="turn")}
 
 
 @dataclass
@@ -119,9 +133,17 @@ class Trainer:
         self.model, self.data, self.recipe, self.device, self.processes = model, data, recipe, device, processes
         self.dtype = next(model.parameters()).dtype
         self.batches = -(-len(data.train) // recipe.batch_size)
-        self.optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-        total = max(2, recipe.epochs * self.batches)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, recipe.lr, total_steps=total)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            recipe.lr,
+            total_steps=max(2, recipe.epochs * self.batches),
+            pct_start=recipe.warm_up,
+            div_factor=WARM_UP_FROM,
+            cycle_momentum=False,
+        )
         self.progress = Progress()
         self._parallel = processes.parallel(model)
         self._class_weights = None
@@ -182,6 +204,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + self.progress.epoch)
         return torch.randperm(len(self.data.train), generator=generator)
 
+    def _augmented(self, images: Tensor, count: int, batch: int) -> Tensor:
+        """This process's share of a batch of ``count``, changed by random numbers that seed, epoch and batch decide."""
+        if self.recipe.augment == "none":
+            return images
+        words = np.random.SeedSequence((self.recipe.seed, self.progress.epoch, batch)).generate_state(1)
+        maps = random_maps(self.recipe.augment, count, torch.Generator().manual_seed(int(words[0])))
+        return apply_maps(images, self.processes.share(maps))
+
     def _train_epoch(
         self, order: Tensor, asked_to_stop: Callable[[], bool], batch_done: Callable[[float], None]
     ) -> None:
@@ -195,6 +225,7 @@ class Trainer:
             self._bar(f"epoch {progress.epoch + 1}/{self.recipe.epochs}", self.batches, progress.batch) as bar,
         ):
             for index, (images, labels) in zip(whole, batches):
+                images = self._augmented(images, len(index), progress.batch)
                 loss = self._step(images, labels, len(index))
                 now = time.perf_counter()
                 mean_loss, stop = self._add(loss, len(index), now - start, asked_to_stop())
@@ -238,7 +269,7 @@ class Trainer:
 
     def _finish_epoch(self, order: Tensor) -> EpochMetrics:
         start = time.perf_counter()
-        some = map(self.processes.share, order.split(self.recipe.batch_size)[:CALIBRATION_BATCHES])
+        some = map(self.processes.share, order[:CALIBRATION_IMAGES].split(self.recipe.batch_size))
         with closing(self.data.train.batches(some, self.device)) as batches:
             calibrate_batch_norm(self.model, (images.to(self.dtype) for images, _ in batches))
         middle = time.perf_counter()
@@ -283,7 +314,7 @@ def calibrate_batch_norm(model: nn.Module, batches: Iterator[Tensor]) -> None:
     The usual moving average lags behind weights that change fast, by a lot after a few dozen steps (Wu & Johnson,
     *Rethinking "Batch" in BatchNorm*, arXiv:2105.07576, section 3).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

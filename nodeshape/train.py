@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nodeshape._augment import AUGMENTATIONS
 from nodeshape._checkpoint import PARTIAL, load_checkpoint
 from nodeshape._classifier import MIN_IMAGE_SIZE, ShapeClassifier
 from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
@@ -37,7 +38,7 @@ from nodeshape._solve import ADJOINTS
 from nodeshape._stage import StageSolveError
 from nodeshape._streaming import StreamedSplit
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import CLASS_WEIGHTS, Diverged, Interrupted, Recipe, Trainer
+from nodeshape._training import CLASS_WEIGHTS, RECIPES, Diverged, Interrupted, Recipe, Trainer
 
 RUNS = Path("runs")
 MIN_STEP_SIZE = 1e-4
@@ -49,6 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "adjoint": "discrete",
     "train_size": None,
     "test_size": None,
+    "recipe": "default",
     "batch_size": Recipe.batch_size,
     "epochs": Recipe.epochs,
     "patience": Recipe.patience,
@@ -57,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "class_weights": Recipe.class_weights,
     "amp": Recipe.amp,
     "dtype": "float32",
+    "augment": Recipe.augment,
     "seed": 0,
     "image_size": 32,
     "channels": "grey",
@@ -67,6 +70,9 @@ DEFAULTS: dict[str, Any] = {
 }
 #: May be given anew with --resume.
 CHANGEABLE = ("device", "tensorboard")
+
+#: Flags that --recipe sets where they are not given.
+RECIPE_FLAGS = ("batch_size", "lr", "augment")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,7 +105,8 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
         config = _stored_config(state, given)
     else:
         state = None
-        config = {**DEFAULTS, **given}
+        recipe = RECIPES[given.get("recipe", DEFAULTS["recipe"])]
+        config = {**DEFAULTS, **{name: getattr(recipe, name) for name in RECIPE_FLAGS}, **given}
         if config["data"] is not None:
             if "task" in given:
                 raise UserError("--task draws images and --data reads yours: give one of the two")
@@ -130,9 +137,9 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
     }
     with user_input():
         model = ShapeClassifier(**architecture).to(device, getattr(torch, config["dtype"]))
-    recipe = Recipe(**{field.name: config[field.name] for field in fields(Recipe) if field.name in config})
+    settings = {field.name: config[field.name] for field in fields(Recipe) if field.name in config}
     processes.connect()
-    trainer = Trainer(model, data, recipe, device, processes)
+    trainer = Trainer(model, data, Recipe(**settings), device, processes)
     if state is not None:
         if state.get("fingerprint") != fingerprint:
             raise UserError(f"{config['data']}: its images have changed since the run began; start a new run")
@@ -218,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for default, name in sizes:
         add(f"--{name}-size", f"number of {name} images (default: {default})", type=whole(2), metavar="N")
+    small = ", ".join(f"--{name.replace('_', '-')} {getattr(RECIPES['small'], name)}" for name in RECIPE_FLAGS)
+    add("--recipe", f"small, for a few hundred images, stands for {small}", choices=list(RECIPES))
     add("--batch-size", "images a step", type=positive_int, metavar="N")
     add("--epochs", "passes over the training images", type=positive_int, metavar="N")
     add("--patience", "stop after N epochs without a better test accuracy", type=positive_int, metavar="N")
@@ -226,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--class-weights", "balanced: every class counts the same, however few images it has", choices=CLASS_WEIGHTS)
     add("--amp", "bfloat16 in stem and head (the ODE stays in float32)", action="store_true")
     add("--dtype", "of weights and states; float64 to compare runs without rounding", choices=("float32", "float64"))
+    add("--augment", "shift: images move and grow a little; turn: also turn and mirror", choices=AUGMENTATIONS)
     add("--seed", "fixes images, weights and order", type=seed)
     add(
         "--image-size",

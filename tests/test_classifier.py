@@ -44,6 +44,24 @@ def test_an_image_alone_and_in_a_batch_has_the_same_logits(method: str) -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
 
 
+def test_a_training_batch_of_one_image_is_normalised_as_in_evaluation_after_pooling() -> None:
+    model = ns.ShapeClassifier(3, 16, width=32, steps=2)
+    norm = model.head[3]
+    norm.running_mean.fill_(0.5)  # type: ignore[union-attr, operator]
+    pooled = torch.rand(1, 64)
+    torch.testing.assert_close(norm(pooled), norm.eval()(pooled))
+    assert model.train()(torch.rand(1, 1, 16, 16)).isfinite().all()
+    assert norm.running_mean.eq(0.5).all()  # type: ignore[union-attr, operator]
+
+
+def test_the_flow_of_an_untrained_classifier_is_near_the_identity() -> None:
+    model = warm_classifier(steps=8)
+    with torch.inference_mode():
+        before = model.stem(torch.rand(9, 1, 16, 16)).contiguous()
+        moved = (model.ode(before) - before).square().mean().sqrt()
+    assert 0.05 < moved / before.square().mean().sqrt() < 0.6
+
+
 def test_with_solver_shares_weights_and_leaves_the_original_alone() -> None:
     model = ns.ShapeClassifier(3, 16, width=32, method="euler", steps=4)
     other = model.with_solver(method="implicit_midpoint", steps=7)

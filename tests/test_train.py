@@ -82,7 +82,7 @@ def test_an_existing_run_is_never_overwritten(finished_run: tuple[Path, str]) ->
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
 
-def trainer(method: str = "euler", recipe: Recipe = Recipe(epochs=2, batch_size=16)) -> Trainer:  # noqa: B008
+def trainer(method: str = "euler", recipe: Recipe = Recipe(epochs=2, batch_size=13, augment="turn")) -> Trainer:  # noqa: B008
     torch.manual_seed(0)
     model = ShapeClassifier(3, image_size=16, method=method, step_size=0.5)
     return Trainer(model, drawn_data("single", 40, 30, 16, "grey", seed=0), recipe, torch.device("cpu"))
