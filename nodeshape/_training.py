@@ -12,17 +12,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nodeshape._augment import augment
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
 from nodeshape._datasets import Data, Split
 
 TEST_BATCH_SIZE = 300
-#: Training batches whose mean and variance become the batch normalisation's after each epoch.
-CALIBRATION_BATCHES = 8
+#: Training images whose mean and variance become the batch normalisation's after each epoch.
+CALIBRATION_IMAGES = 960
+#: The learning rate starts at its peak divided by this.
+WARM_UP_FROM = 10
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,25 @@ class Recipe:
         epochs: passes over the training images.
         batch_size: images a step.
         lr: peak of the one-cycle learning rate.
+        warm_up: part of the steps in which the rate rises to its peak; it falls to zero in the rest.
+        betas: of AdamW. A short memory of the gradient, because a few dozen steps must do.
         weight_decay: of AdamW.
-        seed: fixes the order of the images.
+        augment: one of ``AUGMENTATIONS``.
+        seed: fixes the order of the images and their augmentation.
     """
 
     epochs: int = 5
     batch_size: int = 120
     lr: float = 0.01
+    warm_up: float = 0.15
+    betas: tuple[float, float] = (0.8, 0.999)
     weight_decay: float = 1e-4
+    augment: str = "none"
     seed: int = 0
+
+
+#: What ``--recipe`` chooses from: the report's protocol, and one for a few hundred images.
+RECIPES = {"default": Recipe(), "small": Recipe(batch_size=20, lr=0.005, augment="turn")}
 
 
 @dataclass
@@ -93,9 +107,17 @@ class Trainer:
     def __init__(self, model: ShapeClassifier, data: Data, recipe: Recipe, device: torch.device) -> None:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
         self.batches = -(-len(data.train) // recipe.batch_size)
-        self.optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-        total = max(2, recipe.epochs * self.batches)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, recipe.lr, total_steps=total)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            recipe.lr,
+            total_steps=max(2, recipe.epochs * self.batches),
+            pct_start=recipe.warm_up,
+            div_factor=WARM_UP_FROM,
+            cycle_momentum=False,
+        )
         self.progress = Progress()
 
     def state(self) -> dict[str, Any]:
@@ -134,6 +156,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + self.progress.epoch)
         return torch.randperm(len(self.data.train), generator=generator)
 
+    def _augmented(self, images: Tensor, batch: int) -> Tensor:
+        """A batch augmented, by random numbers that are a function of the seed, the epoch and the batch."""
+        words = np.random.SeedSequence((self.recipe.seed, self.progress.epoch, batch)).generate_state(1)
+        return augment(images, self.recipe.augment, torch.Generator().manual_seed(int(words[0])))
+
     def _batch(self, order: Tensor, i: int) -> tuple[Tensor, Tensor]:
         size = self.recipe.batch_size
         return self.data.train.batch(order[i * size : (i + 1) * size], self.device)
@@ -149,6 +176,7 @@ class Trainer:
                 stop_if_asked()
                 start = time.perf_counter()
                 images, labels = self._batch(order, progress.batch)
+                images = self._augmented(images, progress.batch)
                 loss = nn.functional.cross_entropy(self.model(images), labels)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -173,9 +201,8 @@ class Trainer:
 
     def _finish_epoch(self, order: Tensor) -> EpochMetrics:
         start = time.perf_counter()
-        calibrate_batch_norm(
-            self.model, (self._batch(order, i)[0] for i in range(min(self.batches, CALIBRATION_BATCHES)))
-        )
+        batches = min(self.batches, -(-CALIBRATION_IMAGES // self.recipe.batch_size))
+        calibrate_batch_norm(self.model, (self._batch(order, i)[0] for i in range(batches)))
         middle = time.perf_counter()
         accuracy = float(
             (predict(self.model, self.data.test, self.device).argmax(1) == self.data.test.labels).float().mean()
@@ -201,7 +228,7 @@ def calibrate_batch_norm(model: nn.Module, batches: Iterator[Tensor]) -> None:
     The usual moving average lags behind weights that change fast, by a lot after a few dozen steps (Wu & Johnson,
     *Rethinking "Batch" in BatchNorm*, arXiv:2105.07576, section 3).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

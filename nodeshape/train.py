@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nodeshape import __version__
+from nodeshape._augment import AUGMENTATIONS
 from nodeshape._checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from nodeshape._classifier import MIN_IMAGE_SIZE, ShapeClassifier
 from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
@@ -25,7 +26,7 @@ from nodeshape._shapes import CLASSES
 from nodeshape._solve import ADJOINTS
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, predict
+from nodeshape._training import RECIPES, EpochMetrics, Interrupted, Recipe, Trainer, predict
 
 RUNS = Path("runs")
 MIN_STEP_SIZE = 1e-4
@@ -37,15 +38,20 @@ DEFAULTS: dict[str, Any] = {
     "adjoint": "discrete",
     "train_size": None,
     "test_size": None,
+    "recipe": "default",
     "batch_size": Recipe.batch_size,
     "epochs": Recipe.epochs,
     "lr": Recipe.lr,
+    "augment": Recipe.augment,
     "seed": 0,
     "image_size": 32,
     "channels": "grey",
     "device": "auto",
     "strict": False,
 }
+
+#: Flags that --recipe sets where they are not given.
+RECIPE_FLAGS = ("batch_size", "lr", "augment")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         config = _stored_config(out, given)
     else:
         state = None
-        config = {**DEFAULTS, **given}
+        recipe = asdict(RECIPES[given.get("recipe", DEFAULTS["recipe"])])
+        config = {**DEFAULTS, **{name: recipe[name] for name in RECIPE_FLAGS}, **given}
         if config["data"] is not None:
             if "task" in given:
                 raise UserError("--task draws images and --data reads yours: give one of the two")
@@ -82,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     with user_input():
         model = ShapeClassifier(**architecture).to(device)
-    recipe = Recipe(config["epochs"], config["batch_size"], config["lr"], seed=config["seed"])
-    trainer = Trainer(model, data, recipe, device)
+    settings = {name: config[name] for name in RECIPE_FLAGS}
+    trainer = Trainer(model, data, Recipe(**settings, epochs=config["epochs"], seed=config["seed"]), device)
     if state is not None:
         if state.get("fingerprint") != fingerprint:
             raise UserError(f"{config['data']}: its images have changed since the run began; start a new run")
@@ -203,9 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     for default, name in sizes:
         add(f"--{name}-size", f"number of {name} images (default: {default})", type=whole(2), metavar="N")
+    small = ", ".join(f"--{name.replace('_', '-')} {getattr(RECIPES['small'], name)}" for name in RECIPE_FLAGS)
+    add("--recipe", f"small, for a few hundred images, stands for {small}", choices=list(RECIPES))
     add("--batch-size", "images a step", type=positive_int, metavar="N")
     add("--epochs", "passes over the training images", type=positive_int, metavar="N")
     add("--lr", "peak learning rate", type=positive_float)
+    add("--augment", "shift: images move and grow a little; turn: also turn and mirror", choices=AUGMENTATIONS)
     add("--seed", "fixes images, weights and order", type=seed)
     add(
         "--image-size",

@@ -82,7 +82,7 @@ def test_an_existing_run_is_never_overwritten(finished_run: tuple[Path, str]) ->
 def trainer(method: str = "euler") -> Trainer:
     torch.manual_seed(0)
     model = ShapeClassifier(3, image_size=16, method=method, step_size=0.5)
-    recipe = Recipe(epochs=2, batch_size=16)
+    recipe = Recipe(epochs=2, batch_size=13, augment="turn")  # 40 images: three batches and one of a single image
     return Trainer(model, drawn_data("single", 40, 30, 16, "grey", seed=0), recipe, torch.device("cpu"))
 
 
