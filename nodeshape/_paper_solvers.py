@@ -12,7 +12,6 @@ from nodeshape._paper_jobs import Job, Result, Store
 from nodeshape._paper_training import (
     CPU,
     REFUSALS,
-    STEP_FACTOR,
     TEST_IMAGE,
     TEST_STEP,
     Training,
@@ -21,8 +20,8 @@ from nodeshape._paper_training import (
 )
 from nodeshape._solve import ADJOINTS
 
-#: Evaluations of f by error control cost this many fused Euler steps.
-CONTROLLED_FACTOR = 500
+#: Fused Euler steps that a solve under error control costs as much as.
+CONTROLLED = 700
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Evaluations(Job):
 
     @property
     def seconds(self) -> float:
-        steps = sum(self.steps) + CONTROLLED_FACTOR * len(self.rtols)
-        return 3 * len(ADJOINTS) * self.images * TEST_STEP * STEP_FACTOR[self.trained.method] * steps
+        steps = sum(euler_steps(self.trained.method, n) for n in self.steps) + CONTROLLED * len(self.rtols)
+        return 6 * len(ADJOINTS) * self.images * TEST_STEP * steps
 
     def compute(self, store: Store) -> Result:
         """A list of ``counts``: gradient mode, setting, and ``forward`` and ``backward``, None where refused."""
@@ -87,7 +86,7 @@ class OtherSolvers(Job):
 
     @property
     def seconds(self) -> float:
-        steps = sum(self.steps) * sum(STEP_FACTOR.values()) + CONTROLLED_FACTOR * len(self.rtols)
+        steps = sum(euler_steps(method, n) for n in self.steps for method in METHODS) + CONTROLLED * len(self.rtols)
         return self.images * (TEST_IMAGE + TEST_STEP * steps)
 
     def compute(self, store: Store) -> Result:
