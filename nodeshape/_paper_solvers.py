@@ -17,6 +17,7 @@ from nodeshape._paper_training import (
     Training,
     accuracy_on,
     drawn_test_images,
+    euler_steps,
 )
 from nodeshape._solve import ADJOINTS
 
