@@ -34,11 +34,11 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 5
     test_size: int = 6000
-    interim_size: int = 1000
+    interim_size: int = 600
     largest: int = 2700
     smallest_step: float = 0.01
-    sweep_sizes: tuple[int, ...] = (250, 500, 1350, 2700)
-    sweep_steps: tuple[float, ...] = (0.1, 0.05, 0.025, 0.01)
+    sweep_sizes: tuple[int, ...] = (250, 500, 2700)
+    sweep_steps: tuple[float, ...] = (0.1, 0.05, 0.01)
     sweep_limit: int = 25_000
     sweep_test_size: int = 1000
     depths: tuple[int, ...] = (6, 12, 25, 50, 100)
