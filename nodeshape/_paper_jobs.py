@@ -26,6 +26,7 @@ Result = dict[str, Any]
 
 #: Modules that decide a result: a kept one counts only while their code is the same, comments and layout apart.
 SOURCES = (
+    "_augment",
     "_classifier",
     "_dynamics",
     "_shapes",

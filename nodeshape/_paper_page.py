@@ -15,6 +15,7 @@ def page(paper: dict[str, Any]) -> str:
         _head,
         _goals,
         _experiments,
+        _small,
         _epoch_alone,
         _networks,
         _depth,
@@ -98,6 +99,21 @@ def _experiments(paper: dict[str, Any]) -> Iterator[str]:
         seconds = [f"{c['seconds']:.1f} ({_or_dash(c['report_seconds'], '.0f')})" for c in columns.values()]
         yield from _table(["epoch", *(METHOD_TITLES[method] for method in columns)], [*rows, ["s/epoch", *seconds]])
         yield f"![Learning curves: {experiment['title']}]({experiment['name']}.png)\n"
+
+
+def _small(paper: dict[str, Any]) -> Iterator[str]:
+    columns = paper["small"]
+    yield "### Single, 500 images, h = 0.01, `--recipe small`\n"
+    yield (
+        "Not the report's protocol: `python -m nodeshape.train --train-size 500 --step-size 0.01 --recipe small`, with"
+        " smaller batches and augmented images, in as many passes over the same images.\n"
+    )
+    rows = [
+        [str(i + 1), *(_mean({key: c[key][i] for key in ("mean", "spread")}) for c in columns.values())]
+        for i in range(len(columns["euler"]["mean"]))
+    ]
+    seconds = [f"{column['seconds']:.1f}" for column in columns.values()]
+    yield from _table(["epoch", *(METHOD_TITLES[method] for method in columns)], [*rows, ["s/epoch", *seconds]])
 
 
 def _epoch_alone(paper: dict[str, Any]) -> Iterator[str]:

@@ -60,6 +60,10 @@ class Plan:
         task, size, step = experiment.task, experiment.train_size, experiment.step_size
         return [self.training(task, size, step, method, seed) for seed in self.seeds]
 
+    def small(self, method: str) -> list[Training]:
+        """The runs of 500 images under the recipe for few images, a seed each."""
+        return [replace(self.training("single", 500, 0.01, method, s), recipe="small") for s in self.seeds]
+
     def network(self, network: str, task: str) -> list[Training]:
         """The runs of a network under the protocol of 2,700 images, a seed each."""
         return [replace(self.training(task, 2700, 0.05, "euler", seed), network=network) for seed in self.seeds]
@@ -132,6 +136,7 @@ class Plan:
             for size in self.sweep_sizes:
                 for step in self.sweep_steps:
                     yield from self.sweep(size, step, method) or ()
+            yield from self.small(method)
         for task, networks in self.networks().items():
             for network in networks:
                 yield from self.network(network, task)

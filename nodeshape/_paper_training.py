@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from nodeshape._paper_networks import RESIDUAL_BLOCKS, build
 from nodeshape._shapes import CLASSES
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, predict
+from nodeshape._training import RECIPES, EpochMetrics, Interrupted, Recipe, Trainer, predict
 
 IMAGE_SIZE, CHANNELS = 32, "grey"
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ class Training(Job):
         test_size: test images after the last epoch.
         interim_size: how many of them are used after each epoch before it.
         network: ``"ode"``, ``"resnet"`` or ``"rknet"``.
+        recipe: as in ``--recipe``.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Training(Job):
     test_size: int
     interim_size: int
     network: str = "ode"
+    recipe: str = "default"
 
     @property
     def depth(self) -> int:
@@ -77,7 +79,7 @@ class Training(Job):
         data, test = _data(self)
         torch.manual_seed(self.seed)
         model = self.model()
-        trainer = Trainer(model, data, Recipe(epochs=self.epochs, seed=self.seed), CPU)
+        trainer = Trainer(model, data, replace(RECIPES[self.recipe], epochs=self.epochs, seed=self.seed), CPU)
         history: list[EpochMetrics] = []
         try:
             trainer.run(history.append)
