@@ -94,6 +94,7 @@ def samples(
     mistakes = mistakes[confidence[mistakes].argsort(descending=True)]
     room = SAMPLES_ACROSS * SAMPLES_DOWN
     right = (~wrong).nonzero()[:, 0]
+    right = right[:: max(1, len(right) // room)]  # from all classes, in whose order a folder's images come
     chosen = [*mistakes[:room].tolist(), *right.tolist()][:room]
     down = -(-len(chosen) // SAMPLES_ACROSS)
     figure, grid = plt.subplots(

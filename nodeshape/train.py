@@ -118,6 +118,8 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
             _check_out(out)
         if config["step_size"] < MIN_STEP_SIZE:
             raise UserError(f"--step-size must be at least {MIN_STEP_SIZE:g}, got {config['step_size']:g}")
+    if config["amp"] and config["dtype"] != "float32":
+        raise UserError(f"--amp is for float32: leave out --amp or --dtype {config['dtype']}")
     if config["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     device = _device(config["device"], processes)
@@ -194,7 +196,7 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
         splits = trainer.data.train, trainer.data.test
         unreadable = sum(len(split.unreadable) for split in splits if isinstance(split, StreamedSplit))
         if unreadable:
-            print(f"passed over {unreadable} unreadable files", file=sys.stderr)
+            print(f"unreadable files passed over: {unreadable}", file=sys.stderr)
         folder.finish(trainer)
 
 

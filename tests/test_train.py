@@ -331,6 +331,7 @@ def test_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(tmp_p
         ["--clip-norm", "inf"],
         ["--class-weights", "inverse"],
         ["--dtype", "float16"],
+        ["--dtype", "float64", "--amp"],
         ["--stream"],
         ["--lr", "nan"],
         ["--data", "nowhere"],
