@@ -23,14 +23,19 @@ import nodeshape as ns
 from nodeshape import _fused
 
 ROOT = Path(__file__).parent.parent
-SANITIZERS = ("address", "undefined")
+TORCH = Path(torch.__file__).parent
 FLAGS = [
-    *("-std=c++20", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    *(f"-fsanitize={','.join(SANITIZERS)}", "-fno-sanitize-recover=undefined"),
+    *("-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-DNODESHAPE_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
-    *("-I", str(ROOT / "tests/cuda_shim"), "-isystem", str(Path(torch.__file__).parent / "include")),
+    *("-I", str(ROOT / "tests/cuda_shim"), "-isystem", str(TORCH / "include")),
 ]
-SOURCES = ["tests/cuda_shim/cuda_shim.cpp", "csrc/cuda/ops.cpp", "csrc/cuda/conv.cu", "csrc/cuda/mlp.cu"]
+SANITIZED = ["-O1", "-fsanitize=address"]
+UNITS = {
+    "tests/cuda_shim/cuda_shim.cpp": ["-O2"],  # what switches fibres is not what is tested
+    "csrc/cuda/ops.cpp": SANITIZED,
+    "csrc/cuda/conv.cu": SANITIZED,
+    "csrc/cuda/mlp.cu": SANITIZED,
+}
 
 pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
 on_host = pytest.mark.skipif(
@@ -44,27 +49,23 @@ def build(folder: Path, *flags: str) -> Path:
 
     def compile(source: str) -> str:
         output = str(folder / f"{Path(source).stem}_{Path(source).suffix[1:]}.o")
-        subprocess.run(["g++", *FLAGS, *flags, "-x", "c++", "-c", str(ROOT / source), "-o", output], check=True)
+        command = ["g++", *FLAGS, *UNITS[source], *flags, "-x", "c++", "-c", str(ROOT / source), "-o", output]
+        subprocess.run(command, check=True)
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, SOURCES))
+        objects = list(pool.map(compile, UNITS))
     library = folder / "libnodeshape_cuda_on_host.so"
-    torch_libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10"]
-    subprocess.run(["g++", "-shared", *FLAGS, *objects, *torch_libraries, "-o", str(library)], check=True)
+    command = ["g++", "-shared", "-fsanitize=address", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, "-o", str(library)], check=True)
     return library
 
 
 def run_tests(library: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run tests in a process whose fused solver is ``library``."""
-    runtimes = [
-        subprocess.run(
-            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("asan", "ubsan")
-    ]
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
     environment = os.environ | {
-        "LD_PRELOAD": " ".join(runtimes),
+        "LD_PRELOAD": runtime.strip(),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python and torch leak on purpose
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
@@ -79,7 +80,7 @@ def library(tmp_path_factory):
 
 @on_host
 def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(library):
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer, with blocks of several sizes, in random order."""
+    """Under AddressSanitizer, with blocks of several sizes and little shared memory, in random order."""
     # torch.compile's tools do not run under a preload, and some tests are of CPU threads and instruction sets.
     others = "compiled exported scripted opcheck forked instruction_set threads unsolved drift_of float32_activations"
     done = run_tests(

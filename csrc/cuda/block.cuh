@@ -20,7 +20,7 @@
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
 #endif
 
-extern __shared__ double nodeshape_shared_memory[];
+alignas(16) extern __shared__ double nodeshape_shared_memory[];
 
 namespace nodeshape::cuda {
 

@@ -15,7 +15,7 @@ dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 /// Any kernel's dynamic shared memory; launches poison what they did not ask for.
 constexpr size_t kSharedBytes = 1 << 18;
-alignas(128) double nodeshape_shared_memory[kSharedBytes / sizeof(double)];
+alignas(16) double nodeshape_shared_memory[kSharedBytes / sizeof(double)];
 
 namespace cuda_shim {
 namespace {
