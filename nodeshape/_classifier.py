@@ -119,13 +119,21 @@ class _GlobalPool(nn.Module):
         return torch.cat([x.amax(dim=(2, 3)), x.mean(dim=(2, 3))], dim=1)
 
 
-class _PooledNorm(nn.BatchNorm1d):
+class _PooledNorm(nn.Module):
     """Batch normalisation of ``[batch, features]`` in which a batch of one image, having no spread, is left out.
 
     It is normalised by the running statistics, as in evaluation; the last batch of an epoch may be one image.
     """
 
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1 or not self.training:
-            return super().forward(x)
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        norm = self.norm
+        if self.training and len(x) == 1:
+            return nn.functional.batch_norm(
+                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+            )
+        normalised: Tensor = norm(x)
+        return normalised

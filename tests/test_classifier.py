@@ -47,11 +47,11 @@ def test_an_image_alone_and_in_a_batch_has_the_same_logits(method: str) -> None:
 def test_a_training_batch_of_one_image_is_normalised_as_in_evaluation_after_pooling() -> None:
     model = ns.ShapeClassifier(3, 16, width=32, steps=2)
     norm = model.head[3]
-    norm.running_mean.fill_(0.5)  # type: ignore[union-attr, operator]
+    norm.norm.running_mean.fill_(0.5)  # type: ignore[union-attr, operator]
     pooled = torch.rand(1, 64)
     torch.testing.assert_close(norm(pooled), norm.eval()(pooled))
     assert model.train()(torch.rand(1, 1, 16, 16)).isfinite().all()
-    assert norm.running_mean.eq(0.5).all()  # type: ignore[union-attr, operator]
+    assert norm.norm.running_mean.eq(0.5).all()  # type: ignore[union-attr, operator]
 
 
 def test_the_flow_of_an_untrained_classifier_is_near_the_identity() -> None:
