@@ -103,7 +103,7 @@ def _head(width: int, num_classes: int) -> nn.Sequential:
     from the differences at once. Layer normalisation, which leaves it, is far behind after the first epochs.
     """
     return nn.Sequential(
-        nn.BatchNorm2d(width), nn.ReLU(), _GlobalPool(), _PooledNorm(2 * width), nn.Linear(2 * width, num_classes)
+        nn.BatchNorm2d(width), nn.ReLU(), _GlobalPool(), PooledNorm(2 * width), nn.Linear(2 * width, num_classes)
     )
 
 
@@ -119,19 +119,25 @@ class _GlobalPool(nn.Module):
         return torch.cat([x.amax(dim=(2, 3)), x.mean(dim=(2, 3))], dim=1)
 
 
-class _PooledNorm(nn.Module):
+class PooledNorm(nn.Module):
     """Batch normalisation of ``[batch, features]`` in which a batch of one image, having no spread, is left out.
 
     It is normalised by the running statistics, as in evaluation; the last batch of an epoch may be one image.
+
+    Attributes:
+        shared: whether other processes hold more of the batch, so that ``norm`` has to judge.
     """
+
+    shared: bool
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(features)
+        self.shared = False
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        if self.training and len(x) == 1:
+        if self.training and not self.shared and len(x) == 1:
             return nn.functional.batch_norm(
                 x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
             )

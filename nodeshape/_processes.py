@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from nodeshape._classifier import PooledNorm
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -78,6 +80,8 @@ class Processes:
         if self.count == 1:
             return model
         for module in list(model.modules()):
+            if isinstance(module, PooledNorm):
+                module.shared = True
             for name, layer in module.named_children():
                 if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     setattr(module, name, SharedBatchNorm.of(layer))

@@ -52,11 +52,11 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-EXTRAS = ["--class-weights", "balanced", "--clip-norm", "0.5"]
+EXTRAS = ["--class-weights", "balanced", "--clip-norm", "0.5", "--augment", "turn"]
 
 
 @pytest.mark.parametrize(
-    "extras", [[], pytest.param(EXTRAS, marks=pytest.mark.slow)], ids=["plain", "clipped and class-weighted"]
+    "extras", [[], pytest.param(EXTRAS, marks=pytest.mark.slow)], ids=["plain", "clipped, class-weighted and augmented"]
 )
 def test_two_processes_give_the_weights_of_one(extras: list[str], tmp_path: Path) -> None:
     """In float64: in float32 rounding alone, as of another number of threads, grows through an epoch."""
