@@ -216,6 +216,8 @@ def solve(
 
 def backward_evaluations(ys: Tensor) -> Tensor | None:
     """Evaluations in the backward pass of a solution, int64 ``[batch]``, zero until it has run; in eager mode only."""
+    if torch.compiler.is_compiling():
+        return None
     node: Any = ys.grad_fn
     if getattr(node, "_forward_cls", None) is not _Recorded:
         return None

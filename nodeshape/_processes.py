@@ -52,9 +52,11 @@ class Processes:
         """The command that starts a run like this one, up to ``-m``."""
         return "python" if self.count == 1 else f"torchrun --nproc-per-node={self.local_count}"
 
-    def connect(self) -> None:
-        """Meet the other processes: over gloo for tensors in memory, over nccl for tensors on GPUs."""
-        if self.count > 1 and not dist.is_initialized():
+    def connect(self, device: torch.device) -> None:
+        """Meet the other processes: over gloo for tensors in memory, over nccl for those on ``device``, if a GPU."""
+        if self.count > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             dist.init_process_group()
 
     def disconnect(self) -> None:

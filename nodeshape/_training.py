@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from nodeshape._augment import apply_maps, random_maps
@@ -314,7 +315,7 @@ def calibrate_batch_norm(model: nn.Module, batches: Iterator[Tensor]) -> None:
     The usual moving average lags behind weights that change fast, by a lot after a few dozen steps (Wu & Johnson,
     *Rethinking "Batch" in BatchNorm*, arXiv:2105.07576, section 3).
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

@@ -140,7 +140,7 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
     with user_input():
         model = ShapeClassifier(**architecture).to(device, getattr(torch, config["dtype"]))
     settings = {field.name: config[field.name] for field in fields(Recipe) if field.name in config}
-    processes.connect()
+    processes.connect(device)
     trainer = Trainer(model, data, Recipe(**settings), device, processes)
     if state is not None:
         if state.get("fingerprint") != fingerprint:
