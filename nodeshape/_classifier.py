@@ -128,8 +128,6 @@ class PooledNorm(nn.Module):
         shared: whether other processes hold more of the batch, so that ``norm`` has to judge.
     """
 
-    shared: bool
-
     def __init__(self, features: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(features)

@@ -29,9 +29,9 @@ def untrained(**settings):
     settings = {"num_classes": 3, "image_size": 24, "width": 16, "method": "euler", "steps": STEPS} | settings
     model = ShapeClassifier(**settings)
     with torch.no_grad():
-        model.ode.dynamics.norm3.weight.mul_(0.05)  # untrained, the flow is stiffer than a trained one
+        model.ode.dynamics.norm3.weight.fill_(0.05)  # untrained, the flow is stiffer than a trained one
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
                 module.momentum = None
         model(shapes(60, model.in_channels, model.image_size))
     return model.eval(), settings
