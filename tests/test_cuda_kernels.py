@@ -98,6 +98,7 @@ def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(library):
 
 
 @on_host
+@pytest.mark.slow
 def test_a_missing_barrier_is_found(tmp_path):
     """What the random order is for: kernels without the barrier after their loops do not give the right numbers."""
     broken = build(tmp_path, "-DNODESHAPE_WITHOUT_A_BARRIER")
