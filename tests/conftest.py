@@ -21,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
         import nodeshape._fused  # noqa: F401  (its library defines the ops that this one overrides)
 
         torch.ops.load_library(library)
-        os.environ["NODESHAPE_TEST_ISAS"] = "cuda cuda:threads=96,shared=8192"  # read by fused_reference.py
+        os.environ.setdefault("NODESHAPE_TEST_ISAS", "cuda")  # read by fused_reference.py
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,7 @@ from nodeshape import _fused
 
 METHODS = ("euler", "implicit_euler", "implicit_midpoint")
 ADJOINTS = ("discrete", "reversible", "continuous")
-#: With ``--cuda-on-host``: the machines that the CUDA kernels' build for the CPU is to play, one after another.
+#: With ``--cuda-on-host``: the machine that the CUDA kernels' build for the CPU is to play, as if it were the only one.
 ON_HOST = os.environ.get("NODESHAPE_TEST_ISAS", "").split()
 
 
