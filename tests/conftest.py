@@ -21,14 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         import nodeshape._fused  # noqa: F401  (its library defines the ops that this one overrides)
 
         torch.ops.load_library(library)
-        os.environ["NODESHAPE_TEST_ISAS"] = "cuda cuda:threads=96,shared=8192"
+        os.environ.setdefault("NODESHAPE_TEST_ISAS", "cuda")  # read by fused_reference.py
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_slow = pytest.mark.skip(reason="slow: run with --slow")
     skip_cuda = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(skip_slow)
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(skip_cuda)

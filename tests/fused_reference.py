@@ -15,14 +15,14 @@ from nodeshape import _fused
 
 METHODS = ("euler", "implicit_euler", "implicit_midpoint")
 ADJOINTS = ("discrete", "reversible", "continuous")
+#: With ``--cuda-on-host``: the machine that the CUDA kernels' build for the CPU is to play, as if it were the only one.
+ON_HOST = os.environ.get("NODESHAPE_TEST_ISAS", "").split()
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets this machine can run, or what ``--cuda-on-host`` is to play."""
-    if _fused._missing:
-        return []
-    if "NODESHAPE_TEST_ISAS" in os.environ:
-        return os.environ["NODESHAPE_TEST_ISAS"].split()
+    """The instruction sets this machine can run."""
+    if _fused._missing or ON_HOST:
+        return ON_HOST
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for isa in ("avx512", "avx2", "portable"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_reference import ADJOINTS, METHODS, instruction_sets, random_conv, solve
+from fused_reference import ADJOINTS, METHODS, ON_HOST, instruction_sets, random_conv, solve
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ ISAS = instruction_sets()
 TIMES = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-12, 1e-11)}  # forward, gradients
 OPTIONS = {"drift_tolerance": 1e-2}
+CHANNELS = [1, 2, 3, 8] if ON_HOST else [1, 2, 3, 8, 17, 31, 32, 64]
 
 
 @pytest.fixture(params=ISAS)
@@ -79,7 +80,7 @@ def test_wide_conv_agrees_after_twenty_steps(shape, method):
 @settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 6),
-    channels=st.sampled_from([1, 2, 3, 8, 17, 31, 32, 64]),
+    channels=st.sampled_from(CHANNELS),
     height=st.integers(1, 9),
     width=st.integers(1, 9),
     method=st.sampled_from(METHODS),

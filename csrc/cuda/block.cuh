@@ -58,6 +58,14 @@ template <class T>
 NODESHAPE_INLINE void store_pack(T* p, const Pack<T>& x) {
   *reinterpret_cast<Pack<T>*>(p) = x;
 }
+/// p, which the compiler may take to point to global memory; an Arena's pieces are where it finds room.
+template <class T>
+NODESHAPE_INLINE T* in_global(T* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
 template <class T>
 NODESHAPE_INLINE T splat(T x) {
   return x;

@@ -127,9 +127,9 @@ class ConvDynamics {
       norms_[l].prepare(input(l));
       frame_activations(l);
       T* z = z_[l];
-      const T *bias = w_.bias[l], *time = w_.time[l];
+      const T *bias = in_global(w_.bias[l]), *time = in_global(w_.time[l]);
       const T at = T(t);
-      convolve(w_.forward[l], [=, this](int y, int x, int c, Pack<T> value) {
+      convolve(in_global(w_.forward[l]), [=, this](int y, int x, int c, Pack<T> value) {
         const int64_t i = int64_t(y * map_width_ + x) * width_ + c;
         const T* slope = time + kind_of(y, x, height_, map_width_) * width_ + c;
         for (int k = 0; k < kPack; ++k) value.lanes[k] += fma(at, slope[k], bias[c + k]);
@@ -147,7 +147,7 @@ class ConvDynamics {
       // Through the ReLU on the way: its cotangent lands in `to`, which the norm then pulls back in place.
       T* to = l == 1 ? dz_[0] : batch.out[0];
       const GroupNorm<T>& norm = norms_[l];
-      convolve(w_.backward[l], [=, this, &norm](int y, int x_, int c, Pack<T> value) {
+      convolve(in_global(w_.backward[l]), [=, this, &norm](int y, int x_, int c, Pack<T> value) {
         const int64_t i = int64_t(y * map_width_ + x_) * width_ + c;
         for (int k = 0; k < kPack; ++k)
           if (!(norm.apply(x[i + k], c + k) > T(0))) value.lanes[k] = 0;
@@ -170,7 +170,7 @@ class ConvDynamics {
     }
     for (int l = 0; l < 2; ++l) {
       frame_activations(l);
-      add_filter_gradient(scale, dz_[l], gradient_.filters[l]);
+      add_filter_gradient(scale, dz_[l], in_global(gradient_.filters[l]));
       sum_kinds(dz_[l]);
       const T *kinds = kinds_, *map = w_.time[l];
       time_product_ += h * double(total<T>(kKinds * width_, [=](int64_t i) { return kinds[i] * map[i]; }));

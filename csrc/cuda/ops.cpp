@@ -2,6 +2,13 @@
 //
 // Nothing here waits for the device. A sample that fails gives NaN from there on, and leaves a report in host memory
 // that the next op to run finds and raises (raise_failures() does nothing else).
+#ifndef NODESHAPE_CUDA_ON_HOST
+#define NODESHAPE_DISPATCH_KEY CUDA
+#define USE_CUDA  // torch's header declares aoti_torch_get_current_cuda_stream() with it
+#else             // the tests' build, whose device is the CPU
+#define NODESHAPE_DISPATCH_KEY CPU
+#endif
+
 #include "../ops.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -10,12 +17,6 @@
 #include <mutex>
 
 #include "kernels.h"
-
-#ifndef NODESHAPE_CUDA_ON_HOST
-#define NODESHAPE_DISPATCH_KEY CUDA
-#else  // the tests' build, whose device is the CPU
-#define NODESHAPE_DISPATCH_KEY CPU
-#endif
 
 namespace nodeshape {
 namespace {

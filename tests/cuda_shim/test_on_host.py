@@ -1,0 +1,72 @@
+"""What only the CUDA kernels are asked, on their build for the CPU. Run by tests/test_cuda_kernels.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fused_reference import ON_HOST, random_conv, solve
+
+import nodeshape as ns
+
+TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
+
+
+pytestmark = pytest.mark.skipif(not ON_HOST, reason="run by tests/test_cuda_kernels.py")
+
+
+@pytest.mark.parametrize("machine", ["cuda:threads=224", "cuda:threads=32,shared=2048"])
+def test_groups_of_two_channels_agree_with_the_plain_loop(machine, monkeypatch):
+    monkeypatch.setenv("NODESHAPE_ISA", machine)
+    torch.manual_seed(0)
+    f, y0 = random_conv(64), torch.randn(1, 64, 2, 3, dtype=torch.float64)
+    arguments = {"method": "implicit_midpoint", "steps": 1}
+    fused = solve(f, y0, TIMES, fused=True, dtype=torch.float64, **arguments)
+    assert max(fused.distance(solve(f, y0, TIMES, fused=False, dtype=torch.float64, **arguments))) < 1e-10
+
+
+def test_the_order_of_threads_does_not_change_a_bit(monkeypatch):
+    torch.manual_seed(0)
+    f, y0 = random_conv(5), torch.randn(3, 5, 4, 7)
+    results = []
+    for seed in (1, 2, 3):
+        monkeypatch.setenv("NODESHAPE_ISA", f"cuda:threads=64,seed={seed}")
+        results.append(solve(f, y0, TIMES, fused=True, dtype=torch.float32, method="implicit_euler", steps=2))
+    for other in results[1:]:
+        assert other.distance(results[0]) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_a_zero_state_is_solved():
+    """Norms of what is all zero, tiny or huge are found in another way."""
+    for scale in (0.0, 1e-30, 1e30):
+        f, y0 = ns.MLPDynamics(3, (4,)), torch.full((2, 3), scale)
+        fused, plain = (
+            solve(f, y0, TIMES, fused=fused, dtype=torch.float32, method="implicit_midpoint", steps=2)
+            for fused in (True, False)
+        )
+        assert torch.allclose(fused.ys, plain.ys, rtol=1e-5)
+
+
+def test_unsolved_stage_is_nan_and_an_error_of_the_next_op():
+    f, y0 = random_conv(4), torch.randn(6, 4, 5, 5)
+    with torch.no_grad():
+        ys = ns.odeint(f, y0, TIMES, method="implicit_euler", steps=3, options={"max_stage_iterations": 2})
+        assert ys[1:].isnan().all()
+        with pytest.raises(
+            ns.StageSolveError, match=r"6 of 6 samples .* forward stage equation at t=0 .* smaller steps"
+        ):
+            ns.odeint(f, y0, TIMES, method="euler", steps=3)
+        ns.odeint(f, y0, TIMES, method="euler", steps=3)  # raised once
+
+
+def test_drift_of_the_reversed_trajectory_is_nan_and_an_error_of_the_next_op():
+    """y' = -20 y contracts by e^-20; what rounding left cannot be expanded back."""
+    f = ns.MLPDynamics(2, ())
+    with torch.no_grad():
+        f.layers[0].weight.copy_(torch.tensor([[-20.0, 1.0, 0.0], [0.0, -15.0, 0.0]]))
+    y0 = torch.randn(3, 2, requires_grad=True)
+    ys = ns.odeint(f, y0, [0.0, 1.0], method="implicit_midpoint", steps=40, adjoint="reversible")
+    ys.sum().backward()
+    assert y0.grad.isnan().all()
+    assert all(x.grad.isnan().all() for x in f.parameters())
+    with pytest.raises(RuntimeError, match=r"ReversalDriftError: 3 of 3 samples drifted"):
+        torch.ops.nodeshape.raise_failures()
