@@ -66,7 +66,7 @@ NODESHAPE_FUNCTION inline FirstFailures first_failures(const Failure* failures, 
         failure.sweep != found.worst.sweep)
       continue;
     ++found.count;
-    if (failure.residual > found.residual) found.residual = failure.residual;
+    if (!(failure.residual <= found.residual)) found.residual = failure.residual;
   }
   return found;
 }

@@ -81,13 +81,20 @@ NODESHAPE_FUNCTION void fill(int64_t size, T a, T* y) {
   each<T>(size, [=](int64_t i) { store(y + i, splat(a)); });
 }
 
-/// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation a stage.
+template <class T>
+NODESHAPE_FUNCTION bool is_finite(int64_t size, const T* x) {
+  return total<T>(size, [=](int64_t i) { return load(x + i) - load(x + i); }) == T(0);
+}
+
+/// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation a stage. It is
+/// no failure if the function was linearised about an `origin` that is not finite: such a sample's gradient is NaN.
 template <class D, class T>
 NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64_t size,
-                              int64_t step, Sweep sweep, double t, double h, T* const* state, Failure* failures) {
+                              int64_t step, Sweep sweep, double t, double h, T* const* origin, T* const* state,
+                              Failure* failures) {
   for (int s = 0; s < count; ++s) {
     if (stages[s].solved) continue;
-    if (leads())
+    if ((origin == nullptr || is_finite(size, origin[s])) && leads())
       failures[slots.first(s)] = {step, Failure::stage, sweep, t, h, stages[s].residual, stages[s].evaluations};
     fill(size, T(__builtin_nan("")), state[s]);
   }
@@ -130,7 +137,8 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
         if (p.store == kStoreStages) f.keep(s, stage.value, slots.members(s), stored(row, s));
         detail::add(size, T(h), stage.slope, y[s]);
       }
-      detail::judge(stages, slots, group.count, size, step, Sweep::forward, t, h, y, p.failures);
+      detail::judge(stages, slots, group.count, size, step, Sweep::forward, t, h, static_cast<T* const*>(nullptr), y,
+                    p.failures);
       ++step;
       const bool checkpoint = p.store > 0 && (k + 1) % p.store == 0 && k + 1 < grid.steps[j];
       if (checkpoint)
@@ -231,8 +239,8 @@ class BackwardSweep {
   }
 
   NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, int64_t size, int64_t step, Sweep sweep, double t,
-                                double h, T* const* state) {
-    detail::judge(stages, slots_, group_.count, size, step, sweep, t, h, state, p_.failures);
+                                double h, T* const* origin, T* const* state) {
+    detail::judge(stages, slots_, group_.count, size, step, sweep, t, h, origin, state, p_.failures);
   }
 
   /// discrete: the forward solve kept the stage and what f is linearised about it with.
@@ -253,7 +261,7 @@ class BackwardSweep {
     const double theta = p_.grid.theta;
     rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
     count(rebuilt_);
-    judge(rebuilt_, size_, step, Sweep::reversed, t, h, y_);
+    judge(rebuilt_, size_, step, Sweep::reversed, t, h, nullptr, y_);
   }
 
   /// reversible: y_k = y_{k+1} - h f(Y)
@@ -274,7 +282,7 @@ class BackwardSweep {
     const double to_t = f_.time_product();
     const double to_h = detail::value_dot_slope(size_, group_.count, transposed_, rebuilt_) + theta * to_t;
     for (int s = 0; s < group_.count; ++s) detail::add(size_, T(h), transposed_[s].slope, lam_[s]);
-    judge(transposed_, size_, step, Sweep::transposed, t, h, lam_);
+    judge(transposed_, size_, step, Sweep::transposed, t, h, y_, lam_);
     return {to_h, to_t};
   }
 
@@ -294,7 +302,7 @@ class BackwardSweep {
     count(rebuilt_);
     f_.accumulate(at, h, group_.count);
     for (int s = 0; s < group_.count; ++s) detail::add(2 * size_, T(-h), rebuilt_[s].slope, y_[s]);
-    judge(rebuilt_, 2 * size_, step, Sweep::augmented, t + h, -h, y_);
+    judge(rebuilt_, 2 * size_, step, Sweep::augmented, t + h, -h, nullptr, y_);
   }
 
   /// continuous: dL/dt_j = dL/dy(t_j) . f(t_j, y(t_j)), and for t_0 minus the adjoint that reached it.

@@ -247,6 +247,22 @@ def test_nan_stays_with_its_sample(isa):
             assert ys[-1, 2].isnan().any()
 
 
+@pytest.mark.parametrize("adjoint", ["discrete", "reversible"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_gives_its_own_gradient_alone(isa, method, adjoint):
+    torch.manual_seed(0)
+    for f, y0 in ((random_conv(4), torch.randn(3, 4, 5, 5)), (ns.MLPDynamics(3), torch.randn(3, 3))):
+        gradients = []
+        for broken in (False, True):
+            y = y0.clone()
+            y[1].view(-1)[0] = torch.nan if broken else 0.0
+            y.requires_grad_()
+            ns.odeint(f, y, TIMES, method=method, adjoint=adjoint, steps=3, options=OPTIONS).sum().backward()
+            gradients.append(y.grad)
+        assert torch.equal(gradients[0][[0, 2]], gradients[1][[0, 2]])
+        assert gradients[1][1].isnan().any()
+
+
 def test_float32_activations_are_accurate_to_rounding(isa):
     """f = a(y) / 8 of one unit, so one Euler step shows the activation itself."""
     x = torch.cat([torch.linspace(-30, 30, 40001), torch.logspace(-30, 1, 1001), -torch.logspace(-30, 1, 1001)])

@@ -9,24 +9,27 @@ namespace {
 
 Tensor empty(const Sizes& sizes, int32_t dtype) {
   const Sizes strides = dense_strides(sizes);
-  const int64_t dimensions = int64_t(sizes.size());
   AtenTensorHandle handle;
-  size_t bytes = dtype == aoti_torch_dtype_float32() ? 4 : 8;
-  for (int64_t extent : sizes) bytes *= size_t(extent);
-  if (torch_from_blob != nullptr && bytes >= Pages::kSmallest) {
-    size_t block = 0;
-    void* data = Pages::take(bytes, &block);
-    if (data != nullptr) {
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
-          data, dimensions, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
-          aoti_torch_layout_strided(), nullptr, 0,
-          [](void* p, void* context) { Pages::give(p, reinterpret_cast<size_t>(context)); },
-          reinterpret_cast<void*>(block)));
-      return Tensor(handle);
-    }
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes.data(), strides.data(), dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+/// As empty(), for what the backward pass needs and nobody else sees; a large one has the memory of the one before it.
+Tensor empty_stored(const Sizes& sizes, int32_t dtype) {
+  size_t bytes = dtype == aoti_torch_dtype_float32() ? 4 : 8, block = 0;
+  for (int64_t extent : sizes) bytes *= size_t(extent);
+  void* data = torch_from_blob != nullptr && Pages::suit(bytes) ? Pages::take(bytes, &block) : nullptr;
+  if (data == nullptr) return empty(sizes, dtype);
+  const Sizes strides = dense_strides(sizes);
+  AtenTensorHandle handle;
+  const AOTITorchError error = torch_from_blob(
+      data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0,
+      [](void* p, void* context) { Pages::give(p, reinterpret_cast<size_t>(context)); },
+      reinterpret_cast<void*>(block));
+  if (error != AOTI_TORCH_SUCCESS) Pages::give(data, block);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
 }
 
@@ -46,7 +49,7 @@ SolveResult run(const Common& common, const Model& model, ForwardKernel<Model, T
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), grid.count);
   const Tensor ys = empty(sizes, dtype_of<T>());
-  const Tensor stored = empty(stored_sizes(common, y0), dtype_of<T>());
+  const Tensor stored = empty_stored(stored_sizes(common, y0), dtype_of<T>());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);

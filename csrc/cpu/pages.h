@@ -21,7 +21,8 @@ namespace nodeshape {
 /// The latest block that was given back; any other is freed.
 class Pages {
  public:
-  static constexpr size_t kSmallest = size_t(1) << 25;  // what malloc keeps by itself
+  /// Whether a block is worth keeping: malloc keeps smaller ones by itself, larger ones are much to hold on to.
+  static bool suit(size_t bytes) { return bytes >= size_t(1) << 25 && bytes <= size_t(1) << 30; }
 
   /// At least `bytes`, which are more than half of the block; null if there is no memory.
   static void* take(size_t bytes, size_t* block) {
