@@ -24,7 +24,7 @@ NODESHAPE_INLINE Vec<float> exp(Vec<float> x) {
   return p * power_of_two(n);
 }
 
-/// x P(x^2) / Q(x^2) for |x| <= 7.9, minimax in the relative error (6e-9; in float at most 5 units in the last place),
+/// x P(x^2) / Q(x^2) for |x| <= 7.9, minimax in the relative error (6e-9; in float at most 6 units in the last place),
 /// and constant beyond, where tanh is 1 to 3e-7; never more than 1.
 NODESHAPE_INLINE Vec<float> tanh(Vec<float> x) {
   const Vec<float> a = min(splat(7.9f), max(splat(-7.9f), x)), s = a * a;

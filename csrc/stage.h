@@ -1,9 +1,9 @@
 // The stage equation Y = base + c F(Y), for a few samples side by side: Anderson acceleration as in
 // nodeshape/_stage.py.
 //
-// Written in `each` and `total`, the loops over one sample's numbers that the including file brings (cpu/simd.h), and
-// knowing nothing of what F is. Samples share calls of F and nothing else: each has its own history, stops at its own
-// tolerance and fails alone, so what becomes of one does not depend on its company.
+// Written in `each` and `total`, the loops over one sample's numbers that the including file brings (cpu/simd.h,
+// cuda/block.cuh), and knowing nothing of what F is. Samples share calls of F and nothing else: each has its own
+// history, stops at its own tolerance and fails alone, so what becomes of one does not depend on its company.
 #pragma once
 
 #include "problem.h"

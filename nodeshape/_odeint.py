@@ -69,9 +69,10 @@ def odeint(
         step_size: an interval of length T takes ceil(T / step_size) equal steps.
         rtol, atol: with neither ``steps`` nor ``step_size``, steps are chosen so that the error of each stays within
             ``atol + rtol |y|`` (defaults 1e-4 and 1e-6).
-        adjoint: how gradients are computed. ``"discrete"``: exact, stores one state a step. ``"reversible"``: exact to
-            the stage tolerance, memory independent of the number of steps. ``"continuous"``: the approximate adjoint
-            of Chen et al., likewise independent. Only ``"discrete"`` has second derivatives.
+        adjoint: how gradients are computed. ``"discrete"``: exact, stores one state a step (of a fused ConvDynamics
+            three maps). ``"reversible"``: exact to the stage tolerance, memory independent of the number of steps.
+            ``"continuous"``: the approximate adjoint of Chen et al., likewise independent. Only ``"discrete"`` has
+            second derivatives.
         options: ``step_size``, as in torchdiffeq; ``stage_solver``, ``"anderson"`` or ``"newton"`` (small stiff
             states); ``stage_tolerance`` and ``max_stage_iterations`` of implicit stages; ``checkpoint_every`` (steps
             between stored states) and ``drift_tolerance`` of ``"reversible"``; ``min_step`` (in units of the interval)

@@ -50,7 +50,7 @@ class MlpTile {
       slots_[s].layers = arena.take<Layer>(count_);
       for (int64_t l = 0; l < count_; ++l) {
         Layer& layer = slots_[s].layers[l];
-        layer.z = with_gradient ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
+        layer.z = with_gradient && l + 1 < count_ ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
         layer.a = l + 1 < count_ ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
         layer.dz = with_gradient ? arena.take<T>(w_.out(l) * kWidth) : nullptr;
       }

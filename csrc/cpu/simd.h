@@ -1,4 +1,4 @@
-// The only file that knows an instruction set: vectors of T, and the two loops everything else is written in.
+// The only file that knows an instruction set: vectors of T, and the few loops everything else is written in.
 //
 // Included once per instruction set, each time in its own namespace (NODESHAPE_TARGET), so that no function compiled
 // for one is ever linked into another. For the same reason nothing here instantiates a template of the standard

@@ -41,7 +41,8 @@ class Team {
   template <class Body>
   void run(Body&& body) {
     __atomic_store_n(&body_, static_cast<void*>(&body), __ATOMIC_RELAXED);
-    __atomic_store_n(&call_, static_cast<Call>([](void* body, int piece) { (*static_cast<Body*>(body))(piece); }),
+    __atomic_store_n(&call_,
+                     static_cast<Call>([](void* body, int piece) noexcept { (*static_cast<Body*>(body))(piece); }),
                      __ATOMIC_RELAXED);
     __atomic_store_n(&done_, 0, __ATOMIC_RELAXED);
     const int64_t job = job_ + 1;
