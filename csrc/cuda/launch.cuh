@@ -32,6 +32,14 @@ inline void allow_shared_memory(const void* kernel) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes())));
 }
 
+/// Blocks of a kernel that the current device runs at a time.
+inline int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
+  allow_shared_memory(kernel);
+  int resident = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, size_t(shared_bytes)));
+  return int64_t(resident) * attribute(cudaDevAttrMultiProcessorCount);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, const Launch& on,
             Arguments&&... arguments) {
