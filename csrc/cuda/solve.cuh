@@ -80,13 +80,16 @@ __global__ void sum_chunks(int64_t chunks, int64_t numbers, const T* rows, T* su
 static __global__ void report_failures(int64_t samples, const Failure* failures, bool backward, double tolerance,
                                        double drift_tolerance, Report* report) {
   const int failed = total<int>(samples, [=](int64_t n) { return int(failures[n].step >= 0); });
-  if (failed == 0 || !leads() || atomicCAS(&report->taken, 0, 1) != 0) return;
+  if (failed == 0 || !leads()) return;
+  const int raised = report->raised;
+  if (atomicCAS(&report->begun, raised, raised + 1) != raised) return;
+  __threadfence_system();
   report->failed = first_failures(failures, samples, backward);
   report->samples = samples;
   report->tolerance = tolerance;
   report->drift_tolerance = drift_tolerance;
   __threadfence_system();
-  report->ready = 1;
+  report->written = raised + 1;
 }
 
 /// A grid in device memory.

@@ -32,7 +32,7 @@ enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 enum { cudaMemcpyDeviceToDevice };
-enum { cudaHostAllocMapped = 2, cudaHostAllocPortable = 1 };
+enum { cudaHostAllocMapped };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
