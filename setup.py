@@ -68,10 +68,11 @@ class BuildLibrary(build_ext):
 
     def finalize_options(self) -> None:
         self.nvcc = find_nvcc()
-        if self.nvcc is not None:
-            self.distribution.ext_modules.append(
-                Extension("nodeshape._cuda", [str(path) for path in sorted(CUDA.glob("*.c*")) if path.suffix != ".cuh"])
-            )
+        extensions = self.distribution.ext_modules
+        # An editable install comes here twice.
+        if self.nvcc is not None and all(ext.name != "nodeshape._cuda" for ext in extensions):
+            sources = [str(path) for path in sorted(CUDA.glob("*.c*")) if path.suffix != ".cuh"]
+            extensions.append(Extension("nodeshape._cuda", sources))
         super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:

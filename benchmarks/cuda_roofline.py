@@ -17,7 +17,7 @@ from math import ceil
 from pathlib import Path
 
 WARP, PACK, SEGMENT, KINDS = 32, 4, 4, 16
-MOST_THREADS, SCRATCH_BYTES, MOST_CHUNKS = 256, 2048, 256
+MOST_THREADS, SCRATCH_BYTES = 256, 2048
 FLOAT = 4
 BARRIER_CYCLES = 40  # of a block of eight warps
 

@@ -1,5 +1,5 @@
 // The ops, for any device: checks of every argument before any work, errors of samples that failed, and what a device
-// brings to run them. A Device has
+// brings to run them. A Backend has
 //     check(common, y0)                                   whether the state is where it can be read
 //     solve(common, owner, y0)                            for a ConvOwner and an MlpOwner, -> SolveResult
 //     solve_backward(common, owner, y0, arguments)        -> GradientResult
@@ -272,47 +272,47 @@ inline Adjoint adjoint_of(const Common& common) {
 
 // ---- ops -------------------------------------------------------------------------------------------------------
 
-template <class Device>
+template <class Backend>
 SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::vector<int64_t> steps, double theta,
                        double tolerance, int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
                        double drift_tolerance) {
   const Common common{"conv_solve",   dense(t),           std::move(steps), theta,          tolerance,
                       max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
-  Device::check(common, y0);
+  Backend::check(common, y0);
   common.check_arguments(y0);
   ConvOwner owner;
   conv_model(common.op, y0, weights, owner);
-  return Device::solve(common, owner, y0);
+  return Backend::solve(common, owner, y0);
 }
 
-template <class Device>
+template <class Backend>
 GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
                                    std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
                                    std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
   const Common common{"conv_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
                       max_iterations,        std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
-  Device::check(common, y0);
+  Backend::check(common, y0);
   common.check_arguments(y0);
   ConvOwner owner;
   conv_model(common.op, y0, weights, owner);
-  return Device::solve_backward(common, owner, y0, {grad_ys, ys, stages});
+  return Backend::solve_backward(common, owner, y0, {grad_ys, ys, stages});
 }
 
-template <class Device>
+template <class Backend>
 SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::string activation,
                       std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
                       std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
   const Common common{"mlp_solve",    dense(t),           std::move(steps), theta,          tolerance,
                       max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
-  Device::check(common, y0);
+  Backend::check(common, y0);
   common.check_arguments(y0);
   MlpOwner owner;
   mlp_model(common.op, y0, weights, activation, owner);
-  return Device::solve(common, owner, y0);
+  return Backend::solve(common, owner, y0);
 }
 
-template <class Device>
+template <class Backend>
 GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
                                   std::string activation, std::vector<int64_t> steps, double theta, double tolerance,
                                   int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
@@ -320,18 +320,18 @@ GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tens
   const Common common{"mlp_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
                       max_iterations,       std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
-  Device::check(common, y0);
+  Backend::check(common, y0);
   common.check_arguments(y0);
   MlpOwner owner;
   mlp_model(common.op, y0, weights, activation, owner);
-  return Device::solve_backward(common, owner, y0, {grad_ys, ys, stages});
+  return Backend::solve_backward(common, owner, y0, {grad_ys, ys, stages});
 }
 
 /// The four ops of a device, for STABLE_TORCH_LIBRARY_IMPL.
-#define NODESHAPE_REGISTER_OPS(m, Device)                                 \
-  m.impl("conv_solve", TORCH_BOX(&conv_solve<Device>));                   \
-  m.impl("conv_solve_backward", TORCH_BOX(&conv_solve_backward<Device>)); \
-  m.impl("mlp_solve", TORCH_BOX(&mlp_solve<Device>));                     \
-  m.impl("mlp_solve_backward", TORCH_BOX(&mlp_solve_backward<Device>))
+#define NODESHAPE_REGISTER_OPS(m, Backend)                                 \
+  m.impl("conv_solve", TORCH_BOX(&conv_solve<Backend>));                   \
+  m.impl("conv_solve_backward", TORCH_BOX(&conv_solve_backward<Backend>)); \
+  m.impl("mlp_solve", TORCH_BOX(&mlp_solve<Backend>));                     \
+  m.impl("mlp_solve_backward", TORCH_BOX(&mlp_solve_backward<Backend>))
 
 }  // namespace nodeshape

@@ -22,7 +22,8 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
   stage.
 - ``t`` is a CPU tensor on every device; ``grad_t`` is on the device of ``ys``.
 - On the CPU, a sample that fails raises from its op. On CUDA, where nothing waits for the device, it gives NaN, and the
-  same error comes from the next op that finds it; ``torch.ops.nodeshape.raise_failures()`` does nothing but look.
+  same error comes from the next op that finds it; ``torch.ops.nodeshape.raise_failures()`` does nothing but look, and
+  raises a RuntimeError whose message begins with the error's name, as all ops do.
 """
 
 from __future__ import annotations

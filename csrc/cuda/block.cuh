@@ -143,9 +143,7 @@ NODESHAPE_INLINE bool leads() { return thread() == 0; }
 template <class T, class Body>
 NODESHAPE_INLINE void each(int64_t size, Body&& body) {
   for (int64_t i = thread(); i < size; i += threads()) body(i);
-#ifndef NODESHAPE_WITHOUT_A_BARRIER  // which a test defines, to see that it is missed
   barrier();
-#endif
 }
 
 template <class Body>

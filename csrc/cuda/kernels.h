@@ -11,10 +11,12 @@
 
 namespace nodeshape::cuda {
 
-/// The first failure that a solve left behind, in host memory that kernels write to.
+/// The first failure that a device's solves left behind, in host memory that its kernels write to. No word is written
+/// by both sides: a kernel's atomics do not exclude the host.
 struct Report {
-  int taken = 0;           // by the kernel that writes it
-  volatile int ready = 0;  // set last
+  int begun = 0;             // reports so far, counted by the kernel that goes on to write one
+  volatile int written = 0;  // reports so far, counted by that kernel when it is done
+  volatile int raised = 0;   // reports so far, counted by the host; fewer than begun while one waits
   FirstFailures failed;
   int64_t samples;
   double tolerance, drift_tolerance;

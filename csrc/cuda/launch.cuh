@@ -15,19 +15,35 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-/// Shared memory that a block may have on the current device.
-inline int64_t most_shared_bytes() {
-  int device = 0, bytes = 0;
+/// Of the current device.
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  check(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+/// Shared memory that a block may have on the current device.
+inline int64_t most_shared_bytes() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+/// Let a kernel be launched with all of it. Not with what one launch needs: threads that launch the same kernel would
+/// undo each other's.
+inline void allow_shared_memory(const void* kernel) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes())));
+}
+
+/// Blocks of a kernel that the current device runs at a time.
+inline int64_t resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
+  allow_shared_memory(kernel);
+  int resident = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, size_t(shared_bytes)));
+  return int64_t(resident) * attribute(cudaDevAttrMultiProcessorCount);
 }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, const Launch& on,
             Arguments&&... arguments) {
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(shared_bytes)));
+  if (shared_bytes > 0) allow_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));

@@ -31,7 +31,7 @@ MlpWeights<T> prepare(const MlpModel& model, const Launch& on) {
   return w;
 }
 
-/// Numbers that a block works on side by side: at least a warp for every few inputs and outputs of a layer.
+/// Numbers that a block works on side by side: the products of an average layer, so many to a thread.
 template <class T>
 int64_t work(const MlpWeights<T>& w) {
   constexpr int64_t kProductsPerThread = 16;

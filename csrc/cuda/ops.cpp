@@ -14,6 +14,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <map>
 #include <mutex>
 
 #include "kernels.h"
@@ -43,6 +44,8 @@ class Device {
   cudaStream_t stream() const { return nullptr; }
 #endif
 
+  int32_t index() const { return index_; }
+
   Tensor empty(const Sizes& sizes, int32_t dtype) const {
     const Sizes strides = dense_strides(sizes);
     AtenTensorHandle handle;
@@ -58,30 +61,39 @@ class Device {
 #endif
 };
 
-/// The report that kernels write to, for all devices.
-cuda::Report* report() {
-  static cuda::Report* const report = [] {
+/// What the kernels of each device that has run an op report.
+class Reports {
+ public:
+  cuda::Report* of(const Device& device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = reports_.find(device.index());
+    if (found != reports_.end()) return found->second;
     void* memory = nullptr;
-    const cudaError_t error = cudaHostAlloc(&memory, sizeof(cuda::Report), cudaHostAllocMapped | cudaHostAllocPortable);
+    const cudaError_t error = cudaHostAlloc(&memory, sizeof(cuda::Report), cudaHostAllocMapped);
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-    return new (memory) cuda::Report;
-  }();
-  return report;
-}
+    return reports_[device.index()] = new (memory) cuda::Report;
+  }
 
-/// Raise what an earlier solve reported, if it has come so far.
-void raise_failures() {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  cuda::Report* const found = report();
-  if (!__atomic_load_n(&found->ready, __ATOMIC_ACQUIRE)) return;
-  const FirstFailures failed = found->failed;
-  const int64_t samples = found->samples;
-  const double tolerance = found->tolerance, drift_tolerance = found->drift_tolerance;
-  found->ready = 0;
-  found->taken = 0;
-  check_failures(failed, samples, tolerance, drift_tolerance);
-}
+  /// Raise what an earlier solve reported, if it has come so far.
+  void raise() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [device, report] : reports_) {
+      const int written = __atomic_load_n(&report->written, __ATOMIC_ACQUIRE);
+      if (report->raised == written) continue;
+      const FirstFailures failed = report->failed;
+      const int64_t samples = report->samples;
+      const double tolerance = report->tolerance, drift_tolerance = report->drift_tolerance;
+      __atomic_store_n(&report->raised, written, __ATOMIC_RELEASE);
+      check_failures(failed, samples, tolerance, drift_tolerance);
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int32_t, cuda::Report*> reports_;  // kept to the end of the process: kernels may still write
+} reports;
+
+void raise_failures() { reports.raise(); }
 
 /// Scratch memory of one op, from torch's allocator: what is freed is used again only after what the stream has to do.
 class Scratch {
@@ -94,7 +106,7 @@ class Scratch {
               tensors_.push_back(device_.empty({(bytes + 7) / 8}, aoti_torch_dtype_int64()));
               return tensors_.back().data_ptr();
             },
-            report()};
+            reports.of(device_)};
   }
 
  private:
@@ -151,7 +163,7 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, con
 struct Cuda {
   static void check(const Common& common, const Tensor& y0) {
     NODESHAPE_CHECK(Device::has(y0), common.op, "y0 must be on a CUDA device");
-    raise_failures();
+    reports.raise();
   }
 
   template <class Model>

@@ -80,13 +80,16 @@ __global__ void sum_chunks(int64_t chunks, int64_t numbers, const T* rows, T* su
 static __global__ void report_failures(int64_t samples, const Failure* failures, bool backward, double tolerance,
                                        double drift_tolerance, Report* report) {
   const int failed = total<int>(samples, [=](int64_t n) { return int(failures[n].step >= 0); });
-  if (failed == 0 || !leads() || atomicCAS(&report->taken, 0, 1) != 0) return;
+  if (failed == 0 || !leads()) return;
+  const int raised = report->raised;
+  if (atomicCAS(&report->begun, raised, raised + 1) != raised) return;
+  __threadfence_system();
   report->failed = first_failures(failures, samples, backward);
   report->samples = samples;
   report->tolerance = tolerance;
   report->drift_tolerance = drift_tolerance;
   __threadfence_system();
-  report->ready = 1;
+  report->written = raised + 1;
 }
 
 /// A grid in device memory.
@@ -108,28 +111,29 @@ struct Plan {
   int64_t shared_bytes() const { return kScratchBytes + memory.shared_bytes; }
 };
 
-/// For `tasks` samples or chunks and threads enough for `work` numbers side by side; take(arena) takes from an arena
-/// that measures what a block will take. Blocks whose state spills into global memory are no more than keep it small.
+/// How `kernel` runs for `tasks` samples or chunks, with threads enough for `work` numbers side by side; take(arena)
+/// takes from an arena that measures what a block will take. Where that spills into global memory, each block has some
+/// of its own, so there are as many as run at a time and take tasks in turn; no result depends on their number.
 template <class Take>
-Plan plan(int64_t tasks, int64_t work, const Launch& on, Take&& take) {
-  constexpr int64_t kMostBlocks = 65536, kMostSpillingBlocks = 1024;
-  const int64_t warps = (work + kWarp - 1) / kWarp, most = kMostThreads / kWarp;
+Plan plan(const void* kernel, int64_t tasks, int64_t work, const Launch& on, Take&& take) {
+  constexpr int64_t kMostBlocks = 65536;
+  const int64_t warps = (work + kWarp - 1) / kWarp;
+  const int threads = kWarp * int(min(max(warps, int64_t(1)), int64_t(kMostThreads / kWarp)));
   Arena arena(most_shared_bytes() - kScratchBytes);
   take(arena);
-  const int64_t global = arena.global_bytes(), limit = global > 0 ? kMostSpillingBlocks : kMostBlocks;
-  const int64_t blocks = tasks < limit ? tasks : limit;
-  return {blocks,
-          kWarp * int(warps < 1      ? 1
-                      : warps > most ? most
-                                     : warps),
-          {arena.shared_bytes(), static_cast<char*>(on.scratch(blocks * global)), global}};
+  Plan how{kMostBlocks, threads, {arena.shared_bytes(), nullptr, arena.global_bytes()}};
+  if (how.memory.global_bytes > 0) how.blocks = resident_blocks(kernel, threads, how.shared_bytes());
+  how.blocks = min(how.blocks, tasks);
+  how.memory.global = static_cast<char*>(on.scratch(how.blocks * how.memory.global_bytes));
+  return how;
 }
 
 template <class Weights, class T>
 void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, const Launch& on) {
   using D = typename Weights::Dynamics;
   if (problem.samples == 0) return;
-  const Plan how = plan(problem.samples, work, on, [&](Arena& arena) {
+  const auto kernel = reinterpret_cast<const void*>(forward_kernel<D>);
+  const Plan how = plan(kernel, problem.samples, work, on, [&](Arena& arena) {
     const D dynamics(weights, arena, nullptr, false);
     const StageSolver<T> stages(arena, dynamics.size(), 1, problem.stage, problem.grid.theta == 0.0);
     arena.take<T>(dynamics.size());  // the state
@@ -145,7 +149,8 @@ void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, cons
 template <class Weights, class T>
 const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem, const Launch& on) {
   using D = typename Weights::Dynamics;
-  constexpr int64_t kFewestChunks = 256, kMostChunks = 4096, kRowBytes = int64_t(1) << 26;
+  // Constants, so that gradients are the same on every GPU; a large one has about kFewestChunks multiprocessors.
+  constexpr int64_t kFewestChunks = 128, kMostChunks = 4096, kRowBytes = int64_t(1) << 27;
   const int64_t numbers = weights.gradient_numbers(), times = problem.grid.count;
   const int64_t fit = min(max(kRowBytes / (numbers * int64_t(sizeof(T))), kFewestChunks), kMostChunks);
   const int64_t chunks = min(problem.samples, fit);
@@ -153,7 +158,8 @@ const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem,
   T* sums = rows + chunks * numbers;
   double* time_rows = static_cast<double*>(on.scratch(chunks * times * sizeof(double)));
   if (chunks > 0) {
-    const Plan how = plan(chunks, work, on, [&](Arena& arena) {
+    const auto kernel = reinterpret_cast<const void*>(backward_kernel<D>);
+    const Plan how = plan(kernel, chunks, work, on, [&](Arena& arena) {
       D dynamics(weights, arena, nullptr, true);
       const BackwardSweep<D, Arena> sweep(dynamics, arena, problem, Group{0, 1}, nullptr);
     });
