@@ -182,6 +182,27 @@ def test_training_stops_early_after_epochs_without_a_better_test(monkeypatch: py
     assert run.stopped_early
 
 
+def test_a_last_batch_of_one_image_costs_little_accuracy() -> None:
+    """If it counted as a whole batch, the accuracy would fall by a quarter."""
+    accuracy = {}
+    for count in (240, 241):
+        torch.manual_seed(0)
+        data = drawn_data("single", count, 300, 16, "grey", seed=0)
+        run = Trainer(ShapeClassifier(3, image_size=16, step_size=0.5), data, Recipe(epochs=8), torch.device("cpu"))
+        run.run(lambda metrics: None)
+        accuracy[count] = run.progress.history[-1].test_accuracy
+    assert accuracy[240] > 0.75 and accuracy[241] > accuracy[240] - 0.15
+
+
+def test_the_training_loss_is_the_mean_over_images_whatever_the_last_batch() -> None:
+    run = trainer(recipe=Recipe(epochs=1, batch_size=13))
+    losses: list[float] = []
+    run.run(lambda metrics: None, losses.append)
+    sizes = [13, 13, 13, 1]
+    expected = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    assert run.progress.history[0].train_loss == pytest.approx(expected)
+
+
 def test_clipping_bounds_the_norm_of_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     norms: dict[float | None, list[float]] = {}
     for limit in (None, 0.1):
