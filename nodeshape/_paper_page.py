@@ -82,12 +82,11 @@ def _goals(paper: dict[str, Any]) -> Iterator[str]:
 def _experiments(paper: dict[str, Any]) -> Iterator[str]:
     yield "## Accuracy after each epoch\n"
     spread = ", ± the sample standard deviation" if paper["seeds"] > 1 else ""
-    last, before = f"{paper['test_size']:,}", f"{paper['interim_size']:,}"
+    threads = paper["machine"]["threads"]
     yield (
-        f"Percent of the test images, mean of {_seeds(paper)}{spread}. ✓: the mean is at least the report's figure"
-        f" (in brackets); ✗: it is below. After the last epoch all {last} test images count, after the ones before it"
-        f" the first {before} of them. Seconds an epoch are of training alone, with one thread a run while"
-        f" {paper['machine']['threads']} runs share the machine; the report's are those of a hosted notebook.\n"
+        f"Percent of the {paper['test_size']:,} test images, mean of {_seeds(paper)}{spread}. ✓: the mean is at least"
+        " the report's figure (in brackets); ✗: it is below. Seconds an epoch are of training alone, with one thread a"
+        f" run while {threads} runs share the machine; the report's are those of a hosted notebook.\n"
     )
     for experiment in paper["experiments"]:
         columns = experiment["methods"]

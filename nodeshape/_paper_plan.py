@@ -22,7 +22,7 @@ class Plan:
     Attributes:
         seeds: of images, weights and order; every training is repeated with each.
         epochs: passes over the training images.
-        test_size, interim_size: test images after the last epoch, and after each before it.
+        test_size: test images after each epoch.
         largest: training images at most; smallest_step: of the solver (both for the quick plan).
         sweep_sizes, sweep_steps: data sizes and step sizes of the sweep; sweep_limit: of images times steps
             in a cell; sweep_test_size: its test images.
@@ -34,7 +34,6 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 5
     test_size: int = 6000
-    interim_size: int = 600
     largest: int = 2700
     smallest_step: float = 0.01
     sweep_sizes: tuple[int, ...] = (250, 500, 2700)
@@ -53,7 +52,7 @@ class Plan:
     def training(self, task: str, train_size: int, step_size: float, method: str, seed: int) -> Training:
         """A run of the report's protocol, or the quick plan's miniature of it."""
         size, step = min(train_size, self.largest), max(step_size, self.smallest_step)
-        return Training(task, size, step, method, seed, self.epochs, self.test_size, self.interim_size)
+        return Training(task, size, step, method, seed, self.epochs, self.test_size)
 
     def experiment(self, experiment: Experiment, method: str) -> list[Training]:
         """The runs of one column of the report's table, a seed each."""
@@ -82,11 +81,7 @@ class Plan:
         if train_size / step_size > self.sweep_limit:
             return None
         return [
-            replace(
-                self.training("single", train_size, step_size, method, seed),
-                test_size=self.sweep_test_size,
-                interim_size=min(100, self.sweep_test_size),
-            )
+            replace(self.training("single", train_size, step_size, method, seed), test_size=self.sweep_test_size)
             for seed in self.seeds
         ]
 
@@ -147,7 +142,6 @@ QUICK = Plan(
     seeds=(0,),
     epochs=1,
     test_size=60,
-    interim_size=60,
     largest=120,
     smallest_step=0.05,
     sweep_sizes=(60, 500),

@@ -42,7 +42,6 @@ def collect(plan: Plan, get: Get) -> dict[str, Any]:
         "machine": epoch["euler"]["machine"],
         "seeds": len(plan.seeds),
         "test_size": plan.test_size,
-        "interim_size": plan.interim_size,
         "experiments": experiments,
         "small": small,
         "goals": _goals(experiments, small, networks, depth, epoch),
