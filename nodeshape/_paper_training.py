@@ -34,6 +34,8 @@ TEST_IMAGE, TEST_STEP = 0.25e-3, 0.032e-3
 #: Euler steps that a step of a method, and a solve besides, cost as much as: small steps take fewer stage iterations.
 STEP_COST = {"euler": (1.0, 0), "implicit_euler": (1.5, 22), "implicit_midpoint": (1.55, 14)}
 PLAIN_STEP = 2.5
+#: Fused Euler steps that a solve under error control costs as much as.
+CONTROLLED = 700
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Training(Job):
         test_size: test images, after each epoch.
         network: ``"ode"``, ``"resnet"`` or ``"rknet"``.
         recipe: as in ``--recipe``.
+        rtol: of error control, which then chooses the steps instead of ``step_size``; the ODE-Net's alone.
     """
 
     task: str
@@ -57,6 +60,7 @@ class Training(Job):
     test_size: int
     network: str = "ode"
     recipe: str = "default"
+    rtol: float | None = None
 
     @property
     def depth(self) -> int:
@@ -65,7 +69,10 @@ class Training(Job):
 
     @property
     def seconds(self) -> float:
-        steps = euler_steps(self.method, self.depth) if self.network == "ode" else PLAIN_STEP * self.depth
+        if self.rtol is not None:
+            steps: float = CONTROLLED
+        else:
+            steps = euler_steps(self.method, self.depth) if self.network == "ode" else PLAIN_STEP * self.depth
         train_image, test_image = TRAIN_IMAGE + TRAIN_STEP * steps, TEST_IMAGE + TEST_STEP * steps
         looks = min(self.train_size, CALIBRATION_IMAGES) + self.test_size
         return self.epochs * (self.train_size * train_image + looks * test_image)
@@ -93,6 +100,8 @@ class Training(Job):
 
     def model(self) -> ShapeClassifier:
         """The untrained network."""
+        if self.rtol is not None:
+            return ShapeClassifier(len(CLASSES[self.task]), method=self.method, rtol=self.rtol)
         return build(self.network, len(CLASSES[self.task]), self.depth, **self._solver())
 
     def trained(self, store: Store, **solver: Any) -> ShapeClassifier:
@@ -114,6 +123,7 @@ class Epoch(Job):
     step_size: float
     method: str
     alone: ClassVar[bool] = True
+    compiled: ClassVar[bool] = True
 
     @property
     def seconds(self) -> float:
