@@ -177,13 +177,15 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state`."""
+        """Go on from a :meth:`state`; anything else raises one error or another."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         progress = dict(state["progress"])
         history = [EpochMetrics(**metrics) for metrics in progress.pop("history")]
         self.progress = Progress(**progress, history=history)
+        if not (0 <= self.progress.epoch <= self.recipe.epochs and 0 <= self.progress.batch <= self.batches):
+            raise ValueError(f"no such place in training: {self.progress}")
 
     def run(
         self, epoch_done: Callable[[EpochMetrics], None], batch_done: Callable[[float], None] = lambda loss: None
