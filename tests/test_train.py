@@ -420,6 +420,13 @@ def test_a_last_checkpoint_of_other_content_is_named_in_one_line(
     assert exit_.value.code == 2 and message.count("\n") == 1 and str(tmp_path / "last.pt") in message
 
 
+def test_other_drawn_images_than_the_run_began_with_are_named(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+    state = torch.load(finished_run[0] / "last.pt", weights_only=True)
+    torch.save({**state, "fingerprint": "of others"}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"^the drawn images have changed"):
+        main(["--resume", "--out", str(tmp_path)])
+
+
 def test_a_cut_or_altered_checkpoint_is_refused_by_name_or_loads(
     finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:
