@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with: python -m nodeshape.train")
+    data = path.read_bytes()  # an OSError of its own, apart from those that damage leads to
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's doubts about a damaged file, which the error tells
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damage can make unpickling raise anything
         raise UserError(f"{path}: not a readable checkpoint") from error
     if not isinstance(state, dict) or not {"model", "architecture", "classes"} <= state.keys():
         raise UserError(f"{path}: not a nodeshape checkpoint")
@@ -68,6 +71,9 @@ def load_classifier(path: Path | str) -> tuple[ShapeClassifier, list[str]]:
     try:
         model = ShapeClassifier(**state["architecture"])
         model.load_state_dict(state["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+        classes = [str(name) for name in state["classes"]]
+    except Exception as error:  # they may be anything, of any type
         raise UserError(f"{path}: its weights do not fit its architecture") from error
-    return model.eval(), list(state["classes"])
+    if len(classes) != model.num_classes:
+        raise UserError(f"{path}: names {len(classes)} classes, its network has {model.num_classes}")
+    return model.eval(), classes

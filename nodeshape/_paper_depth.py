@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ class Depth(Job):
     adjoint: str
     depth: int
     batch_size: int
+    alone: ClassVar[bool] = True
+    compiled: ClassVar[bool] = True
 
     @property
     def seconds(self) -> float:

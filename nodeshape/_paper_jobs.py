@@ -21,15 +21,32 @@ from tqdm import tqdm
 from nodeshape import __version__
 from nodeshape._checkpoint import write_atomically
 from nodeshape._cli import UserError
+from nodeshape._fused import _LIBRARY
 
 Result = dict[str, Any]
 
 #: Modules that decide a result: a kept one counts only while their code is the same, comments and layout apart.
 SOURCES = (
     "_augment",
+    "_backend",
+    "_block",
     "_classifier",
+    "_datasets",
     "_dynamics",
+    "_error_control",
+    "_fused",
+    "_implicit",
+    "_march",
+    "_method",
+    "_odeint",
+    "_processes",
     "_shapes",
+    "_solve",
+    "_stage",
+    "_stats",
+    "_streaming",
+    "_sweep",
+    "_system",
     "_training",
     "_paper_depth",
     "_paper_networks",
@@ -44,9 +61,11 @@ class Job:
 
     Attributes:
         alone: to be run by itself with a thread a core; others run side by side with one thread each.
+        compiled: whether another build of the compiled library may give another result, as a time.
     """
 
     alone: ClassVar[bool] = False
+    compiled: ClassVar[bool] = False
 
     @property
     def seconds(self) -> float:
@@ -66,7 +85,7 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.sources = folder, _sources()
+        self.folder, self.sources, self.library = folder, _sources(), _library()
 
     def prepare(self) -> None:
         """Create the folder."""
@@ -75,7 +94,8 @@ class Store:
 
     def path(self, job: Job, suffix: str) -> Path:
         """Where something of a job is kept: the name is a digest of its fields and of the code that decides it."""
-        identity = json.dumps([type(job).__name__, asdict(job), __version__, self.sources], sort_keys=True)
+        code = [__version__, self.sources, *([self.library] if job.compiled else [])]
+        identity = json.dumps([type(job).__name__, asdict(job), *code], sort_keys=True)
         return self.folder / f"{sha256(identity.encode()).hexdigest()[:20]}{suffix}"
 
     def get(self, job: Job) -> Result | None:
@@ -135,3 +155,8 @@ def _sources() -> str:
     for name in SOURCES:
         digest.update(ast.dump(ast.parse((Path(__file__).parent / f"{name}.py").read_text("utf-8"))).encode())
     return digest.hexdigest()
+
+
+def _library() -> str:
+    """A digest of the compiled library; without one, solves take the plain path."""
+    return sha256(_LIBRARY.read_bytes()).hexdigest() if _LIBRARY.exists() else ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from typing import Any
 
 from nodeshape._paper_networks import NETWORKS
-from nodeshape._paper_source import METHOD_TITLES, PARENT_TABLE
+from nodeshape._paper_source import METHOD_TITLES, PARENT_TABLE, solver_title
 
 
 def page(paper: dict[str, Any]) -> str:
@@ -82,12 +83,11 @@ def _goals(paper: dict[str, Any]) -> Iterator[str]:
 def _experiments(paper: dict[str, Any]) -> Iterator[str]:
     yield "## Accuracy after each epoch\n"
     spread = ", ± the sample standard deviation" if paper["seeds"] > 1 else ""
-    last, before = f"{paper['test_size']:,}", f"{paper['interim_size']:,}"
+    threads = paper["machine"]["threads"]
     yield (
-        f"Percent of the test images, mean of {_seeds(paper)}{spread}. ✓: the mean is at least the report's figure"
-        f" (in brackets); ✗: it is below. After the last epoch all {last} test images count, after the ones before it"
-        f" the first {before} of them. Seconds an epoch are of training alone, with one thread a run while"
-        f" {paper['machine']['threads']} runs share the machine; the report's are those of a hosted notebook.\n"
+        f"Percent of the {paper['test_size']:,} test images, mean of {_seeds(paper)}{spread}. ✓: the mean is at least"
+        " the report's figure (in brackets); ✗: it is below. Seconds an epoch are of training alone, with one thread a"
+        f" run while {threads} runs share the machine; the report's are those of a hosted notebook.\n"
     )
     for experiment in paper["experiments"]:
         columns = experiment["methods"]
@@ -152,7 +152,8 @@ def _depth(paper: dict[str, Any]) -> Iterator[str]:
     lines = paper["depth"]
     depths = lines[0]["depths"]
     yield (
-        f"A training step of {paper['batch_size']} images in a process of its own, one thread. Memory is the peak of"
+        f"A training step of {paper['batch_size']} images in a process of its own, one thread, one depth after another"
+        " while no other experiment runs. Memory is the peak of"
         " what is resident beyond what was before the step, working space included; time is the median of three"
         " further steps. Depth is the number of residual blocks, or of explicit Euler steps, whose reversal costs"
         " `reversible` an implicit solve each.\n"
@@ -178,7 +179,7 @@ def _evaluations(paper: dict[str, Any]) -> Iterator[str]:
         " many backwards as forwards.\n"
     )
     settings = [c for c in counts_of["euler"] if c["adjoint"] == counts_of["euler"][0]["adjoint"]]
-    columns = [f"{s['steps']} steps" if "steps" in s else f"rtol {s['rtol']:g}" for s in settings]
+    columns = [solver_title(setting) for setting in settings]
     rows = []
     for method, counts in counts_of.items():
         for adjoint in dict.fromkeys(c["adjoint"] for c in counts):
@@ -196,7 +197,7 @@ def _other_solvers(paper: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Single, {table['train_size']:,} training images, first seed; percent of {paper['solver_images']:,} test"
         " images. Error control is that of the implicit midpoint method. A dash is a solve that did not reach its"
-        " tolerance, and said so.\n"
+        " tolerance, and said so, or a model whose training failed.\n"
     )
     drops = []
     for row in table["rows"]:
@@ -212,10 +213,20 @@ def _other_solvers(paper: dict[str, Any]) -> Iterator[str]:
         worst, best = min(named, key=lambda cell: cell[1]), max(named, key=lambda cell: cell[1])
         yield (
             f"Within a method the number of steps matters most to {METHOD_TITLES[row['method']]} trained with"
-            f" h = {row['step_size']:g}: {best[1]:.1f}% in {best[0]['steps']} steps, {worst[1]:.1f}% in"
+            f" {solver_title(row)}: {best[1]:.1f}% in {best[0]['steps']} steps, {worst[1]:.1f}% in"
             f" {worst[0]['steps']}.\n"
         )
     yield "![Test accuracy by the solver of training and of testing](other-solvers.png)\n"
+    yield "Trained at one tolerance of error control (rows), tested at another (columns):\n"
+    tolerances = [i for i, column in enumerate(table["columns"]) if "rtol" in column]
+    yield from _table(
+        ["implicit midpoint", *(solver_title(table["columns"][i]) for i in tolerances)],
+        [
+            [solver_title(row), *(_or_dash(row["accuracy"][i], ".1f") for i in tolerances)]
+            for row in table["rows"]
+            if "rtol" in row
+        ],
+    )
 
 
 def _sweep(paper: dict[str, Any]) -> Iterator[str]:
@@ -225,7 +236,8 @@ def _sweep(paper: dict[str, Any]) -> Iterator[str]:
         "The report closes with: with few images and small steps the midpoint method holds up best. Single, accuracy"
         f" after the last epoch, mean of {_seeds(paper)}, on {paper['sweep_test_size']:,} test images"
         f" ({paper['test_size']:,} in the report's own cells). Combinations of many images and small steps are left"
-        " out for their cost; a training `failed` if a stage equation could not be solved.\n"
+        " out for their cost. `failed`: with one of the seeds a stage equation could not be solved, or the loss did not"
+        " stay finite.\n"
     )
     rows = [
         [f"{cell['train_size']:,}", f"{cell['step_size']:g}", *(_mean(cell["methods"][m]) for m in METHOD_TITLES)]
@@ -237,18 +249,29 @@ def _sweep(paper: dict[str, Any]) -> Iterator[str]:
 
 
 def _answer(cells: Sequence[dict[str, Any]]) -> str:
-    """The report's closing question, answered by counting cells that the midpoint method leads."""
-    fewest = sorted({cell["train_size"] for cell in cells})[:2]
+    """The report's closing question, answered by counting cells that the midpoint method leads.
+
+    Those of the two smallest numbers of images and of all steps but the largest; a rival whose training failed is led
+    clearly, and a cell in which all failed says nothing.
+    """
+    sizes = sorted({cell["train_size"] for cell in cells})[:2]
+    steps = sorted({cell["step_size"] for cell in cells})[:-1]
     few = [
-        cell
+        cell["methods"]
         for cell in cells
-        if cell["train_size"] in fewest and all(column["mean"] is not None for column in cell["methods"].values())
+        if cell["train_size"] in sizes
+        and cell["step_size"] in steps
+        and any(column["mean"] is not None for column in cell["methods"].values())
     ]
+    if not few:
+        return "Whether the midpoint method holds up best we cannot tell: no such training succeeded."
     best = clear = 0
-    for cell in few:
-        ours = cell["methods"]["implicit_midpoint"]
-        others = [cell["methods"][m] for m in METHOD_TITLES if m != "implicit_midpoint"]
-        rival = max(others, key=lambda other: other["mean"])
+    for methods in few:
+        ours = methods["implicit_midpoint"]
+        rivals = [methods[m] for m in METHOD_TITLES if m != "implicit_midpoint" and methods[m]["mean"] is not None]
+        if ours["mean"] is None:
+            continue
+        rival = max(rivals, key=lambda other: other["mean"], default={"mean": -inf, "spread": None})
         lead = ours["mean"] - rival["mean"]
         best += lead > 0
         clear += lead > (ours["spread"] or 0.0) + (rival["spread"] or 0.0)
@@ -260,8 +283,8 @@ def _answer(cells: Sequence[dict[str, Any]]) -> str:
         else "so the finding holds in part"
     )
     return (
-        f"With {fewest[0]:,} or {fewest[-1]:,} images the midpoint method has the highest mean in {best} of {len(few)}"
-        f" cells, in {clear} of them by more than the two spreads together; {verdict}."
+        f"With {sizes[0]:,} or {sizes[-1]:,} images and h of at most {steps[-1]:g} the midpoint method has the highest"
+        f" mean in {best} of {len(few)} cells, in {clear} of them by more than the two spreads together; {verdict}."
     )
 
 

@@ -22,29 +22,30 @@ class Plan:
     Attributes:
         seeds: of images, weights and order; every training is repeated with each.
         epochs: passes over the training images.
-        test_size, interim_size: test images after the last epoch, and after each before it.
+        test_size: test images after each epoch.
         largest: training images at most; smallest_step: of the solver (both for the quick plan).
         sweep_sizes, sweep_steps: data sizes and step sizes of the sweep; sweep_limit: of images times steps
             in a cell; sweep_test_size: its test images.
         depths: residual blocks or steps whose memory and time are measured; batch_size: images in such a step.
         solver_steps, rtols, solver_images: under which trained models are tested, and on how many images.
+        train_rtols: tolerances under which further models are trained for these tests.
         count_steps, count_rtols, count_images: under which evaluations are counted.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 5
     test_size: int = 6000
-    interim_size: int = 600
     largest: int = 2700
     smallest_step: float = 0.01
     sweep_sizes: tuple[int, ...] = (250, 500, 2700)
     sweep_steps: tuple[float, ...] = (0.1, 0.05, 0.01)
-    sweep_limit: int = 25_000
+    sweep_limit: int = 27_000
     sweep_test_size: int = 1000
     depths: tuple[int, ...] = (6, 12, 25, 50, 100)
     batch_size: int = 120
     solver_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
     rtols: tuple[float, ...] = (1.0, 1e-1, 1e-2)
+    train_rtols: tuple[float, ...] = (1e-1, 1e-2)
     solver_images: int = 300
     count_steps: tuple[int, ...] = (5, 10, 20, 40)
     count_rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
@@ -53,7 +54,7 @@ class Plan:
     def training(self, task: str, train_size: int, step_size: float, method: str, seed: int) -> Training:
         """A run of the report's protocol, or the quick plan's miniature of it."""
         size, step = min(train_size, self.largest), max(step_size, self.smallest_step)
-        return Training(task, size, step, method, seed, self.epochs, self.test_size, self.interim_size)
+        return Training(task, size, step, method, seed, self.epochs, self.test_size)
 
     def experiment(self, experiment: Experiment, method: str) -> list[Training]:
         """The runs of one column of the report's table, a seed each."""
@@ -82,11 +83,7 @@ class Plan:
         if train_size / step_size > self.sweep_limit:
             return None
         return [
-            replace(
-                self.training("single", train_size, step_size, method, seed),
-                test_size=self.sweep_test_size,
-                interim_size=min(100, self.sweep_test_size),
-            )
+            replace(self.training("single", train_size, step_size, method, seed), test_size=self.sweep_test_size)
             for seed in self.seeds
         ]
 
@@ -103,11 +100,16 @@ class Plan:
         trained = self.training("single", 2700, 0.05, method, self.seeds[0])
         return Evaluations(trained, self.count_images, self.count_steps, self.count_rtols)
 
-    def other_solvers(self, method: str, step_size: float) -> OtherSolvers:
-        """The tests of a model trained on 500 images, a cell of the sweep."""
-        cell = self.sweep(500, step_size, method)
-        assert cell is not None
-        return OtherSolvers(cell[0], self.solver_images, self.solver_steps, self.rtols)
+    def controlled(self) -> list[Training]:
+        """The runs of 500 images under error control, a tolerance each."""
+        run = self.training("single", 500, 0.05, "implicit_midpoint", self.seeds[0])
+        return [replace(run, rtol=rtol, test_size=self.solver_images) for rtol in self.train_rtols]
+
+    def other_solvers(self) -> list[OtherSolvers]:
+        """The tests of models trained on 500 images: of cells of the sweep, and under error control."""
+        cells = [self.sweep(500, step_size, method) for method in METHODS for step_size in self.sweep_steps]
+        trained = [*(cell[0] for cell in cells if cell), *self.controlled()]
+        return [OtherSolvers(run, self.solver_images, self.solver_steps, self.rtols) for run in trained]
 
     def epoch(self, method: str) -> Epoch:
         """The time of the default epoch."""
@@ -118,16 +120,18 @@ class Plan:
         return list(dict.fromkeys(self._trainings()))
 
     def analyses(self) -> list[Job]:
-        """What is measured on trained models and on networks of many depths."""
+        """What is measured on trained models."""
         return [
             *(self.evaluations(method) for method in METHODS),
-            *(self.other_solvers(method, step) for method in METHODS for step in self.sweep_steps),
-            *(self.depth(*line, depth) for line in self.depth_lines() for depth in self.depths),
+            *self.other_solvers(),
         ]
 
     def timings(self) -> list[Job]:
         """What is measured with the machine to itself."""
-        return [self.epoch(method) for method in METHODS]
+        return [
+            *(self.epoch(method) for method in METHODS),
+            *(self.depth(*line, depth) for line in self.depth_lines() for depth in self.depths),
+        ]
 
     def _trainings(self) -> Iterator[Training]:
         for method in METHODS:
@@ -137,6 +141,7 @@ class Plan:
                 for step in self.sweep_steps:
                     yield from self.sweep(size, step, method) or ()
             yield from self.small(method)
+        yield from self.controlled()
         for task, networks in self.networks().items():
             for network in networks:
                 yield from self.network(network, task)
@@ -147,7 +152,6 @@ QUICK = Plan(
     seeds=(0,),
     epochs=1,
     test_size=60,
-    interim_size=60,
     largest=120,
     smallest_step=0.05,
     sweep_sizes=(60, 500),
@@ -157,6 +161,7 @@ QUICK = Plan(
     batch_size=8,
     solver_steps=(2, 4),
     rtols=(1e-1,),
+    train_rtols=(1.0,),
     solver_images=30,
     count_steps=(2, 4),
     count_rtols=(1e-1,),

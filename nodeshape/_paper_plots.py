@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-from nodeshape._checkpoint import write_atomically
-from nodeshape._paper_source import METHOD_TITLES
-from nodeshape._solve import ADJOINTS
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+from nodeshape._paper_source import METHOD_TITLES, solver_title
+from nodeshape._plots import save
+from nodeshape._solve import ADJOINTS
 
 COLOURS = dict(zip(METHOD_TITLES, ("#0072b2", "#d55e00", "#009e73")))
 ADJOINT_COLOURS = dict(zip(ADJOINTS, ("#0072b2", "#009e73", "#cc3377")))
@@ -45,7 +41,7 @@ def _learning_curves(experiment: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=experiment["title"], xticks=epochs, ylim=(None, 102))
     axes.grid(axis="y", alpha=0.3)
     figure.legend(fontsize=8, loc="outside lower center", ncols=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _depth(lines: list[dict[str, Any]], path: Path) -> None:
@@ -64,16 +60,17 @@ def _depth(lines: list[dict[str, Any]], path: Path) -> None:
         _plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _evaluations(counts_of: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(10.0, 3.9), layout="constrained", sharey=True, sharex=True)
     for axes, (method, counts) in zip(panels, counts_of.items()):
         solved = [c for c in counts if c["forward"]]
-        ends = np.array([min(c["forward"] for c in solved), max(c["forward"] for c in solved)])
-        axes.plot(ends, ends, ":", color=GREY, lw=1, label="as many as forwards")
-        axes.plot(ends, ends / 2, "--", color=GREY, lw=1, label="half, as Chen et al. found")
+        if solved:
+            ends = np.array([min(c["forward"] for c in solved), max(c["forward"] for c in solved)])
+            axes.plot(ends, ends, ":", color=GREY, lw=1, label="as many as forwards")
+            axes.plot(ends, ends / 2, "--", color=GREY, lw=1, label="half, as Chen et al. found")
         for adjoint, colour in ADJOINT_COLOURS.items():
             for kind, face, note in (("steps", colour, "equal steps"), ("rtol", "white", "error control")):
                 points = [(c["forward"], c["backward"]) for c in solved if c["adjoint"] == adjoint and kind in c]
@@ -86,7 +83,7 @@ def _evaluations(counts_of: dict[str, list[dict[str, Any]]], path: Path) -> None
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("backward evaluations an image")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _other_solvers(table: dict[str, Any], path: Path) -> None:
@@ -99,10 +96,11 @@ def _other_solvers(table: dict[str, Any], path: Path) -> None:
         dark = np.isfinite(value) and value < middle
         text = f"{value:.0f}" if np.isfinite(value) else "–"
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
-    names = [f"{c['steps']} step{'s' * (c['steps'] > 1)}" if "steps" in c else f"rtol {c['rtol']:g}" for c in columns]
-    axes.set_xticks(range(len(columns)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.set_xticks(
+        range(len(columns)), map(solver_title, columns), rotation=60, ha="right", rotation_mode="anchor", fontsize=7
+    )
     axes.set_yticks(
-        range(len(rows)), [f"{METHOD_TITLES[r['method']]}, h = {r['step_size']:g}" for r in rows], fontsize=7
+        range(len(rows)), [f"{METHOD_TITLES[row['method']]}, {solver_title(row)}" for row in rows], fontsize=7
     )
     groups = [c["method"] if "steps" in c else "error control" for c in columns]
     for name in dict.fromkeys(groups):
@@ -116,7 +114,7 @@ def _other_solvers(table: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("trained with", fontsize=8)
     axes.set_xlabel("tested with", fontsize=8)
     axes.tick_params(length=0)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _sweep(cells: list[dict[str, Any]], path: Path) -> None:
@@ -144,17 +142,10 @@ def _sweep(cells: list[dict[str, Any]], path: Path) -> None:
     panels[0, 0].set_ylabel("test accuracy, %")
     figure.supxlabel("training images", fontsize=10)
     panels[0, 0].legend(fontsize=8, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plain_ticks(axis: Any) -> None:
     """A logarithmic axis marked 1, 2, 5, 10, … in plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())

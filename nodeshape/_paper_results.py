@@ -42,7 +42,6 @@ def collect(plan: Plan, get: Get) -> dict[str, Any]:
         "machine": epoch["euler"]["machine"],
         "seeds": len(plan.seeds),
         "test_size": plan.test_size,
-        "interim_size": plan.interim_size,
         "experiments": experiments,
         "small": small,
         "goals": _goals(experiments, small, networks, depth, epoch),
@@ -115,11 +114,11 @@ def _depth(plan: Plan, get: Get, network: str, adjoint: str) -> dict[str, Any]:
 
 
 def _other_solvers(plan: Plan, get: Get) -> dict[str, Any]:
-    jobs = [plan.other_solvers(method, step) for method in METHODS for step in plan.sweep_steps]
+    jobs = plan.other_solvers()
     rows = [
         {
             "method": job.trained.method,
-            "step_size": job.trained.step_size,
+            **({"step_size": job.trained.step_size} if job.trained.rtol is None else {"rtol": job.trained.rtol}),
             "accuracy": [None if share is None else 100 * share for share in get(job)["accuracy"]],
         }
         for job in jobs

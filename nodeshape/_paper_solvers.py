@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from nodeshape._method import METHODS
 from nodeshape._paper_jobs import Job, Result, Store
 from nodeshape._paper_training import (
+    CONTROLLED,
     CPU,
     REFUSALS,
     TEST_IMAGE,
@@ -20,9 +21,6 @@ from nodeshape._paper_training import (
     euler_steps,
 )
 from nodeshape._solve import ADJOINTS
-
-#: Fused Euler steps that a solve under error control costs as much as.
-CONTROLLED = 700
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Evaluations(Job):
     images: int
     steps: tuple[int, ...]
     rtols: tuple[float, ...]
+    compiled: ClassVar[bool] = True
 
     @property
     def seconds(self) -> float:
@@ -91,14 +90,19 @@ class OtherSolvers(Job):
         return self.images * (TEST_IMAGE + TEST_STEP * steps)
 
     def compute(self, store: Store) -> Result:
-        """``accuracy``: a list of shares in [0, 1], in the order of :meth:`settings`; None where refused."""
+        """``accuracy``: a list of shares in [0, 1], in the order of :meth:`settings`; None where refused.
+
+        All are None if the training failed.
+        """
         run = self.trained
+        if "failed" in (store.get(run) or {}):
+            return {"accuracy": [None for _ in self.settings()]}
         test = drawn_test_images(run.task, self.images, run.seed)
         accuracy: list[float | None] = []
         for setting in self.settings():
             try:
                 accuracy.append(accuracy_on(run.trained(store, **setting), test))
-            except (*REFUSALS, FileNotFoundError):  # no weights: its training failed
+            except REFUSALS:
                 accuracy.append(None)
         return {"accuracy": accuracy}
 

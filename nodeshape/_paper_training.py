@@ -15,14 +15,14 @@ from nodeshape._bench_timing import QUICK, machine, torch_threads
 from nodeshape._checkpoint import save_checkpoint
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
-from nodeshape._datasets import Data, Split, drawn_data
+from nodeshape._datasets import Split, drawn_data
 from nodeshape._error_control import StepSizeError
 from nodeshape._paper_jobs import Job, Result, Store
 from nodeshape._paper_networks import RESIDUAL_BLOCKS, build
 from nodeshape._shapes import CLASSES
 from nodeshape._stage import StageSolveError
 from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import RECIPES, EpochMetrics, Interrupted, Recipe, Trainer, predict
+from nodeshape._training import CALIBRATION_IMAGES, RECIPES, EpochMetrics, Interrupted, Recipe, Trainer, predict
 
 IMAGE_SIZE, CHANNELS = 32, "grey"
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ TEST_IMAGE, TEST_STEP = 0.25e-3, 0.032e-3
 #: Euler steps that a step of a method, and a solve besides, cost as much as: small steps take fewer stage iterations.
 STEP_COST = {"euler": (1.0, 0), "implicit_euler": (1.5, 22), "implicit_midpoint": (1.55, 14)}
 PLAIN_STEP = 2.5
-#: Images at most that are seen once more after an epoch, for batch normalisation.
-CALIBRATED = 960
+#: Fused Euler steps that a solve under error control costs as much as.
+CONTROLLED = 700
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Training(Job):
     Attributes:
         task, train_size, step_size, method, seed: as in ``python -m nodeshape.train``.
         epochs: passes over the training images.
-        test_size: test images after the last epoch.
-        interim_size: how many of them are used after each epoch before it.
+        test_size: test images, after each epoch.
         network: ``"ode"``, ``"resnet"`` or ``"rknet"``.
         recipe: as in ``--recipe``.
+        rtol: of error control, which then chooses the steps instead of ``step_size``; the ODE-Net's alone.
     """
 
     task: str
@@ -58,9 +58,9 @@ class Training(Job):
     seed: int
     epochs: int
     test_size: int
-    interim_size: int
     network: str = "ode"
     recipe: str = "default"
+    rtol: float | None = None
 
     @property
     def depth(self) -> int:
@@ -69,14 +69,18 @@ class Training(Job):
 
     @property
     def seconds(self) -> float:
-        steps = euler_steps(self.method, self.depth) if self.network == "ode" else PLAIN_STEP * self.depth
+        if self.rtol is not None:
+            steps: float = CONTROLLED
+        else:
+            steps = euler_steps(self.method, self.depth) if self.network == "ode" else PLAIN_STEP * self.depth
         train_image, test_image = TRAIN_IMAGE + TRAIN_STEP * steps, TEST_IMAGE + TEST_STEP * steps
-        looks = min(self.train_size, CALIBRATED) + self.interim_size
-        return self.epochs * (self.train_size * train_image + looks * test_image) + self.test_size * test_image
+        looks = min(self.train_size, CALIBRATION_IMAGES) + self.test_size
+        return self.epochs * (self.train_size * train_image + looks * test_image)
 
     def compute(self, store: Store) -> Result:
         """Accuracies and seconds by epoch, or why it ``failed``; the weights are left in the store."""
-        data, test = _data(self)
+        data = drawn_data(self.task, self.train_size, 2, IMAGE_SIZE, CHANNELS, self.seed)
+        data.test = drawn_test_images(self.task, self.test_size, self.seed)
         torch.manual_seed(self.seed)
         model = self.model()
         trainer = Trainer(model, data, replace(RECIPES[self.recipe], epochs=self.epochs, seed=self.seed), CPU)
@@ -87,19 +91,17 @@ class Training(Job):
             return {"failed": str(error)}
         except Interrupted:  # the command is over, and so is this worker
             sys.exit()
-        accuracy = [epoch.test_accuracy for epoch in history]
-        accuracy[-1] = accuracy_on(model, test)
         save_checkpoint(store.path(self, ".pt"), model.state_dict())
         return {
-            "accuracy": accuracy,
+            "accuracy": [epoch.test_accuracy for epoch in history],
             "seconds": [epoch.seconds for epoch in history],
-            "nfe_forward": [epoch.nfe_forward for epoch in history],
-            "nfe_backward": [epoch.nfe_backward for epoch in history],
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
     def model(self) -> ShapeClassifier:
         """The untrained network."""
+        if self.rtol is not None:
+            return ShapeClassifier(len(CLASSES[self.task]), method=self.method, rtol=self.rtol)
         return build(self.network, len(CLASSES[self.task]), self.depth, **self._solver())
 
     def trained(self, store: Store, **solver: Any) -> ShapeClassifier:
@@ -121,18 +123,28 @@ class Epoch(Job):
     step_size: float
     method: str
     alone: ClassVar[bool] = True
+    compiled: ClassVar[bool] = True
 
     @property
     def seconds(self) -> float:
-        return Training(self.task, self.train_size, self.step_size, self.method, 0, 1, 2, 2).seconds
+        return Training(self.task, self.train_size, self.step_size, self.method, 0, epochs=1, test_size=2).seconds
 
     def compute(self, store: Store) -> Result:
-        """Seconds of training, and what they were measured on."""
+        """Seconds of training, and what they were measured on.
+
+        Raises:
+            UserError: the solver refused, or the loss is no longer finite.
+        """
         data = drawn_data(self.task, self.train_size, 2, IMAGE_SIZE, CHANNELS, seed=0)
         torch.manual_seed(0)
         model = ShapeClassifier(len(data.classes), method=self.method, step_size=self.step_size)
         history: list[EpochMetrics] = []
-        Trainer(model, data, Recipe(epochs=1), CPU).run(history.append)
+        try:
+            Trainer(model, data, Recipe(epochs=1), CPU).run(history.append)
+        except REFUSALS as error:
+            raise UserError(f"{self.task}, {self.train_size} images, {self.method}, one epoch: {error}") from error
+        except Interrupted:
+            sys.exit()
         return {"seconds": history[0].seconds, "machine": machine(QUICK)}
 
 
@@ -164,12 +176,4 @@ def slowness() -> float:
 
 def accuracy_on(model: ShapeClassifier, test: Split) -> float:
     """The share of images that a model classifies rightly, in [0, 1]."""
-    return float((predict(model, test, CPU).argmax(1) == test.labels).float().mean())
-
-
-def _data(run: Training) -> tuple[Data, Split]:
-    """Training images with the test images of every epoch but the last, and those of the last."""
-    data = drawn_data(run.task, run.train_size, 2, IMAGE_SIZE, CHANNELS, run.seed)
-    test = drawn_test_images(run.task, run.test_size, run.seed)
-    data.test = Split(test.images[: run.interim_size], test.labels[: run.interim_size])
-    return data, test
+    return float((predict(model, test, CPU).argmax(1) == test.labels).double().mean())

@@ -21,9 +21,10 @@ GOOD, BAD, INK = "#1a7f37", "#c62828", "#1f2933"
 SAMPLES_ACROSS, SAMPLES_DOWN = 8, 5
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, atomically, and close it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     write_atomically(path, buffer.getvalue())
 
@@ -46,7 +47,7 @@ def learning_curve(history: list[EpochMetrics], title: str, path: Path) -> None:
     right.set_ylabel("training loss", color="#5b6570")
     right.set_ylim(bottom=0)
     left.grid(axis="y", alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str], title: str, path: Path) -> None:
@@ -67,7 +68,7 @@ def confusion_matrix(labels: Tensor, predicted: Tensor, classes: list[str], titl
     axes.set_yticks(range(n), classes, fontsize=8)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def samples(
@@ -109,4 +110,4 @@ def samples(
         text = f"{name}\n(is {classes[int(labels[i])]})" if wrong[i] else name
         axes.set_title(text, fontsize=7, color=BAD if wrong[i] else GOOD)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)

@@ -38,9 +38,9 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """As torchrun's environment variables say; a single process without them."""
+        """As torchrun's environment variables say; a single process without all of them."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ[name]) for name in names)) if "LOCAL_WORLD_SIZE" in os.environ else cls()
+        return cls(*(int(os.environ[name]) for name in names)) if set(names) <= os.environ.keys() else cls()
 
     @property
     def first(self) -> bool:
@@ -73,6 +73,14 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(values)
         return values
+
+    def union(self, items: set[Any]) -> set[Any]:
+        """Everything that is in ``items`` of any process."""
+        everyones: list[Any] = [items]
+        if self.count > 1:
+            everyones *= self.count
+            dist.all_gather_object(everyones, items)
+        return set().union(*everyones)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """A module that computes what ``model`` does and averages the gradients of its parameters over the processes.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nodeshape._cli import UserError
 from nodeshape._images import Files, ImageError, load_image
+from nodeshape._processes import Processes
 
 #: Batches that are being read while one is trained on.
 AHEAD = 4
@@ -60,8 +61,11 @@ class StreamedSplit:
         return next(self.batches([torch.arange(len(self))[index]], device))
 
     def batches(self, indices: Iterable[Tensor], device: torch.device) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """For each of the index tensors, its images as float32 in [0, 1], and its labels; threads read ahead."""
-        workers = os.cpu_count() or 1
+        """For each of the index tensors, its images as float32 in [0, 1], and its labels; threads read ahead.
+
+        Processes of one machine share its cores among their threads.
+        """
+        workers = max(1, (os.cpu_count() or 1) // Processes.from_environment().local_count)
         pool = ThreadPoolExecutor(workers)  # Pillow decodes without holding Python's lock
         waiting: deque[tuple[Tensor, list[Future[list[NDArray[np.uint8]]]]]] = deque()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -102,7 +104,7 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
     if resume:
         out = _latest_run() if out is None else out
         state = load_checkpoint(out / "last.pt")
-        config = _stored_config(state, given)
+        config = _stored_config(state, given, out / "last.pt")
     else:
         state = None
         recipe = RECIPES[given.get("recipe", DEFAULTS["recipe"])]
@@ -144,10 +146,11 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
     trainer = Trainer(model, data, Recipe(**settings), device, processes)
     if state is not None:
         if state.get("fingerprint") != fingerprint:
-            raise UserError(f"{config['data']}: its images have changed since the run began; start a new run")
+            images = "the drawn images" if config["data"] is None else f"{config['data']}: its images"
+            raise UserError(f"{images} have changed since the run began; start a new run")
         try:
             trainer.restore(state)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        except Exception as error:  # the file may hold anything
             raise UserError(f"{out / 'last.pt'}: holds no training state of this run; start a new run") from error
     _announce(out, config, trainer)
     return trainer, RunFolder(
@@ -167,6 +170,10 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
             )
         else:
             trainer.run(lambda metrics: None)
+        splits = trainer.data.train, trainer.data.test
+        unreadable = processes.union(
+            {path for split in splits if isinstance(split, StreamedSplit) for path in split.unreadable}
+        )
     except Interrupted:
         if processes.first:
             folder.save_last(trainer)
@@ -193,10 +200,8 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
     if processes.first:
         if trainer.stopped_early:
             print(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
-        splits = trainer.data.train, trainer.data.test
-        unreadable = sum(len(split.unreadable) for split in splits if isinstance(split, StreamedSplit))
         if unreadable:
-            print(f"unreadable files passed over: {unreadable}", file=sys.stderr)
+            print(f"unreadable files passed over: {len(unreadable)}", file=sys.stderr)
         folder.finish(trainer)
 
 
@@ -301,18 +306,17 @@ def _device(name: str, processes: Processes) -> torch.device:
     own = f"cuda:{processes.local_rank}" if processes.count > 1 else "cuda"
     if name == "auto":
         return torch.device(own if torch.cuda.device_count() >= processes.local_count else "cpu")
-    try:
-        device = torch.device(own if name == "cuda" else name)
-    except RuntimeError:
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if name == "cpu":
+        return torch.device("cpu")
+    gpu = re.fullmatch(r"cuda(?::([0-9]+))?", name)
+    if gpu is None:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and name != "cuda" and processes.count > 1:
+    index = None if gpu[1] is None else int(gpu[1])
+    if index is not None and processes.count > 1:
         raise UserError(f"--device {name}: {processes.count} processes need a GPU each; give --device cuda")
-    needed = processes.local_count if name == "cuda" else (device.index or 0) + 1
-    if device.type == "cuda" and needed > torch.cuda.device_count():
+    if (processes.local_count if index is None else index + 1) > torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
-    return device
+    return torch.device(own if index is None else f"cuda:{index}")  # an index that torch has room for
 
 
 def _free_run(config: dict[str, Any]) -> Path:
@@ -345,8 +349,11 @@ def _latest_run() -> Path:
     return runs[-1].parent
 
 
-def _stored_config(state: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _stored_config(state: dict[str, Any], given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings in a checkpoint, with what may be given anew."""
     config = {name: state.get(name, default) for name, default in DEFAULTS.items()}
+    if not _is_config(config):
+        raise UserError(f"{path}: its settings are not those of a run; start a new run")
     for name, value in given.items():
         if name in CHANGEABLE:
             config[name] = value
@@ -356,6 +363,21 @@ def _stored_config(state: dict[str, Any], given: dict[str, Any]) -> dict[str, An
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value} differs from the run's {config[name]}; leave it out, or start a new run")
     return config
+
+
+def _is_config(config: dict[str, Any]) -> bool:
+    """Whether the command line takes these settings, either ``task`` or ``data`` among them."""
+    given = {name: value for name, value in config.items() if value is not None and value is not False}
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()]
+    try:
+        with redirect_stderr(io.StringIO()):
+            parsed = vars(_parser().parse_args(flags))
+    except SystemExit:
+        return False
+    absent = {name: DEFAULTS[name] for name in DEFAULTS.keys() - parsed.keys()}
+    if config["data"] is not None:
+        absent["task"] = None
+    return {**absent, **parsed} == config and (config["task"] is None) != (config["data"] is None)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from nodeshape import _cli
+from nodeshape import _cli, _paper_jobs
 from nodeshape._method import METHODS
 from nodeshape._paper_depth import Depth
 from nodeshape._paper_jobs import Job, Result, Store
 from nodeshape._paper_networks import RESIDUAL_BLOCKS, build
-from nodeshape._paper_page import headline, page
+from nodeshape._paper_page import _answer, headline, page
 from nodeshape._paper_plan import FULL
+from nodeshape._paper_plots import draw
 from nodeshape._paper_results import collect
 from nodeshape._paper_solvers import Evaluations, OtherSolvers
 from nodeshape._paper_source import EXPERIMENTS
@@ -118,6 +121,45 @@ def test_a_training_that_failed_is_said_in_the_sweep_and_an_error_in_an_experime
         collect(FULL, lambda job: {"failed": "no stage"})
 
 
+def sweep_cell(images: int, step: float, *means: float | None) -> dict[str, Any]:
+    columns = [{"mean": mean, "spread": None if mean is None else 1.0} for mean in means]
+    return {"train_size": images, "step_size": step, "methods": dict(zip(METHODS, columns))}
+
+
+def test_the_closing_question_is_answered_from_few_images_and_smaller_steps_alone() -> None:
+    ignored = [sweep_cell(size, 0.1, 99.0, 99.0, 50.0) for size in (250, 500)]
+    ignored.append(sweep_cell(2700, 0.01, 99.0, 99.0, 50.0))
+    lead, rivals_failed = sweep_cell(250, 0.05, 80.0, 80.0, 90.0), sweep_cell(500, 0.05, None, None, 40.0)
+    behind, ours_failed = sweep_cell(250, 0.01, 80.0, None, 70.0), sweep_cell(500, 0.01, 80.0, None, None)
+    text = _answer([*ignored, lead, rivals_failed])
+    assert "in 2 of 2 cells, in 2 of them" in text and text.endswith("holds here too.")
+    text = _answer([*ignored, lead, behind, ours_failed])
+    assert "in 1 of 3 cells, in 1 of them" in text and text.endswith("holds in part.")
+    assert _answer([*ignored, sweep_cell(250, 0.05, 80.0, None, 81.0)]).endswith("do not show it.")
+    assert "cannot tell" in _answer([*ignored, sweep_cell(250, 0.05, None, None, None)])
+
+
+def test_models_trained_under_error_control_are_tested_at_other_tolerances() -> None:
+    run, *_ = FULL.controlled()
+    ode = run.model().ode
+    assert (ode.rtol, ode.steps, ode.step_size) == (run.rtol, None, None)
+    text = page({"quick": False, **collect(FULL, made_up())})
+    assert "| implicit midpoint | rtol 1 | rtol 0.1 | rtol 0.01 |" in text
+    assert "| rtol 0.1 | 100.0 | 100.0 | 100.0 |" in text
+
+
+def test_a_model_whose_training_failed_is_tested_nowhere(tmp_path: Path) -> None:
+    job, store = FULL.other_solvers()[0], Store(tmp_path)
+    store.put(job.trained, {"failed": "no stage"})
+    assert set(job.compute(store)["accuracy"]) == {None}
+
+
+def test_refused_evaluations_leave_an_empty_panel(tmp_path: Path) -> None:
+    draw({"quick": False, **collect(FULL, made_up())}, tmp_path)
+    with Image.open(tmp_path / "evaluations.png") as picture:
+        picture.verify()
+
+
 def test_a_result_is_kept_for_its_job_and_its_code_alone(tmp_path: Path) -> None:
     job = FULL.training("single", 500, 0.01, "euler", seed=0)
     store = Store(tmp_path / "cache")
@@ -126,8 +168,27 @@ def test_a_result_is_kept_for_its_job_and_its_code_alone(tmp_path: Path) -> None
     store.put(job, {"accuracy": [0.5]})
     assert Store(tmp_path / "cache").get(job) == {"accuracy": [0.5]}
     assert store.get(replace(job, seed=1)) is None and store.get(replace(job, network="rknet")) is None
+    store.put(FULL.epoch("euler"), {"seconds": 1.0})
+    store.library = "another build"
+    assert store.get(job) is not None and store.get(FULL.epoch("euler")) is None
     store.sources = "of another version"
     assert store.get(job) is None
+
+
+def test_every_module_that_a_job_runs_decides_whether_its_result_is_kept() -> None:
+    folder = Path(_paper_jobs.__file__).parent
+
+    def imported(name: str) -> Iterator[str]:
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nodeshape"):
+                yield from (node.module.split(".")[1:] or [alias.name for alias in node.names])
+
+    found, left = set(), {"_paper_training", "_paper_solvers", "_paper_depth"}
+    while left:
+        found |= left
+        left = {name for module in left for name in imported(module) if (folder / f"{name}.py").exists()} - found
+    deciding_nothing = {"_bench_timing", "_checkpoint", "_cli", "_images", "_paper_jobs"}
+    assert found == {*_paper_jobs.SOURCES, *deciding_nothing}
 
 
 @pytest.mark.slow

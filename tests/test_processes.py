@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
+from nodeshape._processes import Processes
+from nodeshape._shapes import draw
 
 # 33 images in batches of 16: the last batch holds one, so that a process gets none of it.
 SMALL = ["--train-size", "33", "--test-size", "31", "--batch-size", "16", "--step-size", "0.5", "--image-size", "16"]
@@ -89,11 +93,33 @@ def test_a_killed_process_ends_the_run_with_a_message(tmp_path: Path) -> None:
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     victim = max(children(process.pid))
     os.kill(victim, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "lost contact with the others" in errors and "--resume --out run" in errors
-    assert "epoch 1000/1000" not in errors
+    assert "epoch 1/1000" in output and "epoch 1000/1000" not in output
     assert weights(tmp_path / "run")
+
+
+def test_unreadable_files_of_all_processes_are_counted(tmp_path: Path) -> None:
+    for part, count in (("train", 36), ("test", 6)):
+        for index in range(count):
+            image, label = draw("single", 5, index, 20)
+            path = tmp_path / "data" / part / f"class{label}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    for path in list((tmp_path / "data" / "train").rglob("*.png"))[::6]:
+        path.write_text("not an image")
+    arguments = ["--data", "data", "--stream", *SMALL[4:], "--epochs", "1", "--out", "run"]
+    process = start(2, *arguments, cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert errors.count("unreadable files passed over: 6") == 1
+
+
+def test_a_machine_s_process_count_alone_makes_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert Processes.from_environment() == Processes()
 
 
 def test_a_users_mistake_is_told_once(tmp_path: Path) -> None:

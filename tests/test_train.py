@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape import _fused, _run_folder
+from nodeshape import _cli, _fused, _run_folder
 from nodeshape._checkpoint import load_checkpoint, load_classifier
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
@@ -182,6 +182,27 @@ def test_training_stops_early_after_epochs_without_a_better_test(monkeypatch: py
     assert run.stopped_early
 
 
+def test_a_last_batch_of_one_image_costs_little_accuracy() -> None:
+    """If it counted as a whole batch, the accuracy would fall by a quarter."""
+    accuracy = {}
+    for count in (240, 241):
+        torch.manual_seed(0)
+        data = drawn_data("single", count, 300, 16, "grey", seed=0)
+        run = Trainer(ShapeClassifier(3, image_size=16, step_size=0.5), data, Recipe(epochs=8), torch.device("cpu"))
+        run.run(lambda metrics: None)
+        accuracy[count] = run.progress.history[-1].test_accuracy
+    assert accuracy[240] > 0.75 and accuracy[241] > accuracy[240] - 0.15
+
+
+def test_the_training_loss_is_the_mean_over_images_whatever_the_last_batch() -> None:
+    run = trainer(recipe=Recipe(epochs=1, batch_size=13))
+    losses: list[float] = []
+    run.run(lambda metrics: None, losses.append)
+    sizes = [13, 13, 13, 1]
+    expected = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    assert run.progress.history[0].train_loss == pytest.approx(expected)
+
+
 def test_clipping_bounds_the_norm_of_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     norms: dict[float | None, list[float]] = {}
     for limit in (None, 0.1):
@@ -340,6 +361,9 @@ def test_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(tmp_p
         ["--data", "file.png"],
         ["--device", "tpu"],
         ["--device", "cuda:99"],
+        ["--device", "cuda:200"],
+        ["--device", "cuda:99999999999999999999"],
+        ["--device", "cuda:-1"],
         ["--adjoint", "exact"],
         ["--image-size", "2"],
         ["--resume"],
@@ -351,8 +375,6 @@ def test_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(tmp_p
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nodeshape import _cli
-
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("one_class/only").mkdir(parents=True)
@@ -368,6 +390,70 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1, message
     assert sorted(tmp_path.rglob("*")) == before
+
+
+DAMAGE = [
+    {"optimizer": 3},
+    {"schedule": 3},
+    {"progress": {"epoch": "one"}},
+    {"progress": {"epoch": 10**9, "history": []}},
+    {"model": {}},
+    {"channels": "cmyk"},
+    {"task": None},
+    {"data": "nowhere"},
+    {"batch_size": None},
+    {"seed": None},
+    {"step_size": "0.5"},
+    {"device": ["cpu"]},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+def test_a_last_checkpoint_of_other_content_is_named_in_one_line(
+    damage: dict[str, Any], finished_run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(finished_run[0] / "last.pt", weights_only=True)
+    torch.save({**state, **damage}, tmp_path / "last.pt")
+    with pytest.raises(SystemExit) as exit_:
+        _cli.run(lambda: main(["--resume", "--out", str(tmp_path)]))
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2 and message.count("\n") == 1 and str(tmp_path / "last.pt") in message
+
+
+def test_other_drawn_images_than_the_run_began_with_are_named(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+    state = torch.load(finished_run[0] / "last.pt", weights_only=True)
+    torch.save({**state, "fingerprint": "of others"}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"^the drawn images have changed"):
+        main(["--resume", "--out", str(tmp_path)])
+
+
+def test_a_cut_or_altered_checkpoint_is_refused_by_name_or_loads(
+    finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    whole, random = (finished_run[0] / "best.pt").read_bytes(), Random(0)
+    damaged = tmp_path / "best.pt"
+
+    def refused() -> bool:
+        try:
+            load_classifier(damaged)
+        except UserError as error:
+            assert str(damaged) in str(error)
+            return True
+        return False
+
+    for length in (0, 1, 3, 100, 1000, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        damaged.write_bytes(whole[:length])
+        assert refused(), length
+    described = whole.index(b"data.pkl")  # the part that is neither weights nor padding, and the archive's directory
+    places = [random.randrange(described, described + 4000) for _ in range(60)]
+    places += [random.randrange(len(whole) - 4000, len(whole)) for _ in range(20)]
+    outcomes = []
+    for place in places:
+        altered = bytearray(whole)
+        altered[place] ^= 1 << random.randrange(8)
+        damaged.write_bytes(altered)
+        outcomes.append(refused())
+    assert any(outcomes)
 
 
 def test_loading_a_checkpoint_never_runs_its_code(tmp_path: Path) -> None:
