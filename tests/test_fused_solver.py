@@ -220,15 +220,15 @@ def test_threads_do_not_change_a_bit(isa, adjoint):
 @pytest.mark.parametrize("channels", [128, 160], ids=lambda c: f"{c} channels")
 def test_threads_that_share_a_lone_wide_sample_do_not_change_a_bit(isa, channels, method):
     torch.manual_seed(0)
-    f, y0 = random_conv(channels), torch.randn(2, channels, 9, 8)
+    f, y0 = random_conv(channels), torch.randn(2, channels, 7, 7)
     before = torch.get_num_threads()
     try:
         with torch.no_grad():
-            together = ns.odeint(f, y0, TIMES, method=method, steps=2)
+            together = ns.odeint(f, y0, TIMES, method=method, steps=1)
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                for _ in range(5):  # who takes which piece of the work is a matter of chance
-                    assert torch.equal(ns.odeint(f, y0[:1], TIMES, method=method, steps=2), together[:, :1])
+                for _ in range(3):  # who takes which piece of the work is a matter of chance
+                    assert torch.equal(ns.odeint(f, y0[:1], TIMES, method=method, steps=1), together[:, :1])
     finally:
         torch.set_num_threads(before)
 
