@@ -1,4 +1,6 @@
-"""Compile every .cu file with nvcc, warnings as errors; print ptxas' report and fail if a kernel spills.
+"""Compile every .cu file with nvcc, warnings as errors; print ptxas' report and fail if a hot kernel spills.
+
+Hot are all kernels but the float64 backward ones, which check gradients and need more registers than a thread can have.
 
     python .ci/compile_cuda.py [--json FILE]
 
@@ -57,6 +59,10 @@ def compile(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
     ]
 
 
+def is_hot(kernel: str) -> bool:
+    return not (kernel.startswith("backward_kernel") and "<double>" in kernel)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the report to this file")
@@ -73,7 +79,7 @@ def main() -> None:
         print(f"{k['kernel']:<52}{k['architecture']:<8}{k['registers']:>10}{k['stack']:>8}{k['spilled']:>15}")
     if arguments.json:
         arguments.json.write_text(json.dumps(kernels, indent=1) + "\n")
-    spilling = [f"{k['kernel']} ({k['architecture']})" for k in kernels if k["spilled"]]
+    spilling = [f"{k['kernel']} ({k['architecture']})" for k in kernels if k["spilled"] and is_hot(str(k["kernel"]))]
     if spilling:
         sys.exit(f"register spills in {', '.join(spilling)}")
 
