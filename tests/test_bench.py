@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nodeshape import _cli
-from nodeshape._bench_cases import Case, Contender, run_case
+from nodeshape._bench_cases import AGREEMENT, Case, Contender, run_case
 from nodeshape._bench_contenders import Problem, Unavailable, nodeshape, plain_loop
 from nodeshape._bench_targets import AtLeast
 from nodeshape._bench_timing import QUICK, Effort, measure
@@ -49,7 +49,8 @@ def test_a_quick_run_measures_every_case_and_its_contenders_agree(
         assert len(case["seconds"]) >= 2, case
         absent = ("not installed", "measured on the CPU only")
         assert all(any(word in reason for word in absent) for reason in case["skipped"].values()), case["skipped"]
-        assert all(difference < 1e-4 for difference in case["difference"].values()), case["difference"]
+        for contender, difference in case["difference"].items():  # undoing an Euler step divides by a small 1 + h λ
+            assert difference < (AGREEMENT if contender == "reversible" else 1e-4), (case["name"], case["difference"])
         for timing in case["seconds"].values():
             assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
     with Image.open(tmp_path / "out.png") as picture:
