@@ -17,9 +17,10 @@ from math import ceil
 from pathlib import Path
 
 WARP, PACK, SEGMENT, KINDS = 32, 4, 4, 16
-MOST_THREADS, SCRATCH_BYTES = 256, 2048
+MOST_THREADS, MOST_BLOCKS, HEADER, SCRATCH = 256, 8, 16, 8
 FLOAT = 4
 BARRIER_CYCLES = 40  # of a block of eight warps
+TEAM_BARRIER_CYCLES = 2500  # of several blocks, through L2: what others have measured of a whole grid
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ GPUS = (
 
 @dataclass
 class Work:
-    """What one block does for one sample.
+    """What one team of blocks does for one sample.
 
     Attributes:
         fma: fused multiply-adds and other float32 operations, one each.
         l1: bytes through the multiprocessor's load unit, 128 for each wavefront of a warp.
-        l2: bytes from and to the second-level cache.
+        state: bytes of maps that each loop touches, once: in shared memory, or in L2 if they do not fit.
+        l2: bytes from and to the second-level cache, by each block.
         memory: bytes that leave the chip.
         barriers: one after another.
         latency: cycles of loops that hang on their own results.
@@ -62,6 +64,7 @@ class Work:
 
     fma: float = 0
     l1: float = 0
+    state: float = 0
     l2: float = 0
     memory: float = 0
     barriers: float = 0
@@ -76,14 +79,30 @@ class Work:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel on a problem: blocks of ``threads``, each with ``shared`` bytes, for ``samples`` of ``work``."""
+    """A kernel on a problem: ``samples`` of ``work`` each."""
 
     name: str
     ptxas: str  # its name there
     samples: int
-    threads: int
-    shared: int  # bytes its arena takes; what does not fit is in global memory
+    tasks: int  # numbers that a team works on side by side
+    dynamics: int  # bytes that its dynamics work in
+    others: int  # bytes that its stages take besides
     work: Work
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return min(MOST_THREADS, ceil(self.tasks / WARP) * WARP)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How ``plan`` in csrc/cuda/solve.cuh launches a kernel."""
+
+    blocks: int  # of a team
+    resident: int  # blocks that a multiprocessor runs at a time
+    shared: int  # bytes a block
+    spilled: float  # share of its working memory that is not there
 
 
 # ---- ConvDynamics ----------------------------------------------------------------------------------------------------
@@ -111,11 +130,12 @@ class Conv:
         return self.side * ceil(self.side / SEGMENT)
 
     @property
-    def threads(self) -> int:
-        return min(MOST_THREADS, ceil(self.segments * self.width / PACK / WARP) * WARP)
+    def tasks(self) -> int:
+        return self.segments * self.width // PACK
 
     def elementwise(self, reads: int, writes: int, operations: int) -> Work:
-        return Work(fma=operations * self.numbers, l1=(reads + writes) * FLOAT * self.numbers, barriers=1)
+        touched = (reads + writes) * FLOAT * self.numbers
+        return Work(fma=operations * self.numbers, l1=touched, state=touched, barriers=1)
 
     def convolution(self) -> Work:
         """One 3x3 convolution.
@@ -131,6 +151,7 @@ class Conv:
         return Work(
             fma=9.0 * self.width**2 * self.segments * SEGMENT,
             l1=128.0 * wavefronts * steps,
+            state=FLOAT * self.numbers,
             l2=9.0 * self.width**2 * FLOAT,
             barriers=1,
         ) + self.elementwise(2, 1, 2)
@@ -158,6 +179,7 @@ class Conv:
         filters = Work(
             fma=tasks * 48.0 * self.pixels,
             l1=128.0 * loads * ceil(tasks / WARP),
+            state=2 * FLOAT * self.numbers,
             l2=2 * 9.0 * self.width**2 * FLOAT,
             barriers=1,
         )
@@ -174,8 +196,9 @@ class Conv:
             f"conv {self.channels}×{self.side}×{self.side} forward, euler, {steps} steps, batch {batch}",
             "forward_kernel<ConvDynamics<float> >",
             batch,
-            self.threads,
-            self.base_bytes() + 2 * FLOAT * self.numbers,
+            self.tasks,
+            self.base_bytes(),
+            2 * FLOAT * self.numbers,
             step * steps,
         )
 
@@ -188,8 +211,9 @@ class Conv:
             f"conv {self.channels}×{self.side}×{self.side} backward, discrete, {steps} steps, batch {batch}",
             "backward_kernel<ConvDynamics<float> >",
             batch,
-            self.threads,
-            self.base_bytes() + FLOAT * (8 * self.numbers + KINDS * self.width),
+            self.tasks,
+            self.base_bytes() + FLOAT * (2 * self.numbers + KINDS * self.width),
+            6 * FLOAT * self.numbers,
             step * steps,
         )
 
@@ -229,7 +253,8 @@ class Mlp:
             "forward_kernel<MlpDynamics<float> >",
             batch,
             WARP,
-            2 * FLOAT * (self.dim + self.hidden) + 4 * FLOAT * self.dim,
+            2 * FLOAT * (self.dim + self.hidden),
+            4 * FLOAT * self.dim,
             (self.evaluation() + Work(barriers=2, latency=40)) * steps,
         )
 
@@ -241,7 +266,8 @@ class Mlp:
             "backward_kernel<MlpDynamics<float> >",
             batch,
             WARP,
-            3 * FLOAT * (self.dim + self.hidden) + FLOAT * (self.parameters() + 12 * self.dim),
+            3 * FLOAT * (self.dim + self.hidden) + FLOAT * self.parameters(),
+            12 * FLOAT * self.dim,
             (self.evaluation() * 2 + gradient + stored) * steps,
         )
 
@@ -249,31 +275,46 @@ class Mlp:
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
-def blocks_per_multiprocessor(kernel: Kernel, gpu: Gpu, registers: int) -> int:
+def blocks_per_multiprocessor(kernel: Kernel, gpu: Gpu, registers: int, shared: int) -> int:
     """The occupancy formula.
 
     Registers are given to warps in units of 256, shared memory in units of 128 bytes, and 1 KiB a block to the system.
     """
     warps = kernel.threads // WARP
     by_registers = gpu.registers // (warps * ceil(registers * WARP / 256) * 256)
-    shared = min(kernel.shared + SCRATCH_BYTES, gpu.shared_per_block)
     by_shared = gpu.shared // (ceil(shared / 128) * 128 + 1024)
     return min(by_registers, by_shared, gpu.threads // kernel.threads, gpu.blocks)
 
 
+def plan(kernel: Kernel, gpu: Gpu, registers: int) -> Launch:
+    most, blocks = min(MOST_BLOCKS, ceil(kernel.tasks / kernel.threads)), 1
+    crew = most * kernel.threads
+    if crew > kernel.threads and HEADER + SCRATCH * crew + kernel.dynamics > gpu.shared_per_block:
+        resident = blocks_per_multiprocessor(kernel, gpu, registers, HEADER)
+        blocks = min(max(resident * gpu.multiprocessors // kernel.samples, 1), most)
+    if blocks > 1:
+        return Launch(blocks, resident, HEADER, 1.0)
+    whole, besides = kernel.dynamics + kernel.others, HEADER + SCRATCH * crew
+    shared = min(besides + whole, gpu.shared_per_block)
+    spilled = max(0, besides + whole - shared) / whole
+    return Launch(1, blocks_per_multiprocessor(kernel, gpu, registers, shared), shared, spilled)
+
+
 def row(kernel: Kernel, gpu: Gpu, registers: int) -> dict[str, str]:
-    resident = blocks_per_multiprocessor(kernel, gpu, registers)
-    busiest = ceil(kernel.samples / gpu.multiprocessors)  # samples of the busiest multiprocessor
-    side_by_side = min(resident, busiest)
-    work = kernel.work
-    spilled = max(0, kernel.shared + SCRATCH_BYTES - gpu.shared_per_block)
+    work, how = kernel.work, plan(kernel, gpu, registers)
+    teams = gpu.multiprocessors * how.resident // how.blocks
+    turns = ceil(kernel.samples / teams)
+    # Blocks, each with its share of a sample, that the busiest multiprocessor runs.
+    busiest = ceil(kernel.samples * how.blocks / gpu.multiprocessors)
+    l1, l2 = work.l1 / how.blocks, work.l2 * how.blocks + work.state * how.spilled
     seconds = {
-        "arithmetic": busiest * work.fma / gpu.fma / gpu.clock,
-        "shared memory": busiest * work.l1 / gpu.l1_bytes / gpu.clock,
-        "L2": kernel.samples * work.l2 / gpu.l2_rate,
+        "arithmetic": busiest * work.fma / how.blocks / gpu.fma / gpu.clock,
+        "shared memory" if how.blocks == 1 else "L1": busiest * l1 / gpu.l1_bytes / gpu.clock,
+        "L2": kernel.samples * l2 / gpu.l2_rate,
         "memory": kernel.samples * work.memory / gpu.memory_rate,
     }
-    waiting = ceil(busiest / side_by_side) * (work.barriers * BARRIER_CYCLES + work.latency) / gpu.clock
+    barrier = BARRIER_CYCLES if how.blocks == 1 else TEAM_BARRIER_CYCLES
+    waiting = turns * (work.barriers * barrier + work.latency) / gpu.clock
     limit = max(seconds, key=lambda name: seconds[name])
     if waiting > seconds[limit]:
         limit = "waiting"
@@ -282,12 +323,15 @@ def row(kernel: Kernel, gpu: Gpu, registers: int) -> dict[str, str]:
         "GPU": gpu.name,
         "kernel": kernel.name,
         "operations": f"{2e-9 * kernel.samples * work.fma:.2f} GFLOP",
-        "shared memory": f"{1e-6 * kernel.samples * work.l1:.0f} MB",
-        "L2": f"{1e-6 * kernel.samples * work.l2:.0f} MB",
+        "shared memory, L1": f"{1e-6 * kernel.samples * work.l1:.0f} MB",
+        "L2": f"{1e-6 * kernel.samples * l2:.0f} MB",
         "registers": str(registers),
-        "shared a block": f"{(kernel.shared + SCRATCH_BYTES) / 1024:.0f} KiB" + (" (spills)" if spilled else ""),
-        "blocks an SM": str(resident),
-        "occupancy": f"{100 * resident * kernel.threads / gpu.threads:.0f}%",
+        "blocks a sample": str(how.blocks),
+        "shared a block": "none: L2"
+        if how.spilled == 1
+        else f"{how.shared / 1024:.3g} KiB" + " and L2" * (how.spilled > 0),
+        "blocks an SM": str(how.resident),
+        "occupancy": f"{100 * how.resident * kernel.threads / gpu.threads:.0f}%",
         "bound": limit,
         "predicted": f"{1e3 * total:.3f} ms",
     }
@@ -299,8 +343,9 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print a table for docs/cuda.md")
     arguments = parser.parse_args()
     report = {(k["kernel"], k["architecture"]): k["registers"] for k in json.loads(arguments.report.read_text())}
-    conv, mlp = Conv(64, 8), Mlp(2, 16)
+    conv, large, mlp = Conv(64, 8), Conv(128, 14), Mlp(2, 16)
     kernels = [conv.forward(1, 20), conv.forward(120, 20), conv.forward(1024, 20), conv.backward(120, 20)]
+    kernels += [large.forward(1, 20), large.forward(120, 20), large.backward(120, 20)]
     kernels += [mlp.forward(1, 20), mlp.forward(4096, 20), mlp.backward(128, 20)]
     rows = [row(kernel, gpu, report[kernel.ptxas, gpu.architecture]) for gpu in GPUS for kernel in kernels]
     names = list(rows[0])

@@ -1,7 +1,7 @@
 // The dynamics that have a fused solver, as their parameters.
 #pragma once
 
-#include <cstdint>
+#include "problem.h"
 
 namespace nodeshape {
 
@@ -20,6 +20,15 @@ struct MlpModel {
   const int64_t* widths;          // [layers], outputs of each layer; the last is dim
   const void* const* parameters;  // [2 * layers]: weight [out, in], bias [out]
   Activation activation;
+
+  NODESHAPE_SMALL int64_t in(int64_t layer) const { return layer == 0 ? dim : widths[layer - 1]; }  // without time
+  NODESHAPE_SMALL int64_t columns(int64_t layer) const { return in(layer) + (layer == 0); }         // of its weight
+  /// Of all parameters together.
+  NODESHAPE_SMALL int64_t numbers() const {
+    int64_t total = 0;
+    for (int64_t l = 0; l < layers; ++l) total += widths[l] * (columns(l) + 1);
+    return total;
+  }
 };
 
 }  // namespace nodeshape

@@ -9,6 +9,9 @@
 #else
 #define NODESHAPE_FUNCTION
 #endif
+/// The same for a small function outside the targets' namespaces: were it not inlined, the linker would keep one
+/// instruction set's copy for all.
+#define NODESHAPE_SMALL NODESHAPE_FUNCTION __attribute__((always_inline)) inline
 
 namespace nodeshape {
 
@@ -19,7 +22,7 @@ struct Grid {
   const int64_t* steps;  // [count - 1], each at least 1
   double theta;          // where in a step the stage lies: 0, 1/2 or 1
 
-  NODESHAPE_FUNCTION int64_t total_steps() const {
+  NODESHAPE_SMALL int64_t total_steps() const {
     int64_t total = 0;
     for (int64_t j = 0; j + 1 < count; ++j) total += steps[j];
     return total;
@@ -95,12 +98,12 @@ inline constexpr int64_t kStoreStages = -1;
 inline constexpr int64_t kConvMapsKept = 3;
 
 /// Rows of `stored` that an interval of `steps` steps fills; its last state is an observation anyway.
-NODESHAPE_FUNCTION inline int64_t stored_rows(int64_t store, int64_t steps) {
+NODESHAPE_SMALL int64_t stored_rows(int64_t store, int64_t steps) {
   if (store == kStoreStages) return steps;
   return store > 0 ? (steps - 1) / store : 0;
 }
 
-NODESHAPE_FUNCTION inline int64_t stored_rows(int64_t store, const Grid& grid) {
+NODESHAPE_SMALL int64_t stored_rows(int64_t store, const Grid& grid) {
   int64_t rows = 0;
   for (int64_t j = 0; j + 1 < grid.count; ++j) rows += stored_rows(store, grid.steps[j]);
   return rows;

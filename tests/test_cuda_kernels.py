@@ -38,6 +38,9 @@ UNITS = {
     "csrc/cuda/mlp.cu": SANITIZED,
 }
 
+#: A machine on which blocks are small and the tests' feature maps too large for one of them.
+TEAMS = "cuda:threads=64,shared=4096"
+
 pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
 on_host = pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("g++") is None,
@@ -87,10 +90,14 @@ def library(tmp_path_factory):
 @on_host
 @pytest.mark.parametrize(
     ("machine", "left_out"),
-    [("cuda:threads=96,shared=8192", ["any_feature_map", "any_mlp"]), pytest.param("cuda", [], marks=pytest.mark.slow)],
+    [
+        (TEAMS, ["any_feature_map", "any_mlp"]),
+        pytest.param("cuda:threads=96,shared=8192", [], marks=pytest.mark.slow),
+        pytest.param("cuda", [], marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(library, machine, left_out):
-    """Under AddressSanitizer, in random order: blocks that do not divide the work and spill, and the usual ones."""
+    """Under AddressSanitizer, in random order: teams of blocks, blocks that do not divide the work, the usual ones."""
     # torch.compile's tools do not run under a preload, and some tests are of CPU threads and instruction sets.
     others = """compiled exported scripted opcheck forked unknown_instruction_set threads_may threads_do_not
         unsolved_stage_is_an_error trajectory_is_an_error float32_activations"""
@@ -106,18 +113,22 @@ def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(library, machine
 
 @on_host
 @pytest.mark.slow
-@pytest.mark.parametrize("loop", ["each", "spread", "reduce"])
-def test_a_missing_barrier_is_found(loop, tmp_path):
-    """What the random order is for: without the last barrier of a loop, numbers are wrong or threads astray."""
+@pytest.mark.parametrize("place", ["each", "spread", "reduce", "sum_columns", "team"])
+def test_a_missing_barrier_is_found(place, tmp_path):
+    """What the random order is for: without a loop's last barrier, or if blocks do not wait for each other, numbers
+    are wrong or threads astray."""
     for folder in ("csrc", "tests/cuda_shim"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     header = tmp_path / "csrc/cuda/block.cuh"
-    last_barrier = rf"( {loop}\(int64_t .*?\n)  barrier\(\);\n((?:  return result;\n)?}}\n)"
-    broken, count = re.subn(last_barrier, r"\1\2", header.read_text(), count=1, flags=re.DOTALL)
+    if place == "team":
+        pattern, left = r"while \(\*const_cast.*?;", ""
+    else:
+        pattern, left = rf"( {place}\(int64_t .*?\n)  barrier\(\);\n((?:  return result;\n)?}}\n)", r"\1\2"
+    broken, count = re.subn(pattern, left, header.read_text(), count=1, flags=re.DOTALL)
     assert count == 1
     header.write_text(broken)
     selected = ("tests/test_fused_solver.py", "-s", "-k", "conv_agrees and implicit and discrete")
-    done = run_tests(build(tmp_path, tmp_path), "cuda", *selected)
+    done = run_tests(build(tmp_path, tmp_path), TEAMS if place == "team" else "cuda", *selected)
     assert done.returncode != 0 and " passed" not in done.stdout, done.stdout + done.stderr
     assert " failed" in done.stdout or "cuda_shim: some threads wait" in done.stderr, done.stdout + done.stderr
 
@@ -125,11 +136,13 @@ def test_a_missing_barrier_is_found(loop, tmp_path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dynamics", ["conv", "mlp"])
+@pytest.mark.parametrize("dynamics", ["conv", "conv of several blocks", "mlp"])
 def test_gpu_agrees_with_the_plain_loop(dynamics, method, adjoint):
     torch.manual_seed(0)
     if dynamics == "conv":
         f, y0 = random_conv(16), torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    elif dynamics == "conv of several blocks":
+        f, y0 = random_conv(128), torch.randn(2, 128, 14, 14, dtype=torch.float64)
     else:
         f, y0 = ns.MLPDynamics(3, (33, 7)), torch.randn(19, 3, dtype=torch.float64)
     times = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
@@ -143,8 +156,17 @@ def test_gpu_agrees_with_the_plain_loop(dynamics, method, adjoint):
 
 
 @pytest.mark.cuda
-def test_solve_can_be_captured_in_a_cuda_graph():
-    f, y0 = ns.ConvDynamics(16).cuda(), torch.randn(3, 16, 8, 8, device="cuda")
+def test_a_sample_of_several_blocks_has_the_bits_of_one_in_a_batch():
+    f, y0 = ns.ConvDynamics(128).cuda(), torch.randn(300, 128, 14, 14, device="cuda")
+    with torch.no_grad():
+        alone, together = (ns.odeint(f, y, [0.0, 1.0], method="implicit_euler", steps=2) for y in (y0[:1], y0))
+    assert torch.equal(alone, together[:, :1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(3, 16, 8, 8), (1, 128, 14, 14)], ids=str)
+def test_solve_can_be_captured_in_a_cuda_graph(shape):
+    f, y0 = ns.ConvDynamics(shape[1]).cuda(), torch.randn(shape, device="cuda")
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     with torch.no_grad():
         expected = ns.odeint(f, y0, times, method="implicit_midpoint", steps=5)

@@ -20,14 +20,13 @@ struct MlpWeights {
     const T* bias;      // [padded out]
     const T* time;      // [padded out], layer 0 only
   };
-  int64_t dim, count;
-  Activation activation;
+  int64_t dim, count, numbers;
   Layer* layers;  // [count]
 
-  MlpWeights(const MlpModel& model, Arena& arena) : dim(model.dim), count(model.layers), activation(model.activation) {
+  MlpWeights(const MlpModel& model, Arena& arena) : dim(model.dim), count(model.layers), numbers(model.numbers()) {
     layers = arena.take<Layer>(count);
     for (int64_t l = 0; l < count; ++l) {
-      const int64_t in = l == 0 ? dim : model.widths[l - 1], out = model.widths[l], columns = l == 0 ? in + 1 : in;
+      const int64_t in = model.in(l), out = model.widths[l], columns = model.columns(l);
       const T* weight = static_cast<const T*>(model.parameters[2 * l]);
       T* forward = arena.zeros<T>(in * padded<T>(out));
       T* backward = arena.zeros<T>(out * padded<T>(in));
@@ -45,12 +44,7 @@ struct MlpWeights {
     }
   }
 
-  int64_t parameters() const {
-    int64_t total = 0;
-    for (int64_t l = 0; l < count; ++l) total += layers[l].out * (layers[l].in + (l == 0) + 1);
-    return total;
-  }
-
+  int64_t parameters() const { return numbers; }
   int64_t group() const { return kMaxGroup; }
   double cost() const { return 50 + 0.1 * double(parameters()); }
 };

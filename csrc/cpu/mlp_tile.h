@@ -16,17 +16,11 @@ template <class T>
 struct MlpTileWeights {
   const MlpModel& model;
 
-  int64_t in(int64_t l) const { return l == 0 ? model.dim : model.widths[l - 1]; }  // without time
   int64_t out(int64_t l) const { return model.widths[l]; }
-  int64_t columns(int64_t l) const { return in(l) + (l == 0); }
   const T* weight(int64_t l) const { return static_cast<const T*>(model.parameters[2 * l]); }
   const T* bias(int64_t l) const { return static_cast<const T*>(model.parameters[2 * l + 1]); }
 
-  int64_t parameters() const {
-    int64_t total = 0;
-    for (int64_t l = 0; l < model.layers; ++l) total += out(l) * (columns(l) + 1);
-    return total;
-  }
+  int64_t parameters() const { return model.numbers(); }
   int64_t group() const { return 1; }
   double cost() const { return 2.0 * double(parameters()); }
 
@@ -90,7 +84,7 @@ class MlpTile {
       slot.y = batch.in[i];
       for (int64_t l = 0; l < count_; ++l) {
         const T *a = slot.input(l), *weight = w_.weight(l), *bias = w_.bias(l);
-        const int64_t in = w_.in(l), columns = w_.columns(l);
+        const int64_t in = w_.model.in(l), columns = w_.model.columns(l);
         T *z = l + 1 < count_ ? slot.layers[l].z : batch.out[i], *activated = slot.layers[l].a;
         units(w_.out(l), [&]<int N>(int64_t o) {
           Vec<T> sum[N];
@@ -117,9 +111,9 @@ class MlpTile {
       __builtin_memcpy(slot.layers[count_ - 1].dz, batch.in[i], size() * sizeof(T));
       for (int64_t l = count_ - 1; l >= 0; --l) {
         const T *dz = slot.layers[l].dz, *weight = w_.weight(l);
-        const int64_t out = w_.out(l), columns = w_.columns(l);
+        const int64_t out = w_.out(l), columns = w_.model.columns(l);
         T* to = l == 0 ? batch.out[i] : slot.layers[l - 1].dz;
-        units(w_.in(l), [&]<int N>(int64_t k) {
+        units(w_.model.in(l), [&]<int N>(int64_t k) {
           Vec<T> sum[N] = {};
           for (int64_t o = 0; o < out; ++o) {
             const Vec<T> d = load(dz + o * kWidth);
@@ -149,7 +143,7 @@ class MlpTile {
       };
       for (int64_t l = 0; l < count_; ++l) {
         const T *a = slot.input(l), *dz = slot.layers[l].dz;
-        const int64_t in = w_.in(l), out = w_.out(l);
+        const int64_t in = w_.model.in(l), out = w_.out(l);
         for (int64_t o = 0; o < out; ++o) {
           const Vec<T> d = load(dz + o * kWidth) * scale;
           for (int64_t k = 0; k < in; ++k) {

@@ -1,7 +1,8 @@
-// Working memory of one block: shared memory while it lasts, then a slice of global memory.
+// Working memory of one team: shared memory while it lasts, if the team is a single block, then a slice of global
+// memory.
 //
-// Every thread of the block takes the same pieces in the same order. Made without memory, an arena only measures: the
-// host runs the constructors of a solve through one to learn how much global memory a block needs.
+// Every thread of the team takes the same pieces in the same order. Made without memory, an arena only measures: the
+// host runs the constructors of a solve through one to learn how much global memory a team needs.
 #pragma once
 
 #include "block.cuh"

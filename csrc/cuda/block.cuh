@@ -1,8 +1,12 @@
-// What scheme.h, stage.h and the layers are written in, for one block of threads that carries one sample.
+// What scheme.h, stage.h and the layers are written in, for a team of threads that carries one sample.
 //
-// Every thread of the block runs the same code with the same scalars; a vector is one number, and a loop over a
+// Every thread of the team runs the same code with the same scalars; a vector is one number, and a loop over a
 // sample's numbers is shared out to the threads. Each such loop ends in a barrier, so whatever it wrote may be read by
-// any thread in the next one. Blocks are whole warps.
+// any thread in the next one.
+//
+// A team is one block, or for a sample too large for a block's shared memory several: those with the same blockIdx.x,
+// counted by blockIdx.y. They meet in global memory, so all must run at the same time (a cooperative launch). Blocks
+// are whole warps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +28,7 @@ alignas(16) extern __shared__ double nodeshape_shared_memory[];
 
 namespace nodeshape::cuda {
 
-/// A block carries one sample: what it saves in fetched weights another one would cost in shared memory.
+/// A team carries one sample: what it saves in fetched weights another one would cost in shared memory.
 inline constexpr int kMaxGroup = 1;
 
 template <class T>
@@ -107,36 +111,79 @@ NODESHAPE_INLINE double lane_by_lane(double x, Function&& function) {
   return function(x);
 }
 
-// ---- the block ---------------------------------------------------------------------------------------------------
+// ---- the team ----------------------------------------------------------------------------------------------------
 
 inline constexpr int kWarp = 32;
-inline constexpr int kMostThreads = 256;
+inline constexpr int kMostThreads = 256;  // of a block
+inline constexpr int kMostBlocks = 8;     // of a team
 
-/// The part of shared memory that the loops below work in; an Arena has the rest.
-inline constexpr int64_t kScratchBytes = kMostThreads * int64_t(sizeof(double));
+/// Where the blocks of a team meet, in global memory; zero before the kernel.
+struct Meeting {
+  unsigned long long arrived;  // blocks at barriers so far
+  alignas(16) double scratch[kMostBlocks * kMostThreads];
+};
+
+/// What begins a block's shared memory; then come numbers of the crew, unless they are at the meeting, and the Arena's.
+struct alignas(16) Header {
+  Meeting* meeting;  // null for a block alone
+  int crew;
+};
+
+NODESHAPE_INLINE int64_t scratch_bytes(int64_t crew) { return crew * int64_t(sizeof(double)); }
 
 // Functions that scheme.h calls on the device exist on the host too, where they are compiled and never run.
 #if defined(__CUDA_ARCH__) || !defined(__CUDACC__)
-NODESHAPE_INLINE int thread() { return int(threadIdx.x); }
-NODESHAPE_INLINE int threads() { return int(blockDim.x); }
-NODESHAPE_INLINE void barrier() { __syncthreads(); }
+NODESHAPE_INLINE bool alone() { return gridDim.y == 1; }
+/// Of the team, as is the number of them.
+NODESHAPE_INLINE int thread() { return int(blockIdx.y * blockDim.x + threadIdx.x); }
+NODESHAPE_INLINE int threads() { return int(gridDim.y * blockDim.x); }
+NODESHAPE_INLINE Header& header() { return *reinterpret_cast<Header*>(nodeshape_shared_memory); }
+NODESHAPE_INLINE char* shared_memory() { return reinterpret_cast<char*>(&header() + 1); }
+/// Threads that sums are formed as if by. A block of one warp is all there is to a small sample.
+NODESHAPE_INLINE int crew() { return alone() && blockDim.x == kWarp ? kWarp : header().crew; }
+/// Room for a number of each of the crew.
+NODESHAPE_INLINE char* scratch() {
+  return alone() ? shared_memory() : reinterpret_cast<char*>(header().meeting->scratch);
+}
+
+/// What every kernel written in the loops below begins with.
+NODESHAPE_INLINE void join(const Header& team) {
+  if (threadIdx.x == 0) header() = team;
+  __syncthreads();
+}
+
+NODESHAPE_INLINE void barrier() {
+  __syncthreads();
+  if (alone()) return;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what this block has written, before its arrival
+    unsigned long long& arrived = header().meeting->arrived;
+    const unsigned long long before = atomicAdd(&arrived, 1ull), all = (before / gridDim.y + 1) * gridDim.y;
+    while (*const_cast<volatile unsigned long long*>(&arrived) < all) __nanosleep(20);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
 template <class T>
 NODESHAPE_INLINE T from_lane_xor(T x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
-NODESHAPE_INLINE char* shared_memory() { return reinterpret_cast<char*>(nodeshape_shared_memory); }
 #else
 inline int thread() { return 0; }
 inline int threads() { return 1; }
+inline int crew() { return 1; }
+inline char* shared_memory() { return nullptr; }
+inline char* scratch() { return nullptr; }
+inline void join(const Header&) {}
 inline void barrier() {}
 template <class T>
 T from_lane_xor(T x, int) {
   return x;
 }
-inline char* shared_memory() { return nullptr; }
 #endif
 
-/// Whether this thread keeps the records of the sample its block carries.
+/// Whether this thread keeps the records of the sample its team carries.
 NODESHAPE_INLINE bool leads() { return thread() == 0; }
 
 /// Calls body(i) for every i below `size`.
@@ -155,15 +202,19 @@ NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
 /// body(i) for every i, combined in a fixed order: the same bits in every thread.
 template <class T, class Body, class Combine>
 NODESHAPE_INLINE T reduce(int64_t size, Body&& body, Combine&& combine) {
+  const int all = crew();
+  T* warps = reinterpret_cast<T*>(scratch());
   T result = 0;
-  for (int64_t i = thread(); i < size; i += threads()) result = combine(result, body(i));
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) result = combine(result, from_lane_xor(result, mask));
-  if (threads() > kWarp) {
-    T* warps = reinterpret_cast<T*>(shared_memory());
-    if (thread() % kWarp == 0) warps[thread() / kWarp] = result;
+  for (int member = thread(); member < all; member += threads()) {
+    result = 0;
+    for (int64_t i = member; i < size; i += all) result = combine(result, body(i));
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) result = combine(result, from_lane_xor(result, mask));
+    if (member % kWarp == 0) warps[member / kWarp] = result;
+  }
+  if (all > kWarp) {
     barrier();
     result = warps[0];
-    for (int w = 1; w < threads() / kWarp; ++w) result = combine(result, warps[w]);
+    for (int w = 1; w < all / kWarp; ++w) result = combine(result, warps[w]);
   }
   barrier();
   return result;
@@ -185,10 +236,10 @@ NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
 }
 
 /// sink(c, the sum over rows of body(row, c)) for every column c: threads side by side take columns side by side, and
-/// where columns are fewer than threads, a share of the rows each.
+/// where columns are fewer than the crew, a share of the rows each.
 template <class T, class Body, class Sink>
 NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
-  const int shares = columns < threads() ? threads() / int(columns) : 1;
+  const int all = crew(), shares = columns < all ? all / int(columns) : 1;
   const auto sum_of = [&](int64_t c, int share) {
     T s0 = 0, s1 = 0;
     int64_t r = share;
@@ -204,14 +255,16 @@ NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Si
     barrier();
     return;
   }
-  T* sums = reinterpret_cast<T*>(shared_memory());
-  const int share = thread() / int(columns);
-  if (share < shares) sums[thread()] = sum_of(thread() - share * columns, share);
+  T* sums = reinterpret_cast<T*>(scratch());
+  for (int member = thread(); member < shares * int(columns); member += threads()) {
+    const int share = member / int(columns);
+    sums[member] = sum_of(member - share * columns, share);
+  }
   barrier();
-  if (thread() < columns) {
-    T sum = sums[thread()];
-    for (int s = 1; s < shares; ++s) sum += sums[s * columns + thread()];
-    sink(thread(), sum);
+  for (int c = thread(); c < int(columns); c += threads()) {
+    T sum = sums[c];
+    for (int s = 1; s < shares; ++s) sum += sums[s * columns + c];
+    sink(c, sum);
   }
   barrier();
 }

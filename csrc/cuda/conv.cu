@@ -95,7 +95,7 @@ ConvWeights<T> prepare(const ConvModel& model, const Launch& on) {
   return w;
 }
 
-/// Numbers that a block works on side by side: the tasks of a convolution.
+/// Numbers that a team works on side by side: the tasks of a convolution.
 template <class T>
 int64_t work(const ConvWeights<T>& w) {
   return w.height * ((w.width + 3) / 4) * w.padded_channels() / 4;

@@ -1,7 +1,7 @@
-// ConvDynamics of one sample, carried by one block: f = norm3(z2), z2 = conv2(t, relu(norm2(z1))),
+// ConvDynamics of one sample, carried by one team: f = norm3(z2), z2 = conv2(t, relu(norm2(z1))),
 // z1 = conv1(t, relu(norm1(y))).
 //
-// Maps are channels last, [pixels, padded channels]. Convolutions are direct: with one sample a block, the weights are
+// Maps are channels last, [pixels, padded channels]. Convolutions are direct: with one sample a team, the weights are
 // read from L2 once a convolution, and Winograd's transformed ones would be four times as many.
 #pragma once
 
@@ -31,13 +31,13 @@ struct ConvWeights {
   NODESHAPE_FUNCTION int64_t padded_channels() const { return padded<T>(channels); }
   NODESHAPE_FUNCTION int64_t pixels() const { return height * width; }
   NODESHAPE_FUNCTION int64_t filter_numbers() const { return 9 * padded_channels() * padded_channels(); }
-  /// Numbers of the gradient as a block sums it: filters, sums by kind, sums by kind times t, norms.
+  /// Numbers of the gradient as a team sums it: filters, sums by kind, sums by kind times t, norms.
   NODESHAPE_FUNCTION int64_t gradient_numbers() const {
     return 2 * filter_numbers() + (2 * 2 * kKinds + 6) * padded_channels();
   }
 };
 
-/// Where the parts of a block's gradient begin; filters are as `ConvWeights::forward`.
+/// Where the parts of a team's gradient begin; filters are as `ConvWeights::forward`.
 template <class T>
 struct ConvGradient {
   T* filters[2];

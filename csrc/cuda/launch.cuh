@@ -40,15 +40,26 @@ inline int64_t resident_blocks(const void* kernel, int threads, int64_t shared_b
   return int64_t(resident) * attribute(cudaDevAttrMultiProcessorCount);
 }
 
+/// Blocks of a launch: `teams` of `blocks`, which run at the same time if they are more than one, of `threads`.
+struct Teams {
+  int64_t teams;
+  int blocks, threads;
+};
+
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, const Launch& on,
+void launch(void (*kernel)(Parameters...), Teams teams, int64_t shared_bytes, const Launch& on,
             Arguments&&... arguments) {
   if (shared_bytes > 0) allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(unsigned(threads));
+  config.gridDim = dim3(unsigned(teams.teams), unsigned(teams.blocks));
+  config.blockDim = dim3(unsigned(teams.threads));
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = on.stream;
+  config.attrs = &together;
+  config.numAttrs = teams.blocks > 1;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
@@ -63,11 +74,9 @@ NODESHAPE_INLINE void each_of_grid(int64_t count, Body&& body) {
 
 template <class... Parameters, class... Arguments>
 void launch_over(int64_t count, void (*kernel)(Parameters...), const Launch& on, Arguments&&... arguments) {
-  constexpr int64_t kMostBlocks = 1024;
-  const int64_t blocks = (count + kMostThreads - 1) / kMostThreads;
-  if (blocks == 0) return;
-  launch(kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kMostThreads, 0, on,
-         std::forward<Arguments>(arguments)...);
+  constexpr int64_t kLargestGrid = 1024;
+  const int64_t blocks = min((count + kMostThreads - 1) / kMostThreads, kLargestGrid);
+  if (blocks > 0) launch(kernel, Teams{blocks, 1, kMostThreads}, 0, on, std::forward<Arguments>(arguments)...);
 }
 
 struct Words {

@@ -14,9 +14,8 @@ MlpWeights<T> prepare(const MlpModel& model, const Launch& on) {
   using Layer = typename MlpWeights<T>::Layer;
   MlpWeights<T> w{model.dim, model.layers, 0, 0, model.activation, nullptr};
   Upload layers;
-  int64_t in = model.dim;
   for (int64_t l = 0; l < model.layers; ++l) {
-    const int64_t out = model.widths[l], columns = in + (l == 0);
+    const int64_t in = model.in(l), out = model.widths[l], columns = model.columns(l);
     const T* weight = static_cast<const T*>(model.parameters[2 * l]);
     T* forward = static_cast<T*>(on.scratch(in * out * sizeof(T)));
     launch_over(in * out, transpose<T>, on, in, out, columns, weight, forward);
@@ -25,13 +24,12 @@ MlpWeights<T> prepare(const MlpModel& model, const Launch& on) {
     layers.add_all(layer);
     w.units += out;
     w.parameters += out * (columns + 1);
-    in = out;
   }
   w.layers = static_cast<const Layer*>(layers.to_device(on));
   return w;
 }
 
-/// Numbers that a block works on side by side: the products of an average layer, so many to a thread.
+/// Numbers that a team works on side by side: the products of an average layer, so many to a thread.
 template <class T>
 int64_t work(const MlpWeights<T>& w) {
   constexpr int64_t kProductsPerThread = 16;
@@ -41,14 +39,12 @@ int64_t work(const MlpWeights<T>& w) {
 template <class T>
 void finish(const MlpWeights<T>& w, const T* row, const std::vector<T*>& gradients, const MlpModel& model,
             const Launch& on) {
-  int64_t in = w.dim + 1;
   for (int64_t l = 0; l < w.count; ++l) {
-    const int64_t out = model.widths[l];
-    for (const auto& [to, count] : {std::pair(gradients[2 * l], out * in), std::pair(gradients[2 * l + 1], out)}) {
+    const int64_t out = model.widths[l], weights = out * model.columns(l);
+    for (const auto& [to, count] : {std::pair(gradients[2 * l], weights), std::pair(gradients[2 * l + 1], out)}) {
       check(cudaMemcpyAsync(to, row, count * sizeof(T), cudaMemcpyDeviceToDevice, on.stream));
       row += count;
     }
-    in = out;
   }
 }
 

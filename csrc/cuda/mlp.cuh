@@ -1,4 +1,4 @@
-// MLPDynamics of one sample, carried by one block: z_l = W_l a_{l-1} + b_l, a_l = activation(z_l), with a_0 = [y, t]
+// MLPDynamics of one sample, carried by one team: z_l = W_l a_{l-1} + b_l, a_l = activation(z_l), with a_0 = [y, t]
 // and f = z_L. Units lie along the threads.
 #pragma once
 

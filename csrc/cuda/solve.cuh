@@ -1,4 +1,4 @@
-// Kernels that carry samples through time, a block each, and how a batch is shared out to blocks.
+// Kernels that carry samples through time, a team of threads each, and how a batch is shared out to teams.
 #pragma once
 
 #include "arena.cuh"
@@ -8,21 +8,26 @@
 
 namespace nodeshape::cuda {
 
-/// What a block may use: shared memory of its own, and as many bytes of global memory as do not fit there.
-struct BlockMemory {
-  int64_t shared_bytes;
+/// What a team may use: shared memory, as many bytes of global memory as do not fit there, and a place to meet.
+struct TeamMemory {
+  int64_t shared_bytes;  // of the arena
   char* global;
   int64_t global_bytes;
+  Meeting* meetings;  // null where blocks are alone
+  int crew;
 
-  NODESHAPE_INLINE Arena arena(int64_t block) const {
-    return Arena(shared_memory() + kScratchBytes, shared_bytes, global + block * global_bytes);
+  NODESHAPE_INLINE Header header(int64_t team) const { return {meetings == nullptr ? nullptr : meetings + team, crew}; }
+  NODESHAPE_INLINE Arena arena(int64_t team) const {
+    char* shared = shared_memory() + (meetings == nullptr ? scratch_bytes(crew) : 0);
+    return Arena(shared, shared_bytes, global + team * global_bytes);
   }
 };
 
 template <class D>
 __global__ void __launch_bounds__(kMostThreads, 1)
     forward_kernel(const __grid_constant__ typename D::Weights weights,
-                   const __grid_constant__ ForwardProblem<typename D::Scalar> problem, BlockMemory memory) {
+                   const __grid_constant__ ForwardProblem<typename D::Scalar> problem, TeamMemory memory) {
+  join(memory.header(blockIdx.x));
   for (int64_t sample = blockIdx.x; sample < problem.samples; sample += gridDim.x) {
     Arena arena = memory.arena(blockIdx.x);
     if (leads()) problem.failures[sample] = Failure{};
@@ -36,10 +41,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <class D>
 __global__ void __launch_bounds__(kMostThreads, 1)
     backward_kernel(const __grid_constant__ typename D::Weights weights,
-                    const __grid_constant__ BackwardProblem<typename D::Scalar> problem, BlockMemory memory,
+                    const __grid_constant__ BackwardProblem<typename D::Scalar> problem, TeamMemory memory,
                     int64_t chunks, typename D::Scalar* rows, double* time_rows) {
   using T = typename D::Scalar;
   const int64_t numbers = weights.gradient_numbers(), times = problem.grid.count;
+  join(memory.header(blockIdx.x));
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     T* row = rows + chunk * numbers;
     double* time_row = time_rows + chunk * times;
@@ -79,6 +85,7 @@ __global__ void sum_chunks(int64_t chunks, int64_t numbers, const T* rows, T* su
 /// One block: report the samples that failed first, if any did and no earlier report waits.
 static __global__ void report_failures(int64_t samples, const Failure* failures, bool backward, double tolerance,
                                        double drift_tolerance, Report* report) {
+  join({nullptr, int(blockDim.x)});
   const int failed = total<int>(samples, [=](int64_t n) { return int(failures[n].step >= 0); });
   if (failed == 0 || !leads()) return;
   const int raised = report->raised;
@@ -104,28 +111,50 @@ inline Grid uploaded(const Grid& grid, const Launch& on) {
 
 /// How a kernel runs.
 struct Plan {
-  int64_t blocks;
-  int threads;
-  BlockMemory memory;
-
-  int64_t shared_bytes() const { return kScratchBytes + memory.shared_bytes; }
+  Teams teams;
+  TeamMemory memory;
+  int64_t shared_bytes;
 };
 
-/// How `kernel` runs for `tasks` samples or chunks, with threads enough for `work` numbers side by side; take(arena)
-/// takes from an arena that measures what a block will take. Where that spills into global memory, each block has some
-/// of its own, so there are as many as run at a time and take tasks in turn; no result depends on their number.
-template <class Take>
-Plan plan(const void* kernel, int64_t tasks, int64_t work, const Launch& on, Take&& take) {
-  constexpr int64_t kMostBlocks = 65536;
-  const int64_t warps = (work + kWarp - 1) / kWarp;
-  const int threads = kWarp * int(min(max(warps, int64_t(1)), int64_t(kMostThreads / kWarp)));
-  Arena arena(most_shared_bytes() - kScratchBytes);
-  take(arena);
-  Plan how{kMostBlocks, threads, {arena.shared_bytes(), nullptr, arena.global_bytes()}};
-  if (how.memory.global_bytes > 0) how.blocks = resident_blocks(kernel, threads, how.shared_bytes());
-  how.blocks = min(how.blocks, tasks);
-  how.memory.global = static_cast<char*>(on.scratch(how.blocks * how.memory.global_bytes));
-  return how;
+/// How `kernel` runs for `tasks` samples or chunks, with a crew large enough for `work` numbers side by side;
+/// take(dynamics, arena) takes what a team will take besides its dynamics.
+///
+/// A team is one block; but where the dynamics do not fit into its shared memory, as many of the crew's blocks as the
+/// GPU has to spare. Where anything lies in global memory, each team has some of its own, so there are as many as run
+/// at a time and take tasks in turn.
+template <class D, class Take>
+Plan plan(const void* kernel, const typename D::Weights& weights, bool with_gradient, int64_t tasks, int64_t work,
+          const Launch& on, Take&& take) {
+  constexpr int64_t kMostTeams = 65536;
+  const int64_t most = min(int64_t(kMostThreads), int64_t(attribute(cudaDevAttrMaxThreadsPerBlock)));
+  work = max(work, int64_t(1));
+  const int64_t threads = min((work + kWarp - 1) / kWarp * kWarp, most);
+  const auto measured = [&](int64_t shared_bytes, bool whole) {
+    Arena arena(shared_bytes);
+    D dynamics(weights, arena, nullptr, with_gradient);
+    if (whole) take(dynamics, arena);
+    return arena;
+  };
+  const int64_t crew = threads * min((work + threads - 1) / threads, int64_t(kMostBlocks));
+  int64_t besides = int64_t(sizeof(Header)) + scratch_bytes(crew), blocks = 1;
+  if (crew > threads && measured(most_shared_bytes() - besides, false).global_bytes() > 0) {
+    const int64_t resident = resident_blocks(kernel, int(threads), sizeof(Header));
+    blocks = min(max(resident / max(tasks, int64_t(1)), int64_t(1)), crew / threads);
+    if (blocks > 1) besides = sizeof(Header);
+  }
+  const Arena arena = measured(blocks > 1 ? 0 : most_shared_bytes() - besides, true);
+  const int64_t shared = besides + arena.shared_bytes();
+  int64_t teams = min(tasks, kMostTeams);
+  if (arena.global_bytes() > 0) teams = min(teams, resident_blocks(kernel, int(threads), shared) / blocks);
+  Meeting* meetings = nullptr;
+  if (blocks > 1) {
+    meetings = static_cast<Meeting*>(on.scratch(teams * int64_t(sizeof(Meeting))));
+    check(cudaMemsetAsync(meetings, 0, size_t(teams) * sizeof(Meeting), on.stream));
+  }
+  char* global = static_cast<char*>(on.scratch(teams * arena.global_bytes()));
+  return {{teams, int(blocks), int(threads)},
+          {arena.shared_bytes(), global, arena.global_bytes(), meetings, int(crew)},
+          shared};
 }
 
 template <class Weights, class T>
@@ -133,16 +162,15 @@ void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, cons
   using D = typename Weights::Dynamics;
   if (problem.samples == 0) return;
   const auto kernel = reinterpret_cast<const void*>(forward_kernel<D>);
-  const Plan how = plan(kernel, problem.samples, work, on, [&](Arena& arena) {
-    const D dynamics(weights, arena, nullptr, false);
+  const Plan how = plan<D>(kernel, weights, false, problem.samples, work, on, [&](D& dynamics, Arena& arena) {
     const StageSolver<T> stages(arena, dynamics.size(), 1, problem.stage, problem.grid.theta == 0.0);
     arena.take<T>(dynamics.size());  // the state
   });
   problem.grid = uploaded(problem.grid, on);
   problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
-  launch(forward_kernel<D>, how.blocks, how.threads, how.shared_bytes(), on, weights, problem, how.memory);
-  launch(report_failures, 1, kMostThreads, kScratchBytes, on, problem.samples, problem.failures, false,
-         problem.stage.tolerance, 0.0, on.report);
+  launch(forward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory);
+  launch(report_failures, Teams{1, 1, kMostThreads}, sizeof(Header) + scratch_bytes(kMostThreads), on, problem.samples,
+         problem.failures, false, problem.stage.tolerance, 0.0, on.report);
 }
 
 /// Returns the parameters' gradient, [weights.gradient_numbers()] in the kernels' order.
@@ -159,16 +187,14 @@ const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem,
   double* time_rows = static_cast<double*>(on.scratch(chunks * times * sizeof(double)));
   if (chunks > 0) {
     const auto kernel = reinterpret_cast<const void*>(backward_kernel<D>);
-    const Plan how = plan(kernel, chunks, work, on, [&](Arena& arena) {
-      D dynamics(weights, arena, nullptr, true);
+    const Plan how = plan<D>(kernel, weights, true, chunks, work, on, [&](D& dynamics, Arena& arena) {
       const BackwardSweep<D, Arena> sweep(dynamics, arena, problem, Group{0, 1}, nullptr);
     });
     problem.grid = uploaded(problem.grid, on);
     problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
-    launch(backward_kernel<D>, how.blocks, how.threads, how.shared_bytes(), on, weights, problem, how.memory, chunks,
-           rows, time_rows);
-    launch(report_failures, 1, kMostThreads, kScratchBytes, on, problem.samples, problem.failures, true,
-           problem.stage.tolerance, problem.drift_tolerance, on.report);
+    launch(backward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory, chunks, rows, time_rows);
+    launch(report_failures, Teams{1, 1, kMostThreads}, sizeof(Header) + scratch_bytes(kMostThreads), on,
+           problem.samples, problem.failures, true, problem.stage.tolerance, problem.drift_tolerance, on.report);
   }
   launch_over(numbers, sum_chunks<T>, on, chunks, numbers, rows, sums);
   launch_over(times, sum_chunks<double>, on, chunks, times, time_rows, problem.grad_t);
@@ -177,7 +203,7 @@ const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem,
 
 /// A model's file brings
 ///     prepare<T>(model, on)                            its weights as the kernels read them
-///     work(weights)                                    numbers that a block works on side by side
+///     work(weights)                                    numbers that a team works on side by side
 ///     finish(weights, row, gradients, model, on)       from solve()'s row to the parameters' gradients
 template <class Model, class T>
 void forward(const Model& model, ForwardProblem<T> problem, const Launch& on) {

@@ -1,9 +1,10 @@
 // CUDA as far as the solver uses it, on the CPU: compiled with this directory first among the include paths, a .cu file
 // is plain C++ whose kernels run here.
 //
-// The threads of a block are fibres of one thread. They run one at a time, each from one barrier to the next, in an
-// order drawn anew after every barrier: a barrier that is missing lets a fibre read what another has not written yet.
-// Shared memory starts as NaN, and what a block did not ask for is poisoned for AddressSanitizer.
+// The threads of the blocks with the same blockIdx.x are fibres of one thread. They run one at a time, each from one
+// barrier to the next, in an order drawn anew after every barrier: a barrier that is missing lets a fibre read what
+// another has not written yet. Shared memory starts as NaN, and what a block did not ask for is poisoned for
+// AddressSanitizer.
 //
 // NODESHAPE_ISA chooses what to play: "cuda", with numbers to change it, "cuda:threads=96,shared=4096,seed=7".
 #pragma once
@@ -30,31 +31,48 @@ typedef int cudaError_t;
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxThreadsPerBlock,
+  cudaDevAttrMultiProcessorCount
+};
+enum { cudaLaunchAttributeCooperative };
 enum { cudaMemcpyDeviceToDevice };
 enum { cudaHostAllocMapped };
+
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int cooperative;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 // Of the fibre that runs; inside a kernel only.
 extern dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 void __syncthreads();
+void __nanosleep(unsigned);
+inline void __threadfence() {}
 inline void __threadfence_system() {}
 
 namespace cuda_shim {
 
-/// What `launch` is asked for, one block after another.
+/// What `launch` is asked for, the blocks with one blockIdx.x after those with another.
 void run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 /// A word from another lane of the warp.
 uint64_t exchange(uint64_t word, int lane_mask);
 
 int shared_limit();
+int thread_limit();
 
 }  // namespace cuda_shim
 
@@ -73,9 +91,16 @@ inline int atomicCAS(int* at, int expected, int desired) {
   return found;
 }
 
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long more) {
+  const unsigned long long found = *at;
+  *at += more;
+  return found;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (config->gridDim.y > 1 && config->numAttrs == 0) return cudaErrorInvalidValue;  // they might wait for each other
   cuda_shim::run(*config, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
@@ -88,7 +113,16 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount ? 2 : cuda_shim::shared_limit();
+  switch (which) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_shim::shared_limit();
+      break;
+    case cudaDevAttrMaxThreadsPerBlock:
+      *value = cuda_shim::thread_limit();
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 10;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
@@ -97,6 +131,10 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
   if (bytes > 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
+  std::memset(to, byte, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {

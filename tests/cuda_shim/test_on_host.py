@@ -24,15 +24,35 @@ def test_groups_of_two_channels_agree_with_the_plain_loop(machine, monkeypatch):
     assert max(fused.distance(solve(f, y0, TIMES, fused=False, dtype=torch.float64, **arguments))) < 1e-10
 
 
-def test_the_order_of_threads_does_not_change_a_bit(monkeypatch):
+@pytest.mark.parametrize("machine", ["cuda:threads=64", "cuda:threads=32,shared=2048"])
+def test_the_order_of_threads_does_not_change_a_bit(machine, monkeypatch):
     torch.manual_seed(0)
-    f, y0 = random_conv(5), torch.randn(3, 5, 4, 7)
+    f, y0 = random_conv(5), torch.randn(3, 5, 7, 7)
     results = []
     for seed in (1, 2, 3):
-        monkeypatch.setenv("NODESHAPE_ISA", f"cuda:threads=64,seed={seed}")
+        monkeypatch.setenv("NODESHAPE_ISA", f"{machine},seed={seed}")
         results.append(solve(f, y0, TIMES, fused=True, dtype=torch.float32, method="implicit_euler", steps=2))
     for other in results[1:]:
         assert other.distance(results[0]) == (0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "reversible", "continuous"])
+def test_a_sample_is_carried_by_as_many_blocks_as_have_work(adjoint, monkeypatch):
+    """Two and five of them for one sample; a batch keeps the GPU busy with one each, and not a bit changes."""
+    monkeypatch.setenv("NODESHAPE_ISA", "cuda:threads=64,shared=4096")
+    torch.manual_seed(0)
+    cases = [
+        (random_conv(20), torch.randn(7, 20, 6, 9, dtype=torch.float64)),
+        (ns.MLPDynamics(5, (90, 130)), torch.randn(6, 5, dtype=torch.float64)),
+    ]
+    for f, y0 in cases:
+        arguments = {"method": "implicit_midpoint", "steps": 1, "adjoint": adjoint}
+        for batch in (y0[:1], y0):
+            fused = solve(f, batch, TIMES, fused=True, dtype=torch.float64, **arguments)
+            assert max(fused.distance(solve(f, batch, TIMES, fused=False, dtype=torch.float64, **arguments))) < 1e-10
+            if len(batch) == 1:
+                alone = fused.ys
+        assert torch.equal(fused.ys[:, :1], alone)
 
 
 def test_a_zero_state_is_solved():
