@@ -7,7 +7,11 @@ them: gradients are summed, and batch normalisation takes the mean and variance 
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +102,27 @@ class Processes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch have another name for it
             return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End this process with what is inside, sparing it the interpreter's own end.
+
+    Gloo's threads outlive their process group where DistributedDataParallel has used it. One that lets go of its last
+    tensor when the interpreter is gone aborts the process, however well all went (pytorch/pytorch#179291).
+    """
+    code: object = None
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def is_lost_contact(error: RuntimeError) -> bool:

@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from nodeshape._datasets import (
 from nodeshape._error_control import StepSizeError
 from nodeshape._images import CHANNELS
 from nodeshape._method import METHODS
-from nodeshape._processes import Processes, is_lost_contact
+from nodeshape._processes import Processes, ending_at_once, is_lost_contact
 from nodeshape._run_folder import RunFolder
 from nodeshape._shapes import CLASSES
 from nodeshape._solve import ADJOINTS
@@ -381,4 +381,5 @@ def _is_config(config: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    run(main)
+    with ending_at_once() if Processes.from_environment().count > 1 else nullcontext():
+        run(main)
