@@ -1,6 +1,6 @@
 """Compile every .cu file with nvcc, warnings as errors; print ptxas' report and fail if a hot kernel spills.
 
-Hot are all kernels but the float64 backward ones, which check gradients and need more registers than a thread can have.
+Hot are all kernels but the float64 backward ones, which check gradients and need all the registers that a thread has.
 
     python .ci/compile_cuda.py [--json FILE]
 

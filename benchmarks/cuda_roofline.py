@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isqrt
 from pathlib import Path
 
 WARP, PACK, SEGMENT, KINDS = 32, 4, 4, 16
@@ -85,8 +85,8 @@ class Kernel:
     ptxas: str  # its name there
     samples: int
     tasks: int  # numbers that a team works on side by side
-    dynamics: int  # bytes that its dynamics work in
-    others: int  # bytes that its stages take besides
+    dynamics: tuple[int, ...]  # bytes of the pieces that its dynamics take from the arena, in order
+    others: tuple[int, ...]  # and that its stages take then
     work: Work
 
     @property
@@ -153,19 +153,18 @@ class Conv:
             l1=128.0 * wavefronts * steps,
             state=FLOAT * self.numbers,
             l2=9.0 * self.width**2 * FLOAT,
-            barriers=1,
         ) + self.elementwise(2, 1, 2)
 
     def norm(self) -> Work:
         """Statistics: two passes over the map."""
-        return self.elementwise(3, 0, 3) + Work(barriers=9)
+        return self.elementwise(3, 0, 3) + Work(barriers=6)
 
     def evaluation(self) -> Work:
         framed = self.norm() + self.elementwise(2, 1, 3)
         return (framed + self.convolution()) * 2 + framed
 
     def pull(self) -> Work:
-        return self.elementwise(4, 0, 4) + self.elementwise(3, 1, 4) + Work(barriers=9)
+        return self.elementwise(4, 0, 4) + self.elementwise(3, 1, 4) + Work(barriers=7)
 
     def product(self) -> Work:
         """A vector-Jacobian product."""
@@ -186,9 +185,14 @@ class Conv:
         kinds = Work(fma=self.numbers, l1=FLOAT * self.numbers, l2=4.0 * KINDS * self.width * FLOAT, barriers=6)
         return (self.elementwise(2, 1, 3) + filters + kinds) * 2
 
-    def base_bytes(self) -> int:
+    @property
+    def map(self) -> int:
+        """Bytes."""
+        return FLOAT * self.numbers
+
+    def base(self) -> tuple[int, ...]:
         framed = (self.side + 2) * (ceil(self.side / SEGMENT) * SEGMENT + 2) * self.width
-        return FLOAT * (framed + 3 * 8 * self.width + 2 * self.numbers)
+        return (FLOAT * framed, *[FLOAT * 8 * self.width] * 3, self.map, self.map)
 
     def forward(self, batch: int, steps: int) -> Kernel:
         step = self.evaluation() + self.elementwise(2, 1, 1)
@@ -197,8 +201,8 @@ class Conv:
             "forward_kernel<ConvDynamics<float> >",
             batch,
             self.tasks,
-            self.base_bytes(),
-            2 * FLOAT * self.numbers,
+            self.base(),
+            (self.map,) * 2,
             step * steps,
         )
 
@@ -212,8 +216,8 @@ class Conv:
             "backward_kernel<ConvDynamics<float> >",
             batch,
             self.tasks,
-            self.base_bytes() + FLOAT * (2 * self.numbers + KINDS * self.width),
-            6 * FLOAT * self.numbers,
+            (*self.base(), self.map, self.map, FLOAT * KINDS * self.width),
+            (self.map,) * 6,
             step * steps,
         )
 
@@ -230,7 +234,7 @@ class Mlp:
 
     def products(self, columns: int, rows: int) -> Work:
         """A matrix product: chains of additions, with the load of a weight (30 cycles) in each link but every other."""
-        shares = max(1, WARP // columns)
+        shares = max(1, min(WARP // columns, isqrt(rows)))
         links = ceil(ceil(rows / shares) / 2)
         rounds = ceil(columns / WARP)
         return Work(
@@ -253,8 +257,8 @@ class Mlp:
             "forward_kernel<MlpDynamics<float> >",
             batch,
             WARP,
-            2 * FLOAT * (self.dim + self.hidden),
-            4 * FLOAT * self.dim,
+            (FLOAT * (self.dim + self.hidden),) * 2,
+            (FLOAT * self.dim,) * 4,
             (self.evaluation() + Work(barriers=2, latency=40)) * steps,
         )
 
@@ -266,8 +270,8 @@ class Mlp:
             "backward_kernel<MlpDynamics<float> >",
             batch,
             WARP,
-            3 * FLOAT * (self.dim + self.hidden) + FLOAT * self.parameters(),
-            12 * FLOAT * self.dim,
+            (*(FLOAT * (self.dim + self.hidden),) * 3, FLOAT * self.parameters()),
+            (FLOAT * self.dim,) * 12,
             (self.evaluation() * 2 + gradient + stored) * steps,
         )
 
@@ -286,18 +290,29 @@ def blocks_per_multiprocessor(kernel: Kernel, gpu: Gpu, registers: int, shared: 
     return min(by_registers, by_shared, gpu.threads // kernel.threads, gpu.blocks)
 
 
+def fitting(pieces: tuple[int, ...], room: int) -> int:
+    """Bytes that an Arena finds room for in shared memory: each piece as a whole, in turn."""
+    used = 0
+    for piece in pieces:
+        if used + piece <= room:
+            used += piece
+    return used
+
+
 def plan(kernel: Kernel, gpu: Gpu, registers: int) -> Launch:
-    most, blocks = min(MOST_BLOCKS, ceil(kernel.tasks / kernel.threads)), 1
-    crew = most * kernel.threads
-    if crew > kernel.threads and HEADER + SCRATCH * crew + kernel.dynamics > gpu.shared_per_block:
+    parts, blocks = min(MOST_BLOCKS, ceil(kernel.tasks / kernel.threads)), 1
+    besides = HEADER + SCRATCH * parts * kernel.threads
+    room = gpu.shared_per_block - besides
+    if parts > 1 and fitting(kernel.dynamics, room) < sum(kernel.dynamics):
         resident = blocks_per_multiprocessor(kernel, gpu, registers, HEADER)
-        blocks = min(max(resident * gpu.multiprocessors // kernel.samples, 1), most)
+        spare = min(max(resident * gpu.multiprocessors // kernel.samples, 1), parts)
+        blocks = ceil(parts / ceil(parts / spare))
     if blocks > 1:
         return Launch(blocks, resident, HEADER, 1.0)
-    whole, besides = kernel.dynamics + kernel.others, HEADER + SCRATCH * crew
-    shared = min(besides + whole, gpu.shared_per_block)
-    spilled = max(0, besides + whole - shared) / whole
-    return Launch(1, blocks_per_multiprocessor(kernel, gpu, registers, shared), shared, spilled)
+    pieces = kernel.dynamics + kernel.others
+    shared = fitting(pieces, room)
+    resident = blocks_per_multiprocessor(kernel, gpu, registers, besides + shared)
+    return Launch(1, resident, besides + shared, 1 - shared / sum(pieces))
 
 
 def row(kernel: Kernel, gpu: Gpu, registers: int) -> dict[str, str]:

@@ -87,7 +87,8 @@ def _experiments(paper: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Percent of the {paper['test_size']:,} test images, mean of {_seeds(paper)}{spread}. ✓: the mean is at least"
         " the report's figure (in brackets); ✗: it is below. Seconds an epoch are of training alone, with one thread a"
-        f" run while {threads} runs share the machine; the report's are those of a hosted notebook.\n"
+        f" run while {threads} runs share the machine, and rough: whatever else ran then is in them. The report's are"
+        " those of a hosted notebook.\n"
     )
     for experiment in paper["experiments"]:
         columns = experiment["methods"]
@@ -196,7 +197,8 @@ def _other_solvers(paper: dict[str, Any]) -> Iterator[str]:
     yield "## Trained with one solver, tested with another\n"
     yield (
         f"Single, {table['train_size']:,} training images, first seed; percent of {paper['solver_images']:,} test"
-        " images. Error control is that of the implicit midpoint method. A dash is a solve that did not reach its"
+        " images, of which a few more or less mean nothing. Error control is that of the implicit midpoint method. A"
+        " dash is a solve that did not reach its"
         " tolerance, and said so, or a model whose training failed.\n"
     )
     drops = []

@@ -90,11 +90,14 @@ def _other_solvers(table: dict[str, Any], path: Path) -> None:
     rows, columns = table["rows"], table["columns"]
     values = np.array([[np.nan if v is None else v for v in row["accuracy"]] for row in rows], dtype=float)
     figure, axes = plt.subplots(figsize=(2.2 + 0.5 * len(columns), 1.5 + 0.32 * len(rows)), layout="constrained")
-    axes.imshow(values, cmap="viridis", aspect="auto")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    # Ten points at least, so that a few images more or less do not look like much.
+    lowest = min(np.floor(np.nanmin(values, initial=90.0)), 90.0)
+    image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=lowest, vmax=100)
+    figure.colorbar(image, label="test accuracy, %", pad=0.01)
+    middle = (lowest + 100) / 2
     for (i, j), value in np.ndenumerate(values):
         dark = np.isfinite(value) and value < middle
-        text = f"{value:.0f}" if np.isfinite(value) else "–"
+        text = f"{value:.1f}" if np.isfinite(value) else "–"
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
     axes.set_xticks(
         range(len(columns)), map(solver_title, columns), rotation=60, ha="right", rotation_mode="anchor", fontsize=7

@@ -260,7 +260,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
     )
     add("--tensorboard", "also log to RUN/tensorboard", action="store_true")
-    add("--out", "run folder (default: runs/TASK-METHOD)", type=Path, metavar="DIR")
+    add(
+        "--out",
+        "run folder (default: runs/TASK-METHOD or runs/FOLDER-METHOD, with -2, -3, ... where that is taken)",
+        type=Path,
+        metavar="DIR",
+    )
     add("--resume", "continue the run in --out, or the latest one", action="store_true")
     return parser
 

@@ -43,7 +43,7 @@ def assert_agrees(f, y0, t, dtypes=tuple(LIMITS), isas=tuple(ISAS), **arguments)
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(3, 16, 8, 8), (2, 5, 7, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 8, 8), (2, 24, 8, 8), (2, 5, 7, 9)], ids=str)
 def test_conv_agrees_with_the_plain_loop(shape, method, adjoint):
     torch.manual_seed(0)
     f, y0 = random_conv(shape[1]), torch.randn(shape, dtype=torch.float64)

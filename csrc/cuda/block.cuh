@@ -120,7 +120,7 @@ inline constexpr int kMostBlocks = 8;     // of a team
 /// Where the blocks of a team meet, in global memory; zero before the kernel.
 struct Meeting {
   unsigned long long arrived;  // blocks at barriers so far
-  alignas(16) double scratch[kMostBlocks * kMostThreads];
+  alignas(128) double scratch[kMostBlocks * kMostThreads];
 };
 
 /// What begins a block's shared memory; then come numbers of the crew, unless they are at the meeting, and the Arena's.
@@ -139,8 +139,13 @@ NODESHAPE_INLINE int thread() { return int(blockIdx.y * blockDim.x + threadIdx.x
 NODESHAPE_INLINE int threads() { return int(gridDim.y * blockDim.x); }
 NODESHAPE_INLINE Header& header() { return *reinterpret_cast<Header*>(nodeshape_shared_memory); }
 NODESHAPE_INLINE char* shared_memory() { return reinterpret_cast<char*>(&header() + 1); }
-/// Threads that sums are formed as if by. A block of one warp is all there is to a small sample.
-NODESHAPE_INLINE int crew() { return alone() && blockDim.x == kWarp ? kWarp : header().crew; }
+/// Threads that sums are formed as if by.
+NODESHAPE_INLINE int crew() {
+#ifdef __CUDA_ARCH__
+  if (alone() && blockDim.x == kWarp) return kWarp;  // a small sample; only the tests give a large one such blocks
+#endif
+  return header().crew;
+}
 /// Room for a number of each of the crew.
 NODESHAPE_INLINE char* scratch() {
   return alone() ? shared_memory() : reinterpret_cast<char*>(header().meeting->scratch);
@@ -202,7 +207,7 @@ NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
 /// body(i) for every i, combined in a fixed order: the same bits in every thread.
 template <class T, class Body, class Combine>
 NODESHAPE_INLINE T reduce(int64_t size, Body&& body, Combine&& combine) {
-  const int all = crew();
+  const int all = int(min(int64_t(crew()), (max(size, int64_t(1)) + kWarp - 1) / kWarp * kWarp));
   T* warps = reinterpret_cast<T*>(scratch());
   T result = 0;
   for (int member = thread(); member < all; member += threads()) {
@@ -211,7 +216,7 @@ NODESHAPE_INLINE T reduce(int64_t size, Body&& body, Combine&& combine) {
     for (int mask = kWarp / 2; mask > 0; mask /= 2) result = combine(result, from_lane_xor(result, mask));
     if (member % kWarp == 0) warps[member / kWarp] = result;
   }
-  if (all > kWarp) {
+  if (all > kWarp || threads() > kWarp) {
     barrier();
     result = warps[0];
     for (int w = 1; w < all / kWarp; ++w) result = combine(result, warps[w]);
@@ -236,10 +241,11 @@ NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
 }
 
 /// sink(c, the sum over rows of body(row, c)) for every column c: threads side by side take columns side by side, and
-/// where columns are fewer than the crew, a share of the rows each.
+/// where columns are fewer than the crew, a share of the rows each; as many shares as rows in a share are enough.
 template <class T, class Body, class Sink>
 NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
-  const int all = crew(), shares = columns < all ? all / int(columns) : 1;
+  const int all = crew(), enough = int(std::sqrt(float(rows)));
+  const int shares = columns < all ? int(max(min(all / int(columns), enough), 1)) : 1;
   const auto sum_of = [&](int64_t c, int share) {
     T s0 = 0, s1 = 0;
     int64_t r = share;

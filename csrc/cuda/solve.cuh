@@ -126,6 +126,7 @@ template <class D, class Take>
 Plan plan(const void* kernel, const typename D::Weights& weights, bool with_gradient, int64_t tasks, int64_t work,
           const Launch& on, Take&& take) {
   constexpr int64_t kMostTeams = 65536;
+  // Every GPU allows more threads; the tests' shim fewer.
   const int64_t most = min(int64_t(kMostThreads), int64_t(attribute(cudaDevAttrMaxThreadsPerBlock)));
   work = max(work, int64_t(1));
   const int64_t threads = min((work + kWarp - 1) / kWarp * kWarp, most);
@@ -137,9 +138,12 @@ Plan plan(const void* kernel, const typename D::Weights& weights, bool with_grad
   };
   const int64_t crew = threads * min((work + threads - 1) / threads, int64_t(kMostBlocks));
   int64_t besides = int64_t(sizeof(Header)) + scratch_bytes(crew), blocks = 1;
-  if (crew > threads && measured(most_shared_bytes() - besides, false).global_bytes() > 0) {
+  if (crew > threads && attribute(cudaDevAttrCooperativeLaunch) != 0 &&
+      measured(most_shared_bytes() - besides, false).global_bytes() > 0) {
     const int64_t resident = resident_blocks(kernel, int(threads), sizeof(Header));
-    blocks = min(max(resident / max(tasks, int64_t(1)), int64_t(1)), crew / threads);
+    const int64_t parts = crew / threads, spare = min(max(resident / max(tasks, int64_t(1)), int64_t(1)), parts);
+    const int64_t turns = (parts + spare - 1) / spare;
+    blocks = (parts + turns - 1) / turns;  // no more than do not shorten the turns
     if (blocks > 1) besides = sizeof(Header);
   }
   const Arena arena = measured(blocks > 1 ? 0 : most_shared_bytes() - besides, true);

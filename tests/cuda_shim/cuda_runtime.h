@@ -34,6 +34,7 @@ enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxThreadsPerBlock,
+  cudaDevAttrCooperativeLaunch,
   cudaDevAttrMultiProcessorCount
 };
 enum { cudaLaunchAttributeCooperative };
@@ -73,6 +74,7 @@ uint64_t exchange(uint64_t word, int lane_mask);
 
 int shared_limit();
 int thread_limit();
+constexpr unsigned kMultiprocessors = 10;  // each runs a block at a time
 
 }  // namespace cuda_shim
 
@@ -100,7 +102,11 @@ inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long m
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  if (config->gridDim.y > 1 && config->numAttrs == 0) return cudaErrorInvalidValue;  // they might wait for each other
+  const dim3 grid = config->gridDim;
+  const bool together = config->numAttrs == 1 && config->attrs->id == cudaLaunchAttributeCooperative &&
+                        config->attrs->val.cooperative == 1 && grid.x * grid.y <= cuda_shim::kMultiprocessors;
+  if (grid.y > 1 && !together) return cudaErrorInvalidValue;  // blocks might wait for one that never runs
+  if (int64_t(config->dynamicSmemBytes) > cuda_shim::shared_limit()) return cudaErrorInvalidValue;
   cuda_shim::run(*config, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
@@ -120,8 +126,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
     case cudaDevAttrMaxThreadsPerBlock:
       *value = cuda_shim::thread_limit();
       break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      break;
     case cudaDevAttrMultiProcessorCount:
-      *value = 10;
+      *value = int(cuda_shim::kMultiprocessors);
   }
   return cudaSuccess;
 }

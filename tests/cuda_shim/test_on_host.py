@@ -14,20 +14,20 @@ TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
 pytestmark = pytest.mark.skipif(not ON_HOST, reason="run by tests/test_cuda_kernels.py")
 
 
-@pytest.mark.parametrize("machine", ["cuda:threads=224", "cuda:threads=32,shared=2048"])
+@pytest.mark.parametrize("machine", ["cuda:threads=96", "cuda:threads=32,shared=4096"])
 def test_groups_of_two_channels_agree_with_the_plain_loop(machine, monkeypatch):
     monkeypatch.setenv("NODESHAPE_ISA", machine)
     torch.manual_seed(0)
-    f, y0 = random_conv(64), torch.randn(1, 64, 2, 3, dtype=torch.float64)
+    f, y0 = random_conv(64), torch.randn(1, 64, 6, 3, dtype=torch.float64)
     arguments = {"method": "implicit_midpoint", "steps": 1}
     fused = solve(f, y0, TIMES, fused=True, dtype=torch.float64, **arguments)
     assert max(fused.distance(solve(f, y0, TIMES, fused=False, dtype=torch.float64, **arguments))) < 1e-10
 
 
-@pytest.mark.parametrize("machine", ["cuda:threads=64", "cuda:threads=32,shared=2048"])
+@pytest.mark.parametrize("machine", ["cuda:threads=64", "cuda:threads=32,shared=4096"])
 def test_the_order_of_threads_does_not_change_a_bit(machine, monkeypatch):
     torch.manual_seed(0)
-    f, y0 = random_conv(5), torch.randn(3, 5, 7, 7)
+    f, y0 = random_conv(5), torch.randn(3, 5, 7, 9)
     results = []
     for seed in (1, 2, 3):
         monkeypatch.setenv("NODESHAPE_ISA", f"{machine},seed={seed}")
