@@ -151,7 +151,7 @@ class Conv:
         return Work(
             fma=9.0 * self.width**2 * self.segments * SEGMENT,
             l1=128.0 * wavefronts * steps,
-            state=FLOAT * self.numbers,
+            state=self.map,
             l2=9.0 * self.width**2 * FLOAT,
         ) + self.elementwise(2, 1, 2)
 
@@ -178,7 +178,7 @@ class Conv:
         filters = Work(
             fma=tasks * 48.0 * self.pixels,
             l1=128.0 * loads * ceil(tasks / WARP),
-            state=2 * FLOAT * self.numbers,
+            state=2 * self.map,
             l2=2 * 9.0 * self.width**2 * FLOAT,
             barriers=1,
         )

@@ -198,8 +198,7 @@ def _other_solvers(paper: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Single, {table['train_size']:,} training images, first seed; percent of {paper['solver_images']:,} test"
         " images, of which a few more or less mean nothing. Error control is that of the implicit midpoint method. A"
-        " dash is a solve that did not reach its"
-        " tolerance, and said so, or a model whose training failed.\n"
+        " dash is a solve that did not reach its tolerance, and said so, or a model whose training failed.\n"
     )
     drops = []
     for row in table["rows"]:

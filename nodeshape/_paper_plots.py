@@ -91,7 +91,7 @@ def _other_solvers(table: dict[str, Any], path: Path) -> None:
     values = np.array([[np.nan if v is None else v for v in row["accuracy"]] for row in rows], dtype=float)
     figure, axes = plt.subplots(figsize=(2.2 + 0.5 * len(columns), 1.5 + 0.32 * len(rows)), layout="constrained")
     # Ten points at least, so that a few images more or less do not look like much.
-    lowest = min(np.floor(np.nanmin(values, initial=90.0)), 90.0)
+    lowest = np.floor(np.nanmin(values, initial=90.0))
     image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=lowest, vmax=100)
     figure.colorbar(image, label="test accuracy, %", pad=0.01)
     middle = (lowest + 100) / 2

@@ -139,7 +139,8 @@ NODESHAPE_INLINE int thread() { return int(blockIdx.y * blockDim.x + threadIdx.x
 NODESHAPE_INLINE int threads() { return int(gridDim.y * blockDim.x); }
 NODESHAPE_INLINE Header& header() { return *reinterpret_cast<Header*>(nodeshape_shared_memory); }
 NODESHAPE_INLINE char* shared_memory() { return reinterpret_cast<char*>(&header() + 1); }
-/// Threads that sums are formed as if by.
+/// Threads that sums are formed as if by: as many as a sample's size alone decides. A thread of a small team plays
+/// several of them, so that not a bit depends on how many blocks the GPU had to spare.
 NODESHAPE_INLINE int crew() {
 #ifdef __CUDA_ARCH__
   if (alone() && blockDim.x == kWarp) return kWarp;  // a small sample; only the tests give a large one such blocks

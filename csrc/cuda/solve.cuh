@@ -99,6 +99,12 @@ static __global__ void report_failures(int64_t samples, const Failure* failures,
   report->written = raised + 1;
 }
 
+template <class Problem>
+void launch_report(const Problem& problem, bool backward, double drift_tolerance, const Launch& on) {
+  launch(report_failures, Teams{1, 1, kMostThreads}, sizeof(Header) + scratch_bytes(kMostThreads), on, problem.samples,
+         problem.failures, backward, problem.stage.tolerance, drift_tolerance, on.report);
+}
+
 /// A grid in device memory.
 inline Grid uploaded(const Grid& grid, const Launch& on) {
   Upload upload;
@@ -173,8 +179,7 @@ void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, cons
   problem.grid = uploaded(problem.grid, on);
   problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
   launch(forward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory);
-  launch(report_failures, Teams{1, 1, kMostThreads}, sizeof(Header) + scratch_bytes(kMostThreads), on, problem.samples,
-         problem.failures, false, problem.stage.tolerance, 0.0, on.report);
+  launch_report(problem, false, 0.0, on);
 }
 
 /// Returns the parameters' gradient, [weights.gradient_numbers()] in the kernels' order.
@@ -197,8 +202,7 @@ const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem,
     problem.grid = uploaded(problem.grid, on);
     problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
     launch(backward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory, chunks, rows, time_rows);
-    launch(report_failures, Teams{1, 1, kMostThreads}, sizeof(Header) + scratch_bytes(kMostThreads), on,
-           problem.samples, problem.failures, true, problem.stage.tolerance, problem.drift_tolerance, on.report);
+    launch_report(problem, true, problem.drift_tolerance, on);
   }
   launch_over(numbers, sum_chunks<T>, on, chunks, numbers, rows, sums);
   launch_over(times, sum_chunks<double>, on, chunks, times, time_rows, problem.grad_t);
