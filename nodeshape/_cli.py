@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {_one_line(message)} (usage: {self.prog} --help)\n")
+        raise UserError(f"{message} (usage: {self.prog} --help)")
 
 
 def run(main: Callable[[], None]) -> NoReturn:

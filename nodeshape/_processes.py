@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -55,6 +56,14 @@ class Processes:
     def launcher(self) -> str:
         """The command that starts a run like this one, up to ``-m``."""
         return "python" if self.count == 1 else f"torchrun --nproc-per-node={self.local_count}"
+
+    def let_the_first_speak(self, seconds: float = 60) -> None:
+        """Wait for the machine's first process, which fails alike, to say why and end: torchrun then ends this one.
+
+        Returns at once in the first, and after ``seconds`` where the first has not ended: then this one must say it.
+        """
+        if self.local_rank > 0:
+            time.sleep(seconds)
 
     def connect(self, device: torch.device) -> None:
         """Meet the other processes: over gloo for tensors in memory, over nccl for those on ``device``, if a GPU."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import os
 import re
 import shlex
@@ -91,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                     startup.enter_context(redirect_stderr(nowhere))
                 trainer, folder = _prepare(argv, processes)
         except UserError:
-            if processes.local_rank > 0:  # the first process of the machine says it
-                sys.exit(2)
+            processes.let_the_first_speak()
             raise
         _train(trainer, folder)
 
@@ -186,9 +184,8 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
             folder.save_last(trainer)
         raise UserError(str(error)) from error
     except Diverged:
-        if processes.first:
-            raise
-        sys.exit(2)
+        processes.let_the_first_speak()
+        raise
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
@@ -375,9 +372,8 @@ def _is_config(config: dict[str, Any]) -> bool:
     given = {name: value for name, value in config.items() if value is not None and value is not False}
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()]
     try:
-        with redirect_stderr(io.StringIO()):
-            parsed = vars(_parser().parse_args(flags))
-    except SystemExit:
+        parsed = vars(_parser().parse_args(flags))
+    except UserError:
         return False
     absent = {name: DEFAULTS[name] for name in DEFAULTS.keys() - parsed.keys()}
     if config["data"] is not None:

@@ -61,7 +61,7 @@ def test_a_single_image_is_drawn_but_no_training_promised(tmp_path, capsys):
 )
 def test_a_wrong_argument_is_one_line_exit_code_two_and_no_folder(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
-        data.main([*arguments, "--out", str(tmp_path / "out")])
+        _cli.run(lambda: data.main([*arguments, "--out", str(tmp_path / "out")]))
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -122,11 +122,22 @@ def test_a_machine_s_process_count_alone_makes_no_processes(monkeypatch: pytest.
     assert Processes.from_environment() == Processes()
 
 
-def test_a_users_mistake_is_told_once(tmp_path: Path) -> None:
-    process = start(2, "--data", "nowhere", cwd=tmp_path)
-    _, errors = process.communicate(timeout=60)
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [(["--data", "nowhere"], "no such folder"), (["--epochs", "0"], "expected a whole number")],
+    ids=["folder", "flag"],
+)
+def test_a_users_mistake_is_told_once(
+    mistake: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the process that tells it is late, as the end of any process makes torchrun end the others."""
+    late = "import os, time\nif os.environ.get('RANK') == '0': time.sleep(2)"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(2, *mistake, cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert errors.count("no such folder") == 1
+    assert errors.count(message) == 1
     assert not (tmp_path / "runs").exists()
 
 
