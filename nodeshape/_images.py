@@ -22,6 +22,9 @@ CHANNELS = {"grey": 1, "rgb": 3}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+CONTACT_SHEET = "contact_sheet.png"
+"""A picture of all classes beside their folders; not an image to classify."""
+
 MAX_PIXELS = 100_000_000
 """A file that claims more is refused before it is decoded: a few kilobytes can ask for gigabytes of memory."""
 

@@ -160,6 +160,11 @@ class Trainer:
         return self.progress.epoch * self.batches + self.progress.batch
 
     @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.progress.epoch >= self.recipe.epochs or self.stopped_early
+
+    @property
     def stopped_early(self) -> bool:
         """Whether the last ``patience`` epochs were no better than one before them."""
         accuracies = [m.test_accuracy for m in self.progress.history]
@@ -201,7 +206,7 @@ class Trainer:
             Diverged: the loss is no longer finite.
         """
         with _interruptible() as asked_to_stop:
-            while self.progress.epoch < self.recipe.epochs and not self.stopped_early:
+            while not self.finished:
                 order = self._order()
                 self._train_epoch(order, asked_to_stop, batch_done)
                 epoch_done(self._finish_epoch(order))

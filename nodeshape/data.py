@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ._cli import Parser, UserError, positive_int, run, seed, whole
+from ._images import CONTACT_SHEET
 from ._shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = write_folder(args.out, args.task, args.count, args.seed, args.image_size)
     print(f"Wrote {args.count} images of {len(counts)} classes to {args.out}")
     print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-    print(f"Look at them: {args.out / 'contact_sheet.png'}")
+    print(f"Look at them: {args.out / CONTACT_SHEET}")
     if min(counts.values()) < 2:
         print(f"Too few to train on: --count {2 * len(counts)} or more gives each class two.")
     else:
@@ -95,7 +96,7 @@ def _write(folder: Path, task: str, count: int, seed: int, image_size: int) -> d
         counts[name] += 1
         if len(examples[name]) < 10:
             examples[name].append(image)
-    contact_sheet(examples).save(folder / "contact_sheet.png")
+    contact_sheet(examples).save(folder / CONTACT_SHEET)
     return counts
 
 

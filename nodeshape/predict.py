@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ._cli import Parser, UserError, run
-from ._images import CHANNELS, SUFFIXES, ImageError, load_image
+from ._images import CHANNELS, CONTACT_SHEET, SUFFIXES, ImageError, load_image
 
 #: Images, and values in them, that are in memory at a time.
 BATCH, BATCH_VALUES = 64, 2**22
@@ -156,7 +156,7 @@ def _json(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
 
 
 def _expand(path: Path) -> list[Path]:
-    """A file as it is; a folder as the images in it and its subfolders, those with hidden names apart.
+    """A file as it is; a folder as the images in it and its subfolders, hidden ones and contact sheets apart.
 
     Raises:
         UserError: the folder has no images.
@@ -167,6 +167,7 @@ def _expand(path: Path) -> list[Path]:
         file
         for file in path.rglob("*")
         if file.suffix.lower() in SUFFIXES
+        and file.name != CONTACT_SHEET
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )

@@ -300,7 +300,9 @@ def _announce(out: Path, config: dict[str, Any], trainer: Trainer) -> None:
         f" on {trainer.device}{f', {processes.count} processes' if processes.count > 1 else ''}; run folder {out}",
         flush=True,
     )
-    if trainer.steps:
+    if trainer.finished:
+        print("this run is finished; drawing its pictures again", flush=True)
+    elif trainer.steps:
         print(f"resuming in epoch {trainer.progress.epoch + 1} after batch {trainer.progress.batch}", flush=True)
 
 

@@ -3,12 +3,13 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nodeshape import _cli, data
+from nodeshape import __main__, _cli, data
 from nodeshape._images import scan_folder
 from nodeshape._shapes import CLASSES, draw
 
@@ -141,3 +142,9 @@ def test_numbers_and_paths_are_read(tmp_path):
     assert _cli.existing_path(str(tmp_path)) == tmp_path
     with pytest.raises(argparse.ArgumentTypeError, match="no such file or folder"):
         _cli.existing_path(str(tmp_path / "none"))
+
+
+def test_the_package_lists_its_commands(capsys):
+    __main__.main()
+    listed = {line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert listed == {f"nodeshape.{path.stem}" for path in Path(data.__file__).parent.glob("[!_]*.py")}

@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
     write_model(folder / "rgb.onnx", "rgb")
     for index, (name, side) in enumerate((("a.png", 24), ("b.jpg", 91), ("c.webp", 40), ("sub/d.bmp", 200))):
         Image.fromarray(draw("single", 0, index, side)[0]).save(folder / "images" / name)
+    (folder / "images" / "contact_sheet.png").write_text("what `data` leaves beside the classes")
     (folder / "text.png").write_text("not an image")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -418,6 +419,15 @@ def test_a_last_checkpoint_of_other_content_is_named_in_one_line(
         _cli.run(lambda: main(["--resume", "--out", str(tmp_path)]))
     message = capsys.readouterr().err
     assert exit_.value.code == 2 and message.count("\n") == 1 and str(tmp_path / "last.pt") in message
+
+
+def test_resuming_a_finished_run_says_that_it_is(
+    finished_run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    main(["--resume", "--out", str(run)])
+    output = capsys.readouterr().out
+    assert "this run is finished" in output and "resuming in" not in output and "best: " in output
 
 
 def test_other_drawn_images_than_the_run_began_with_are_named(finished_run: tuple[Path, str], tmp_path: Path) -> None:
