@@ -115,10 +115,6 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
     y[s] = arena.template take<T>(size);
     f.read(p.y0 + slots.first(s) * sample, slots.members(s), y[s]);
     f.write(y[s], slots.members(s), p.ys + slots.first(s) * sample);
-    slots.each(s, [&](int64_t n) {
-      p.evaluations[n] = 0;
-      p.residual[n] = 0;
-    });
   }
   const auto stored = [&](int64_t row, int s) { return p.stored + (row * p.samples + slots.first(s)) * row_numbers; };
 
@@ -130,10 +126,6 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
       stages.solve(group.count, y, grid.theta * h, [&](const Batch<T>& b) { f.eval(t + grid.theta * h, b); });
       for (int s = 0; s < group.count; ++s) {
         const auto& stage = stages[s];
-        slots.each(s, [&](int64_t n) {
-          p.evaluations[n] += stage.evaluations;
-          if (!(stage.residual <= p.residual[n])) p.residual[n] = stage.residual;
-        });
         if (p.store == kStoreStages) f.keep(s, stage.value, slots.members(s), stored(row, s));
         detail::add(size, T(h), stage.slope, y[s]);
       }
@@ -147,6 +139,13 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
     }
     for (int s = 0; s < group.count; ++s)
       f.write(y[s], slots.members(s), p.ys + ((j + 1) * p.samples + slots.first(s)) * sample);
+  }
+  for (int s = 0; s < group.count; ++s) {
+    const auto& totals = stages.totals(s);
+    slots.each(s, [&](int64_t n) {
+      p.evaluations[n] = totals.evaluations;
+      p.residual[n] = totals.residual;
+    });
   }
 }
 
@@ -180,7 +179,6 @@ class BackwardSweep {
   NODESHAPE_FUNCTION void run() {
     const Grid& grid = p_.grid;
     for (int s = 0; s < group_.count; ++s) {
-      slots_.each(s, [&](int64_t n) { p_.evaluations[n] = 0; });
       f_.read(observed(p_.ys, grid.count - 1, s), slots_.members(s), y_[s]);
       f_.read_cotangent(observed(p_.grad_ys, grid.count - 1, s), slots_.members(s), lam_[s]);
     }
@@ -216,7 +214,12 @@ class BackwardSweep {
       }
       arrive(j, step, grid.times[j], h);
     }
-    for (int s = 0; s < group_.count; ++s) f_.write(lam_[s], slots_.members(s), p_.grad_y0 + slots_.first(s) * sample_);
+    for (int s = 0; s < group_.count; ++s) {
+      f_.write(lam_[s], slots_.members(s), p_.grad_y0 + slots_.first(s) * sample_);
+      const int64_t rebuilt = p_.adjoint == Adjoint::discrete ? 0 : rebuilt_.totals(s).evaluations;
+      const int64_t evaluations = rebuilt + transposed_.totals(s).evaluations + observations_;
+      slots_.each(s, [&](int64_t n) { p_.evaluations[n] = evaluations; });
+    }
   }
 
  private:
@@ -231,11 +234,6 @@ class BackwardSweep {
   }
   NODESHAPE_FUNCTION const T* stored(int64_t row, int s) const {
     return p_.stored + (row * p_.samples + slots_.first(s)) * row_;
-  }
-
-  NODESHAPE_FUNCTION void count(const StageSolver<T>& stages) {
-    for (int s = 0; s < group_.count; ++s)
-      slots_.each(s, [&](int64_t n) { p_.evaluations[n] += stages[s].evaluations; });
   }
 
   NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, int64_t size, int64_t step, Sweep sweep, double t,
@@ -260,7 +258,6 @@ class BackwardSweep {
   NODESHAPE_FUNCTION void rebuild_stage(int64_t step, double t, double h) {
     const double theta = p_.grid.theta;
     rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
-    count(rebuilt_);
     judge(rebuilt_, size_, step, Sweep::reversed, t, h, nullptr, y_);
   }
 
@@ -277,7 +274,6 @@ class BackwardSweep {
   NODESHAPE_FUNCTION TimeGradient transposed_step(int64_t step, double t, double h) {
     const double theta = p_.grid.theta;
     transposed_.solve(group_.count, lam_, theta * h, [&](const Batch<T>& b) { f_.vjp(b); });
-    count(transposed_);
     f_.accumulate(t + theta * h, h, group_.count);
     const double to_t = f_.time_product();
     const double to_h = detail::value_dot_slope(size_, group_.count, transposed_, rebuilt_) + theta * to_t;
@@ -299,7 +295,6 @@ class BackwardSweep {
         each<T>(size_, [=](int64_t k) { store(slope + k, -load(slope + k)); });
       }
     });
-    count(rebuilt_);
     f_.accumulate(at, h, group_.count);
     for (int s = 0; s < group_.count; ++s) detail::add(2 * size_, T(-h), rebuilt_[s].slope, y_[s]);
     judge(rebuilt_, 2 * size_, step, Sweep::augmented, t + h, -h, nullptr, y_);
@@ -310,8 +305,8 @@ class BackwardSweep {
     Batch<T> batch;
     for (int s = 0; s < group_.count; ++s) batch.add(s, y_[s], slope_[s]);
     f_.eval(p_.grid.times[j], batch);
+    ++observations_;
     for (int s = 0; s < group_.count; ++s) {
-      slots_.each(s, [&](int64_t n) { ++p_.evaluations[n]; });
       if (j == 0)
         add_to_time(j, -detail::dot(size_, lam_[s], slope_[s]));
       else
@@ -372,6 +367,7 @@ class BackwardSweep {
   double* grad_t_;
   const int64_t size_, sample_, row_;  // numbers: of a slot's state, of a sample in tensors, and in `stored`
   const bool pair_, explicit_;
+  int64_t observations_ = 0;   // evaluations of f at observation times
   StageSolver<T> rebuilt_;     // of the trajectory, or of the pair (y, lambda)
   StageSolver<T> transposed_;  // of w
   T* y_[kMaxGroup];

@@ -42,6 +42,12 @@ class StageSolver {
     bool solved;      // to the tolerance, or its base is not finite: such a sample propagates like any NaN
   };
 
+  /// Over all of one sample's stages so far.
+  struct Totals {
+    int64_t evaluations = 0;
+    double residual = 0;  // the largest
+  };
+
   /// `size` numbers a sample, a multiple of the vector; `explicit_only` if every c will be 0.
   template <class Arena>
   NODESHAPE_FUNCTION StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool explicit_only)
@@ -67,6 +73,7 @@ class StageSolver {
   }
 
   NODESHAPE_FUNCTION const Stage& operator[](int s) const { return samples_[s].stage; }
+  NODESHAPE_FUNCTION const Totals& totals(int s) const { return samples_[s].totals; }
 
   /// Solve for samples 0 ... count - 1. The last call of `function` for a sample is at the Y it ends with.
   template <class Function>
@@ -97,11 +104,18 @@ class StageSolver {
       }
     }
     started_ = true;
+    for (int s = 0; s < count; ++s) {
+      const Stage& stage = samples_[s].stage;
+      Totals& totals = samples_[s].totals;
+      totals.evaluations += stage.evaluations;
+      if (!(stage.residual <= totals.residual)) totals.residual = stage.residual;
+    }
   }
 
  private:
   struct Sample {
     Stage stage{};
+    Totals totals{};
     const T* base;
     T* value;
     T* residual;

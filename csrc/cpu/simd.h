@@ -111,10 +111,14 @@ NODESHAPE_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+// GCC 12 takes the general form for a comparison where an argument is a constant.
 #if defined(__AVX512F__)
-// GCC 12 takes the general form for a comparison where an argument is a constant. The mask spares it a false warning.
+// The mask spares it a false warning.
 NODESHAPE_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 NODESHAPE_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+#elif defined(__AVX2__)
+NODESHAPE_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+NODESHAPE_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
 #endif
 
 /// a / b to two units in the last place, for b whose reciprocal is neither denormal nor infinite.

@@ -6,21 +6,21 @@
 
 namespace nodeshape::NODESHAPE_TARGET {
 
-/// The executor with as many threads as `evaluations` of a dynamics are worth, given its cost(), which is roughly the
-/// nanoseconds of one evaluation of a slot: waking a thread takes some microseconds.
+/// How many threads `evaluations` of a dynamics are worth, given its cost(), which is roughly the nanoseconds of one
+/// evaluation of a slot: waking a thread takes microseconds, and a hundred where its core is shared.
 template <class W>
-Executor worthwhile(Executor executor, const W& weights, double evaluations) {
-  constexpr double kWorthAThread = 20e3;
+int64_t worthwhile(const W& weights, double evaluations, int64_t most) {
+  constexpr double kWorthAThread = 100e3;
   const double threads = weights.cost() * evaluations / kWorthAThread;
-  if (threads < double(executor.threads)) executor.threads = larger(1, int64_t(threads));
-  return executor;
+  return threads < double(most) ? larger(1, int64_t(threads)) : most;
 }
 
 /// Results do not depend on how samples are grouped, so groups may be as many as keep all threads busy.
 template <class D, class T>
 void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all) {
   const int64_t slots = ceil_div(problem.samples, D::kSamples);
-  const Executor executor = worthwhile(all, weights, double(slots * problem.grid.total_steps()));
+  Executor executor = all;
+  executor.threads = worthwhile(weights, double(slots * problem.grid.total_steps()), all.threads);
   if constexpr (requires(D f, Team& team, Arena& arena) { f.join(team, arena); }) {
     // What threads pass to each other costs as much as they gain by sharing out a small map.
     constexpr double kWorthATeam = 250e3;
@@ -41,16 +41,18 @@ void forward(const typename D::Weights& weights, const ForwardProblem<T>& proble
   });
 }
 
-/// Parameter gradients are summed within chunks and then over chunks, in an order that depends on the batch alone, so
+/// Parameter gradients are summed within chunks and then over chunks, in an order that depends on the problem alone, so
 /// that they are the same for any number of threads.
 template <class D, class T>
 void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& all) {
   constexpr int64_t kChunks = 64, kWantedChunks = 8;
   const int64_t slots = ceil_div(problem.samples, D::kSamples), parameters = weights.parameters(),
                 times = problem.grid.count;
-  const int64_t group = larger(1, smaller(weights.group(), slots / kWantedChunks));
+  const double evaluations = 3.0 * double(slots * problem.grid.total_steps());
+  const int64_t group = larger(1, smaller(weights.group(), slots / worthwhile(weights, evaluations, kWantedChunks)));
   const int64_t groups = ceil_div(slots, group), chunks = smaller(groups, kChunks);
-  const Executor executor = worthwhile(all, weights, 3.0 * double(slots * problem.grid.total_steps()));
+  Executor executor = all;
+  executor.threads = worthwhile(weights, evaluations, all.threads);
   Arena shared;
   T* rows = shared.take<T>(chunks * parameters);
   double* time_rows = shared.zeros<double>(chunks * times);
