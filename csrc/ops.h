@@ -79,13 +79,25 @@ inline void check_tensor(const std::string& op, const std::string& name, const T
   NODESHAPE_CHECK(x.is_cpu() ? y0.is_cpu() : !y0.is_cpu() && x.get_device_index() == y0.get_device_index(), op,
                   name + " must be on the device of y0");
   NODESHAPE_CHECK(x.scalar_type() == y0.scalar_type(), op, name + " must have the dtype of y0");
-  NODESHAPE_CHECK(sizes_of(x) == expected, op, name + " is " + text(sizes_of(x)) + " but must be " + text(expected));
+  const auto sizes = x.sizes();
+  NODESHAPE_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op,
+                  name + " is " + text(sizes_of(x)) + " but must be " + text(expected));
+}
+
+/// Observation times as numbers; none if the tensor cannot hold any.
+inline std::vector<double> times_of(const Tensor& t) {
+  const bool single = t.scalar_type() == ScalarType::Float;
+  if (!t.is_cpu() || t.dim() != 1 || !(single || t.scalar_type() == ScalarType::Double)) return {};
+  const Tensor row = dense(t);
+  const int64_t count = row.size(0);
+  if (single) return {data<float>(row), data<float>(row) + count};
+  return {data<double>(row), data<double>(row) + count};
 }
 
 /// What every op is given besides the model.
 struct Common {
   std::string op;
-  Tensor t;
+  std::vector<double> times;
   std::vector<int64_t> steps;
   double theta, tolerance;
   int64_t max_iterations;
@@ -98,17 +110,16 @@ struct Common {
     if (adjoint == "discrete") return kStoreStages;
     return adjoint == "reversible" ? checkpoint_every : kStoreNothing;
   }
-  Grid grid() const { return {static_cast<const double*>(t.data_ptr()), t.size(0), steps.data(), theta}; }
+  Grid grid() const { return {times.data(), int64_t(times.size()), steps.data(), theta}; }
   StageOptions stage() const { return {tolerance, max_iterations}; }
 
   void check_arguments(const Tensor& y0) const {
     NODESHAPE_CHECK(y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double, op,
                     "y0 must be float32 or float64");
-    NODESHAPE_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && t.dim() == 1, op,
-                    "t must be a one-dimensional float64 tensor on the CPU");
-    NODESHAPE_CHECK(t.size(0) >= 1, op, "t must hold at least one observation time");
-    NODESHAPE_CHECK(int64_t(steps.size()) == t.size(0) - 1, op,
-                    "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(t.size(0)) +
+    NODESHAPE_CHECK(!times.empty(), op,
+                    "t must be a one-dimensional float32 or float64 tensor of at least one time on the CPU");
+    NODESHAPE_CHECK(steps.size() + 1 == times.size(), op,
+                    "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(times.size()) +
                         " observation times; give one for each interval between them");
     for (int64_t count : steps)
       NODESHAPE_CHECK(count >= 1, op, "every interval needs at least 1 step, got " + std::to_string(count));
@@ -258,7 +269,7 @@ struct BackwardArguments {
 
 inline void check_backward(const Common& common, const Tensor& y0, const BackwardArguments& arguments) {
   Sizes sizes = sizes_of(y0);
-  sizes.insert(sizes.begin(), common.t.size(0));
+  sizes.insert(sizes.begin(), int64_t(common.times.size()));
   check_tensor(common.op, "ys", arguments.ys, y0, sizes);
   check_tensor(common.op, "grad_ys", arguments.grad_ys, y0, sizes);
   check_tensor(common.op, "stages", arguments.stored, y0, stored_sizes(common, y0));
@@ -276,7 +287,7 @@ template <class Backend>
 SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::vector<int64_t> steps, double theta,
                        double tolerance, int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
                        double drift_tolerance) {
-  const Common common{"conv_solve",   dense(t),           std::move(steps), theta,          tolerance,
+  const Common common{"conv_solve",   times_of(t),        std::move(steps), theta,          tolerance,
                       max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
   Backend::check(common, y0);
   common.check_arguments(y0);
@@ -289,7 +300,7 @@ template <class Backend>
 GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
                                    std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
                                    std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"conv_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
+  const Common common{"conv_solve_backward", times_of(t),        std::move(steps), theta,          tolerance,
                       max_iterations,        std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   Backend::check(common, y0);
@@ -303,7 +314,7 @@ template <class Backend>
 SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::string activation,
                       std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
                       std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"mlp_solve",    dense(t),           std::move(steps), theta,          tolerance,
+  const Common common{"mlp_solve",    times_of(t),        std::move(steps), theta,          tolerance,
                       max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
   Backend::check(common, y0);
   common.check_arguments(y0);
@@ -317,7 +328,7 @@ GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tens
                                   std::string activation, std::vector<int64_t> steps, double theta, double tolerance,
                                   int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
                                   double drift_tolerance) {
-  const Common common{"mlp_solve_backward", dense(t),           std::move(steps), theta,          tolerance,
+  const Common common{"mlp_solve_backward", times_of(t),        std::move(steps), theta,          tolerance,
                       max_iterations,       std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   Backend::check(common, y0);

@@ -11,7 +11,8 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
         -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)
 
 - ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
-  module's ``state_dict()``; ``t`` float64 ``[times]``; ``steps[j]`` equal steps between ``t[j]`` and ``t[j + 1]``.
+  module's ``state_dict()``; ``t`` ``[times]``, float32 or float64 too; ``steps[j]`` equal steps between ``t[j]`` and
+  ``t[j + 1]``.
 - ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
   after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
 - ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``: the stages of ``discrete``, the checkpoints of
@@ -20,7 +21,7 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
 - ``evaluations`` int64 ``[batch]``: of f in the forward solve; in the backward sweep of f, where the trajectory is
   found again, and of its vector–Jacobian product. ``residual`` float64 ``[batch]``: the largest relative residual of a
   stage.
-- ``t`` is a CPU tensor on every device; ``grad_t`` is on the device of ``ys``.
+- ``t`` is a CPU tensor on every device; ``grad_t`` is float64, on the device of ``ys``.
 - On the CPU, a sample that fails raises from its op. On CUDA, where nothing waits for the device, it gives NaN, and the
   same error comes from the next op that finds it; ``torch.ops.nodeshape.raise_failures()`` does nothing but look, and
   raises a RuntimeError whose message begins with the error's name, as all ops do.
@@ -45,7 +46,6 @@ from nodeshape._sweep import ReversalDriftError
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("libnodeshape_cuda.so")
 _CONV_MAPS_KEPT = 3  # as in csrc/problem.h
-_ADJOINTS = ("discrete", "reversible", "continuous")
 # Why a library is not there:
 _missing: str | None = None
 _cuda_missing: str | None = None
@@ -53,29 +53,39 @@ _cuda_missing: str | None = None
 
 def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
     """The parameters to solve with, in state_dict order; or why the fused solver does not take this solve."""
-    if os.environ.get("NODESHAPE_FUSED", "1") == "0":
+    compiling = torch.compiler.is_compiling()
+    if _turned_off(compiling):
         return "NODESHAPE_FUSED=0"
-    if type(dynamics) not in (ConvDynamics, MLPDynamics):
-        return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
+    kind = type(dynamics)
+    if kind is not ConvDynamics and kind is not MLPDynamics:
+        return f"{kind.__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
     if not isinstance(y0, Tensor):
         return "the state is a tuple"
-    if y0.device.type not in ("cpu", "cuda"):
+    if not (y0.is_cpu or y0.is_cuda):
         return f"the state is on {y0.device}"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}"
-    expected = 4 if type(dynamics) is ConvDynamics else 2
+    expected = 4 if kind is ConvDynamics else 2
     if y0.dim() != expected:
         return f"the state has {y0.dim()} dimensions, the kernel takes {expected}"
-    if not torch.compiler.is_compiling():
+    if not compiling:
         if type(y0) not in (Tensor, nn.Parameter):
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
-    missing = _missing or (_cuda_missing if y0.device.type == "cuda" else None)
-    return missing or _weights(dynamics)
+    missing = _missing or (_cuda_missing if y0.is_cuda else None)
+    return missing or _weights(dynamics, compiling)
 
 
-def _weights(dynamics: nn.Module) -> list[Tensor] | str:
+def _turned_off(compiling: bool) -> bool:
+    """Whether NODESHAPE_FUSED is 0: of os.environ's dictionary, as its own lookup takes a tenth of a small solve."""
+    if compiling:
+        return os.environ.get("NODESHAPE_FUSED") == "0"
+    environment: Any = os.environ
+    return bool(environment._data.get(b"NODESHAPE_FUSED") == b"0")
+
+
+def _weights(dynamics: nn.Module, compiling: bool) -> list[Tensor] | str:
     """The parameters in state_dict order; or why the module may not compute what its class does.
 
     Looks into the modules' dictionaries, because this is most of what a small solve costs in Python.
@@ -101,14 +111,16 @@ def _weights(dynamics: nn.Module) -> list[Tensor] | str:
             layer, kind = layer._modules["_layer"], nn.Conv2d
             if type(layer) is not kind or _is_altered(layer):
                 return f"a {kind.__name__} was replaced or has hooks"
-        parameters = layer.__dict__["_parameters"]
-        if any(layer.__dict__[name] != value for name, value in _SETTINGS[kind]) or (
-            kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"])
-        ):
+        attributes = layer.__dict__
+        for name, value in _SETTINGS[kind]:
+            if attributes[name] != value:
+                return f"the settings of a {kind.__name__} were changed"
+        if kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
             return f"the settings of a {kind.__name__} were changed"
+        parameters = attributes["_parameters"]
         for name in ("weight", "bias"):
             x = parameters.get(name)
-            if type(x) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+            if type(x) is not nn.Parameter and type(x) is not Tensor and not compiling:
                 return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
             weights.append(x)
     return weights
@@ -154,7 +166,7 @@ def solve(
     weights: list[Tensor],
     y0: Tensor,
     t: Tensor,
-    steps: Sequence[int],
+    steps: list[int],
     method: Method,
     adjoint: str,
     tolerance: float,
@@ -185,31 +197,32 @@ def solve(
         StageSolveError: a stage was not solved; in the backward pass too.
         ReversalDriftError: in the backward pass of ``"reversible"``.
     """
-    if adjoint not in _ADJOINTS:
-        raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(_ADJOINTS)}")
-    times = t if t.dtype == torch.float64 and t.device.type == "cpu" else t.to(device="cpu", dtype=torch.float64)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, times, *weights))
+    if not (t.is_cpu and (t.dtype == torch.float32 or t.dtype == torch.float64)):
+        t = t.to(device="cpu", dtype=torch.float64)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *weights))
+    kept = adjoint if recorded else "none"
     scheme: tuple[Any, ...] = (
-        list(steps),
-        float(method.theta),
-        float(tolerance),
+        steps,
+        method.theta,
+        tolerance,
         int(max_iterations),
-        adjoint if recorded else "none",
+        kept,
         int(checkpoint_every or 0),
-        float(drift_tolerance),
+        drift_tolerance,
     )
     name = "conv_solve"
-    if isinstance(dynamics, MLPDynamics):
+    if type(dynamics) is MLPDynamics:
         name, scheme = "mlp_solve", (dynamics.activation, *scheme)
     op = getattr(torch.ops.nodeshape, name).default
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     try:
         if traced:
-            ys, _, forward, residual = op(y0, times, weights, *scheme)
+            ys, _, forward, residual = op(y0, t, weights, *scheme)
         elif recorded:
-            ys, _, forward, residual = _Recorded.apply(name, scheme, y0, times, *weights)
+            ys, _, forward, residual = _Recorded.apply(name, scheme, y0, t, *weights)
         else:
-            ys, _, forward, residual = _below_autograd(op, y0, times, weights, *scheme)
+            with torch._C._AutoDispatchBelowAutograd():
+                ys, _, forward, residual = op(y0, t, weights, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
     return ys, forward, residual
@@ -291,7 +304,7 @@ def _gradient(
     wanted = getattr(ctx, "backward_evaluations", None)  # the function of that name leaves it there
     if wanted is not None:
         wanted.copy_(evaluations)
-    return grad_y0, grad_t.to(t.device) if timed else None, grad_weights
+    return grad_y0, grad_t.to(t.device, t.dtype) if timed else None, grad_weights
 
 
 def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:

@@ -110,8 +110,11 @@ def odeint(
 
     weights = fused_weights(func, y0, steps, step_size, settings, adjoint_params)
     if not isinstance(weights, str):
-        equal = EqualSteps(steps, step_size)
-        counts = [equal.number(end - start) for start, end in pairwise(times)]
+        if steps is not None:
+            counts = [int(steps)] * (len(times) - 1)
+        else:
+            equal = EqualSteps(None, step_size)
+            counts = [equal.number(end - start) for start, end in pairwise(times)]
         ys, forward_evaluations, residual = _fused.solve(
             cast("Any", func),  # ConvDynamics or MLPDynamics,
             weights,
@@ -275,7 +278,7 @@ def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
         t = torch.tensor(times, dtype=torch.float64)
     if not times:
         raise ValueError("t must hold at least one time, got none")
-    steps = [b - a for a, b in zip(times, times[1:])]
+    steps = [b - a for a, b in pairwise(times)]
     if not all(map(isfinite, times)) or (steps and not (min(steps) > 0 or max(steps) < 0)):
         raise ValueError(f"t must be finite and strictly increasing or decreasing, got {times}")
     return t, times

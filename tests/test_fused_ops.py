@@ -216,7 +216,7 @@ def test_drift_of_the_reversed_trajectory_is_an_error():
         ({0: torch.zeros(2, 4, 5, dtype=torch.float64)}, "y0 must be \\[batch, channels, height, width\\]"),
         ({0: torch.zeros(2, 4, 5, 6)}, "norm1.weight must have the dtype of y0"),
         ({0: torch.zeros(2, 4, 5, 6, dtype=torch.float16)}, "y0 must be float32 or float64"),
-        ({1: TIMES.float()}, "t must be a one-dimensional float64 tensor"),
+        ({1: TIMES.half()}, "t must be a one-dimensional float32 or float64 tensor"),
         ({2: []}, "expected the 10 parameters of ConvDynamics, got 0"),
         ({3: [1]}, "got 1 step counts for 3 observation times"),
         ({3: [1, 0]}, "at least 1 step, got 0"),
