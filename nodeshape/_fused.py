@@ -16,8 +16,9 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
 - ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
   after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
 - ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``: the stages of ``discrete``, the checkpoints of
-  ``reversible``, otherwise empty. Feature maps are ``[maps, height, width, channels]``: a stage is kept with the
-  outputs of both convolutions, so that the backward sweep repeats none of them, a checkpoint is one map.
+  ``reversible``, otherwise empty; how its numbers lie is between an op and its backward op. Feature maps are
+  ``[maps, height, width, channels]``: a stage is kept with the outputs of both convolutions, so that the backward sweep
+  repeats none of them, a checkpoint is one map.
 - ``evaluations`` int64 ``[batch]``: of f in the forward solve; in the backward sweep of f, where the trajectory is
   found again, and of its vector–Jacobian product. ``residual`` float64 ``[batch]``: the largest relative residual of a
   stage.

@@ -193,7 +193,11 @@ def test_threads_do_not_change_a_bit(isa, adjoint):
     torch.manual_seed(0)
     before = torch.get_num_threads()
     try:
-        for f, y0 in ((random_conv(16), torch.randn(21, 16, 8, 8)), (ns.MLPDynamics(3, (20,)), torch.randn(301, 3))):
+        for f, y0, method in (
+            (random_conv(16), torch.randn(21, 16, 8, 8), "implicit_midpoint"),
+            (ns.MLPDynamics(3, (20,)), torch.randn(3001, 3), "implicit_midpoint"),
+            (ns.MLPDynamics(3, (20,)), torch.randn(3001, 3), "euler"),
+        ):
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -204,7 +208,7 @@ def test_threads_do_not_change_a_bit(isa, adjoint):
                         TIMES,
                         fused=True,
                         dtype=torch.float32,
-                        method="implicit_midpoint",
+                        method=method,
                         adjoint=adjoint,
                         steps=3,
                         options=OPTIONS,
