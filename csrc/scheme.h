@@ -11,8 +11,9 @@
 //     sample(), kept()             numbers of a sample in tensors, and in `stored` where stages are kept
 //     read(tensor, members, y), write(y, members, tensor)     a slot's states from and to a tensor's layout
 //     read_cotangent(tensor, members, lambda)                 as read(), zero for members that a slot lacks
-//     pack(y, members, row), unpack(row, members, y)          as read() and write() for states in `stored`
+//     pack(y, members, row)        as write(), for a checkpoint in `stored`
 //     keep(s, y, members, row)     what recall() needs of slot s, linearised about y, for `stored`
+//     unpack(row, members, y)      the state that keep(), or pack() where checkpoints are compared, left in a row
 //     eval(t, batch)               out = f(t, in), and linearises each slot about its `in`, which stays in place
 //     recall(t, rows, members, batch)        as eval(), given what keep() left in rows[s]; in[s] is unpacked from it
 //     vjp(batch)                   out = J^T in at the slot's linearisation

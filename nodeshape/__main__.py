@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+from nodeshape._cli import UserError, run
+
 COMMANDS = {
     "train": "train a classifier of drawn shapes, or of your own images",
     "export": "export a trained classifier to ONNX and TorchScript",
@@ -13,11 +17,16 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Print them."""
+    """Print them; say how a command is written if one follows."""
+    given = sys.argv[1:]
+    if given and given[0] in COMMANDS:
+        raise UserError(f"a command is part of the module's name: python -m nodeshape.{' '.join(given)}")
+    if given and given[0] not in ("-h", "--help"):
+        raise UserError(f"no command {given[0]!r} (usage: python -m nodeshape)")
     print("Neural-ODE image classifiers. The commands, each with --help:")
     for name, what in COMMANDS.items():
         print(f"  python -m nodeshape.{name:<9}{what}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

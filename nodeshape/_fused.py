@@ -16,9 +16,9 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
 - ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
   after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
 - ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``: the stages of ``discrete``, the checkpoints of
-  ``reversible``, otherwise empty; how its numbers lie is between an op and its backward op. Feature maps are
-  ``[maps, height, width, channels]``: a stage is kept with the outputs of both convolutions, so that the backward sweep
-  repeats none of them, a checkpoint is one map.
+  ``reversible``, otherwise empty; how its numbers lie is between an op and its backward op, of the same instruction
+  set. Feature maps are ``[maps, height, width, channels]``: a stage is kept with the outputs of both convolutions, so
+  that the backward sweep repeats none of them, a checkpoint is one map.
 - ``evaluations`` int64 ``[batch]``: of f in the forward solve; in the backward sweep of f, where the trajectory is
   found again, and of its vector–Jacobian product. ``residual`` float64 ``[batch]``: the largest relative residual of a
   stage.
@@ -82,8 +82,10 @@ def _turned_off(compiling: bool) -> bool:
     """Whether NODESHAPE_FUSED is 0: of os.environ's dictionary, as its own lookup takes a tenth of a small solve."""
     if compiling:
         return os.environ.get("NODESHAPE_FUSED") == "0"
-    environment: Any = os.environ
-    return bool(environment._data.get(b"NODESHAPE_FUSED") == b"0")
+    environment = getattr(os.environ, "_data", None)  # a test may have put a plain dictionary in its place
+    if environment is None:
+        return os.environ.get("NODESHAPE_FUSED") == "0"
+    return bool(environment.get(b"NODESHAPE_FUSED") == b"0")
 
 
 def _weights(dynamics: nn.Module, compiling: bool) -> list[Tensor] | str:

@@ -28,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("predict", "Classify images with an exported model.")
     parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="written by python -m nodeshape.export")
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP or BMP of any size, or a folder of them"
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="PNG, JPEG, WebP or BMP of any size, or a folder of them (hidden files and contact sheets left out)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list with the probability of every class")
     args = parser.parse_args(argv)

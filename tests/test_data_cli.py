@@ -144,7 +144,20 @@ def test_numbers_and_paths_are_read(tmp_path):
         _cli.existing_path(str(tmp_path / "none"))
 
 
-def test_the_package_lists_its_commands(capsys):
+def test_the_package_lists_its_commands(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nodeshape"])
     __main__.main()
     listed = {line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
     assert listed == {f"nodeshape.{path.stem}" for path in Path(data.__file__).parent.glob("[!_]*.py")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["train", "--epochs", "3"], "python -m nodeshape.train --epochs 3"), (["bogus"], "no command 'bogus'")],
+)
+def test_a_command_after_the_package_is_a_mistake_and_says_how_it_is_written(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["nodeshape", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        _cli.run(__main__.main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.count("\n") == 1

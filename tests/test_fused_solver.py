@@ -129,15 +129,33 @@ def test_time_may_run_backwards(adjoint):
         assert_agrees(f, y0, TIMES.flip(0), (torch.float64,), method=method, adjoint=adjoint, steps=2, options=OPTIONS)
 
 
-def test_checkpoints_do_not_change_the_reversible_gradient(isa):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("dynamics", "shape"),
+    [(lambda: random_conv(4), (3, 4, 6, 6)), (lambda: ns.MLPDynamics(3, (20,)), (37, 3))],
+    ids=["conv", "mlp"],
+)
+def test_checkpoints_do_not_change_the_reversible_gradient(isa, dynamics, shape, method):
     torch.manual_seed(0)
-    f, y0 = random_conv(4), torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    f, y0 = dynamics(), torch.randn(shape, dtype=torch.float64)
     results = [
-        solve(f, y0, TIMES, fused=True, dtype=torch.float64, method="euler", adjoint="reversible", steps=7, options=o)
+        solve(f, y0, TIMES, fused=True, dtype=torch.float64, method=method, adjoint="reversible", steps=7, options=o)
         for o in (OPTIONS, OPTIONS | {"checkpoint_every": 1}, OPTIONS | {"checkpoint_every": 3})
     ]
     for other in results[1:]:
         assert max(other.distance(results[0])) < 1e-11
+
+
+def test_times_may_be_float32_and_so_is_their_gradient():
+    torch.manual_seed(0)
+    f, y0 = ns.MLPDynamics(3), torch.randn(5, 3)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        t = TIMES.to(dtype).requires_grad_()
+        ns.odeint(f, y0, t, method="implicit_midpoint", steps=3).square().sum().backward()
+        assert t.grad.dtype == dtype
+        grads.append(t.grad.double())
+    assert torch.allclose(*grads, rtol=1e-4, atol=1e-5)
 
 
 def test_one_observation_time_is_the_initial_state(isa):

@@ -73,8 +73,10 @@ class MlpTile {
     for (int64_t i = 0; i < sample(); ++i)
       for (int64_t lane = 0; lane < members; ++lane) tensor[lane * sample() + i] = y[i * kWidth + lane];
   }
-  /// A row of `stored` keeps a full slot as it is.
-  void pack(const T* y, int members, T* row) const {
+  /// Of a checkpoint, which the backward sweep reads with other dynamics.
+  void pack(const T* y, int members, T* row) const { write(y, members, row); }
+  /// Of a stage: a full slot as it is.
+  void keep(int, const T* y, int members, T* row) const {
     if (members < kWidth) return write(y, members, row);
     each<T>(size(), [=](int64_t i) { store(row + i, load(y + i)); });
   }
@@ -82,7 +84,6 @@ class MlpTile {
     if (members < kWidth) return read(row, members, y);
     each<T>(size(), [=](int64_t i) { store(y + i, load(row + i)); });
   }
-  void keep(int, const T* y, int members, T* row) const { pack(y, members, row); }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
 
   /// Slots one after the other within each layer, so that one's arithmetic hides the latency of another's.
