@@ -172,7 +172,7 @@ def test_forked_process_may_solve():
     queue = context.Queue()
     child = context.Process(target=_solve_in_child, args=(queue, f, y0))
     child.start()
-    result = queue.get(timeout=60)
+    result = queue.get(timeout=300)
     child.join()
     assert (result == expected).all()
 
