@@ -80,9 +80,8 @@ def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
 
 def _turned_off(compiling: bool) -> bool:
     """Whether NODESHAPE_FUSED is 0: of os.environ's dictionary, as its own lookup takes a tenth of a small solve."""
-    if compiling:
-        return os.environ.get("NODESHAPE_FUSED") == "0"
-    environment = getattr(os.environ, "_data", None)  # a test may have put a plain dictionary in its place
+    # Compilers know os.environ alone, and a test may have put a plain dictionary in its place.
+    environment = None if compiling else getattr(os.environ, "_data", None)
     if environment is None:
         return os.environ.get("NODESHAPE_FUSED") == "0"
     return bool(environment.get(b"NODESHAPE_FUSED") == b"0")
@@ -203,13 +202,12 @@ def solve(
     if not (t.is_cpu and (t.dtype == torch.float32 or t.dtype == torch.float64)):
         t = t.to(device="cpu", dtype=torch.float64)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *weights))
-    kept = adjoint if recorded else "none"
     scheme: tuple[Any, ...] = (
         steps,
         method.theta,
         tolerance,
         int(max_iterations),
-        kept,
+        adjoint if recorded else "none",
         int(checkpoint_every or 0),
         drift_tolerance,
     )
@@ -224,8 +222,7 @@ def solve(
         elif recorded:
             ys, _, forward, residual = _Recorded.apply(name, scheme, y0, t, *weights)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                ys, _, forward, residual = op(y0, t, weights, *scheme)
+            ys, _, forward, residual = _below_autograd(op, y0, t, weights, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
     return ys, forward, residual
