@@ -13,7 +13,7 @@ from torch import Tensor
 from nodeshape import _fused
 from nodeshape._backend import fused_weights
 from nodeshape._error_control import ErrorControl, Steps
-from nodeshape._march import EqualSteps, StageSolver
+from nodeshape._march import MOST_STEPS, EqualSteps, StageSolver
 from nodeshape._method import Method, get_method
 from nodeshape._solve import ADJOINTS, Problem, Solution
 from nodeshape._stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
@@ -23,6 +23,8 @@ from nodeshape._system import State, System
 DEFAULT_METHOD = "implicit_midpoint"
 RTOL, ATOL = 1e-4, 1e-6
 MIN_STEP, MAX_STEPS = 1e-10, 10_000
+#: Largest count that an option takes; beyond, it is taken for a mistake.
+MOST_ITERATIONS = 2**31 - 1
 #: A rebuilt trajectory may be this many times further off than a stage.
 DRIFT_PER_STAGE_TOLERANCE = 1e3
 ADJOINT_TOLERANCES = ("adjoint_rtol", "adjoint_atol")
@@ -65,7 +67,7 @@ def odeint(
         y0: initial state, a float32 or float64 tensor or a tuple of them.
         t: strictly increasing or decreasing times, ``[times]``; each is hit exactly.
         method: ``"euler"``, ``"implicit_euler"`` or ``"implicit_midpoint"``.
-        steps: equal steps in each interval of ``t``.
+        steps: equal steps in each interval of ``t``, at most 10 million.
         step_size: an interval of length T takes ceil(T / step_size) equal steps.
         rtol, atol: with neither ``steps`` nor ``step_size``, steps are chosen so that the error of each stays within
             ``atol + rtol |y|`` (defaults 1e-4 and 1e-6).
@@ -231,8 +233,7 @@ def _settings(options: Mapping[str, Any] | None) -> dict[str, Any]:
             if value not in ("anderson", "newton"):
                 raise ValueError(f"unknown stage_solver {value!r}: choose 'anderson' or 'newton'")
         elif name in ("checkpoint_every", "max_stage_iterations", "max_steps"):
-            if value is not None and (value != int(value) or value < 1):
-                raise ValueError(f"option {name!r} must be a whole number, at least 1, got {value!r}")
+            settings[name] = _count(f"option {name!r}", value, MOST_ITERATIONS)
         else:
             _positive(name, value, value)
     return settings
@@ -245,11 +246,21 @@ def _positive(name: str, value: float | None, default: float) -> float:
     return float(value)
 
 
+def _count(name: str, value: Any, most: int) -> int:
+    """``value`` as an int from 1 to ``most``."""
+    whole = isinstance(value, int) or (isfinite(value) and value == int(value))
+    if not whole or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")
+    return int(value)
+
+
 def _check_steps(steps: int | None, step_size: float | None) -> None:
     if steps is not None and step_size is not None:
         raise ValueError(f"give steps or step_size, not both: got steps={steps!r} and step_size={step_size!r}")
-    if steps is not None and (steps != int(steps) or steps < 1):
-        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    if steps is not None:
+        _count("steps", steps, MOST_STEPS)
     if step_size is not None:
         _positive("step_size", step_size, step_size)
 
@@ -278,7 +289,9 @@ def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
         t = torch.tensor(times, dtype=torch.float64)
     if not times:
         raise ValueError("t must hold at least one time, got none")
-    steps = [b - a for a, b in pairwise(times)]
-    if not all(map(isfinite, times)) or (steps and not (min(steps) > 0 or max(steps) < 0)):
+    lengths = [b - a for a, b in pairwise(times)]
+    if not all(map(isfinite, times)) or (lengths and not (min(lengths) > 0 or max(lengths) < 0)):
         raise ValueError(f"t must be finite and strictly increasing or decreasing, got {times}")
+    if not all(map(isfinite, lengths)):
+        raise ValueError(f"t must have finite intervals, but the length of one overflows: got {times}")
     return t, times
