@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class ODEBlock(nn.Module):
         self, method: str | None = None, steps: int | None = None, step_size: float | None = None
     ) -> ODEBlock:
         """The same dynamics, weights shared, under another method or number of steps."""
-        block = copy(self)
+        block = sharing_weights(self)
         if method is not None:
             block.method = method
         if steps is not None or step_size is not None:
@@ -121,3 +121,43 @@ class ODEBlock(nn.Module):
             adjoint=self.adjoint,
             options=self.options,
         )
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sharing_weights(module: Module) -> Module:
+    """A copy of a module and all modules in it that holds the very parameters and buffers of the original.
+
+    ``train()``, ``eval()``, hooks and replaced submodules concern one of the two only; a weight that changes in place
+    changes in both. Scripted modules, which cannot be taken apart, are shared as they are.
+    """
+    copies: dict[nn.Module, nn.Module] = {}  # a module under two names stays one
+
+    def of(original: nn.Module) -> nn.Module:
+        if isinstance(original, torch.jit.ScriptModule):
+            return original
+        if original not in copies:
+            if "dynamo_ctx" in original.__dict__:  # torch.compile's module, which calls the one that it was made with
+                kind: Any = type(original)
+                copies[original] = kind(of(original.__dict__["_modules"]["_orig_mod"]), original.dynamo_ctx)
+                return copies[original]
+            copies[original] = _own_dictionaries(original)
+            children = copies[original].__dict__["_modules"]
+            children.update({name: of(child) for name, child in children.items() if child is not None})
+        return copies[original]
+
+    return cast("Module", of(module))
+
+
+def _own_dictionaries(original: nn.Module) -> nn.Module:
+    """A module whose attributes are the original's, but for dictionaries and sets, which are copies.
+
+    Not ``copy.copy``, which a parametrised module refuses.
+    """
+    copied = type(original).__new__(type(original))
+    copied.__dict__.update(
+        {name: copy(x) if isinstance(x, (dict, set)) else x for name, x in original.__dict__.items()}
+    )
+    copied.__dict__["_compiled_call_impl"] = None  # of module.compile(), bound to the original
+    return copied

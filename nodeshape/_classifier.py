@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from copy import copy
 from math import ceil, log2
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nodeshape._block import ODEBlock
+from nodeshape._block import ODEBlock, sharing_weights
 from nodeshape._dynamics import ConvDynamics
 
 #: Channels of the stem's first layer.
@@ -68,9 +67,8 @@ class ShapeClassifier(nn.Module):
         self, method: str | None = None, steps: int | None = None, step_size: float | None = None
     ) -> ShapeClassifier:
         """The same classifier, weights shared, its ODE solved by another method or number of steps."""
-        model = copy(self)
-        model._modules = dict(self._modules)
-        model.ode = self.ode.with_solver(method=method, steps=steps, step_size=step_size)
+        model = sharing_weights(self)
+        model.ode = model.ode.with_solver(method=method, steps=steps, step_size=step_size)
         return model
 
 
