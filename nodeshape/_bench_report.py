@@ -12,7 +12,7 @@ from typing import Any
 from nodeshape import __version__
 from nodeshape._bench_cases import DIRECT_LIMIT, Result
 from nodeshape._bench_targets import Target
-from nodeshape._checkpoint import write_atomically
+from nodeshape._files import write_atomically
 
 
 def describe_machine(machine: Mapping[str, Any]) -> str:

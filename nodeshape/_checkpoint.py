@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,7 @@ import torch
 
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
-
-#: Names of files that a kill left half written.
-PARTIAL = ".*.partial-*"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a reader, or a kill, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from nodeshape._files import write_atomically
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -71,6 +71,15 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+@contextmanager
+def picture(path: Path) -> Iterator[None]:
+    """Around code that draws ``path`` from finished results: what fails is one line on stderr, and they stand."""
+    try:
+        yield
+    except Exception as error:  # matplotlib, fonts, memory, the disk: nothing here may fail what was computed
+        print(f"{path} could not be drawn: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
+
+
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """An argument type: a whole number from ``low`` to ``high``, both included."""
     expected = f"a whole number from {low} to {high}" if high is not None else f"a whole number of at least {low}"

@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._checkpoint import write_atomically
 from nodeshape._cli import UserError
+from nodeshape._files import write_atomically
 from nodeshape._fused import _LIBRARY
 
 Result = dict[str, Any]

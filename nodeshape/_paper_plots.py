@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+from nodeshape._cli import picture
 from nodeshape._paper_source import METHOD_TITLES, solver_title
 from nodeshape._plots import save
 from nodeshape._solve import ADJOINTS
@@ -21,12 +23,17 @@ INK, GREY = "#1f2933", "#5b6570"
 
 def draw(paper: dict[str, Any], folder: Path) -> None:
     """Every picture into ``folder``."""
-    for experiment in paper["experiments"]:
-        _learning_curves(experiment, folder / f"{experiment['name']}.png")
-    _depth(paper["depth"], folder / "depth.png")
-    _evaluations(paper["evaluations"], folder / "evaluations.png")
-    _other_solvers(paper["other_solvers"], folder / "other-solvers.png")
-    _sweep(paper["sweep"], folder / "sweep.png")
+    drawings: dict[str, tuple[Callable[[Any, Path], None], Any]] = {
+        **{experiment["name"]: (_learning_curves, experiment) for experiment in paper["experiments"]},
+        "depth": (_depth, paper["depth"]),
+        "evaluations": (_evaluations, paper["evaluations"]),
+        "other-solvers": (_other_solvers, paper["other_solvers"]),
+        "sweep": (_sweep, paper["sweep"]),
+    }
+    for name, (draw_one, figures) in drawings.items():
+        path = folder / f"{name}.png"
+        with picture(path):
+            draw_one(figures, path)
 
 
 def _learning_curves(experiment: dict[str, Any], path: Path) -> None:

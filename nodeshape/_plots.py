@@ -11,11 +11,12 @@ import matplotlib
 import numpy as np
 from torch import Tensor
 
-from nodeshape._checkpoint import write_atomically
+from nodeshape._files import write_atomically
 from nodeshape._training import EpochMetrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 GOOD, BAD, INK = "#1a7f37", "#c62828", "#1f2933"
 SAMPLES_ACROSS, SAMPLES_DOWN = 8, 5
@@ -41,8 +42,8 @@ def learning_curve(history: list[EpochMetrics], title: str, path: Path) -> None:
         xlabel="epoch",
         title=f"{title}: {accuracy[-1]:.2f}% after epoch {epochs[-1]}",
         ylim=(min([*accuracy, 90]) - 2, 101),
-        xticks=epochs if len(epochs) <= 20 else None,
     )
+    left.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
     left.set_ylabel("test accuracy, %", color=GOOD)
     right.set_ylabel("training loss", color="#5b6570")
     right.set_ylim(bottom=0)

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nodeshape import __version__
-from nodeshape._checkpoint import PARTIAL, load_checkpoint, save_checkpoint, write_atomically
+from nodeshape._checkpoint import load_checkpoint, save_checkpoint
+from nodeshape._cli import picture
+from nodeshape._files import PARTIAL, write_atomically
 from nodeshape._training import EpochMetrics, Trainer, predict
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ class RunFolder:
         """Create the folder with what a resumed run needs, before the first step."""
         self.path.mkdir(parents=True, exist_ok=True)
         for left in self.path.glob(PARTIAL):
-            left.unlink()
+            if not left.is_dir():  # a folder is an export's, which may be under way
+                left.unlink()
         if trainer.steps == 0:
             self.save_last(trainer)
         config = {**self.config, "nodeshape_version": __version__, "torch_version": str(torch.__version__)}
@@ -86,32 +90,33 @@ class RunFolder:
         self._saved = time.monotonic()
 
     def finish(self, trainer: Trainer) -> None:
-        """Draw the pictures of the best epoch's model and say what to do next."""
-        from nodeshape import _plots  # matplotlib takes a second to import
-
-        history, data = trainer.progress.history, trainer.data
+        """Say how good the best epoch's model is, draw its pictures, and say what to do next."""
+        data = trainer.data
         best = load_checkpoint(self.path / "best.pt")
         trainer.model.load_state_dict(best["model"])
         probabilities = predict(trainer.model, data.test, trainer.device).softmax(dim=1)
-        predicted = probabilities.argmax(dim=1)
-        right = int((predicted == data.test.labels).sum())
-        what = self.config["task"] or Path(self.config["data"]).name
-        title = f"{what}, {self.config['method']}, h={self.config['step_size']:g}"
+        right = int((probabilities.argmax(dim=1) == data.test.labels).sum())
         score = f"{right} of {len(data.test)} test images right"
-        _plots.learning_curve(history, title, self.path / "learning_curve.png")
-        _plots.confusion_matrix(
-            data.test.labels, predicted, data.classes, f"{title}\n{score}", self.path / "confusion_matrix.png"
-        )
-        _plots.samples(
-            data.test.pixels,
-            data.test.labels,
-            probabilities,
-            data.classes,
-            f"{title}: {score}",
-            self.path / "samples.png",
-        )
         if self._tensorboard is not None:
             self._tensorboard.close()
-        print(f"best: {100 * right / len(data.test):.2f}% ({score}), epoch {best['epoch']}")
+        print(f"best: {100 * right / len(data.test):.2f}% ({score}), epoch {best['epoch']}", flush=True)
+        self._draw(trainer, probabilities, score)
         print(f"pictures and checkpoints are in {self.path}; export the best one with:")
         print(f"python -m nodeshape.export {shlex.quote(str(self.path / 'best.pt'))}")
+
+    def _draw(self, trainer: Trainer, probabilities: Tensor, score: str) -> None:
+        """Draw each picture of the finished run."""
+        test, classes = trainer.data.test, trainer.data.classes
+        what = self.config["task"] or Path(self.config["data"]).name
+        title = f"{what}, {self.config['method']}, h={self.config['step_size']:g}"
+        arguments: dict[str, tuple[Any, ...]] = {
+            "learning_curve": (trainer.progress.history, title),
+            "confusion_matrix": (test.labels, probabilities.argmax(dim=1), classes, f"{title}\n{score}"),
+            "samples": (test.pixels, test.labels, probabilities, classes, f"{title}: {score}"),
+        }
+        for name, given in arguments.items():
+            path = self.path / f"{name}.png"
+            with picture(path):
+                from nodeshape import _plots  # matplotlib takes a second to import, and may lack what it needs
+
+                getattr(_plots, name)(*given, path)

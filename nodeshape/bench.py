@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nodeshape import _bench_deploy, _bench_report, _bench_solver, _bench_train
 from nodeshape._bench_cases import Result, run_case
 from nodeshape._bench_timing import FULL, QUICK, machine
-from nodeshape._cli import Parser, UserError, run
+from nodeshape._cli import Parser, UserError, picture, run
 
 SUITES = {"solver": _bench_solver, "train": _bench_train, "deploy": _bench_deploy}
 
@@ -59,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json is not None:
         _bench_report.write_json(args.json, args.suite, args.quick, here, results, lines)
         name = here.get("gpu", f"{here['cpu']}, {here['threads']} threads, {here['isa']}")
-        picture = args.json.with_suffix(".png")
-        _bench_report.plot(picture, suite.PLOTS, results, name)
-        print(f"\nWrote {args.json} and {picture}")
+        plot = args.json.with_suffix(".png")
+        print(f"\nWrote {args.json}, and its plot {plot}")
+        with picture(plot):
+            _bench_report.plot(plot, suite.PLOTS, results, name)
 
 
 def _check(path: Path | None) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ._cli import Parser, UserError, positive_int, run, seed, whole
+from ._files import partial_folder
 from ._images import CONTACT_SHEET
 from ._shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
 
@@ -52,13 +51,10 @@ def write_folder(out: Path, task: str, count: int, seed: int, image_size: int) -
         raise UserError(f"--out {out}: is a file; name a new folder")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; name a new folder")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(out) as partial:
         counts = _write(partial, task, count, seed, image_size)
         _move(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 

@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._checkpoint import write_atomically
-from nodeshape._cli import Parser, UserError, run
+from nodeshape._cli import Parser, UserError, picture, run
+from nodeshape._files import write_atomically
 from nodeshape._paper_jobs import Job, Result, Store, compute
 from nodeshape._paper_plan import FULL, QUICK, Plan
 from nodeshape._paper_results import collect
@@ -74,7 +74,6 @@ def _compute_missing(plan: Plan, store: Store) -> None:
 
 def _write(plan: Plan, store: Store, out: Path, quick: bool) -> None:
     from nodeshape._paper_page import headline, page
-    from nodeshape._paper_plots import draw  # matplotlib takes a second to import
 
     def get(job: Job) -> Result:
         result = store.get(job)
@@ -82,9 +81,12 @@ def _write(plan: Plan, store: Store, out: Path, quick: bool) -> None:
         return result
 
     paper = {"nodeshape_version": __version__, "quick": quick, **collect(plan, get)}
-    draw(paper, out)
     write_atomically(out / "results.json", (json.dumps(paper, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(out / "README.md", page(paper).encode())
+    with picture(out):
+        from nodeshape._paper_plots import draw  # matplotlib takes a second to import
+
+        draw(paper, out)
     print(f"{headline(paper)}; open {out / 'README.md'}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nodeshape._augment import AUGMENTATIONS
-from nodeshape._checkpoint import PARTIAL, load_checkpoint
+from nodeshape._checkpoint import load_checkpoint
 from nodeshape._classifier import MIN_IMAGE_SIZE, ShapeClassifier
 from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
 from nodeshape._datasets import (
@@ -30,6 +30,7 @@ from nodeshape._datasets import (
     folder_data,
 )
 from nodeshape._error_control import StepSizeError
+from nodeshape._files import PARTIAL
 from nodeshape._images import CHANNELS
 from nodeshape._method import METHODS
 from nodeshape._processes import Processes, ending_at_once, is_lost_contact

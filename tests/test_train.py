@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape import _cli, _fused, _run_folder
+from nodeshape import _cli, _fused, _plots, _run_folder
 from nodeshape._checkpoint import load_checkpoint, load_classifier
 from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import UserError
 from nodeshape._datasets import drawn_data
 from nodeshape._shapes import draw
-from nodeshape._training import Interrupted, Recipe, Trainer, balanced
+from nodeshape._training import EpochMetrics, Interrupted, Recipe, Trainer, balanced
 from nodeshape.train import main
 
 SMALL = ["--train-size", "40", "--test-size", "30", "--batch-size", "16", "--step-size", "0.5", "--epochs", "2"]
@@ -428,6 +428,37 @@ def test_resuming_a_finished_run_says_that_it_is(
     main(["--resume", "--out", str(run)])
     output = capsys.readouterr().out
     assert "this run is finished" in output and "resuming in" not in output and "best: " in output
+
+
+def test_a_run_of_more_than_twenty_epochs_has_a_learning_curve(tmp_path: Path) -> None:
+    history = [EpochMetrics(k, 1 / k, 1 - 0.5 / k, 1.0, 0.1, 20.0, 20.0) for k in range(1, 31)]
+    _plots.learning_curve(history, "thirty", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        picture.verify()
+
+
+def test_pictures_that_fail_do_not_fail_the_run(
+    finished_run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    for name in ("learning_curve", "confusion_matrix", "samples"):
+        monkeypatch.setattr(_plots, name, fail)
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    main(["--resume", "--out", str(run)])
+    output, errors = capsys.readouterr()
+    assert errors.count("could not be drawn: RuntimeError: no fonts") == 3
+    assert "best: " in output and output.endswith(f"python -m nodeshape.export {run / 'best.pt'}\n")
+
+
+def test_what_a_killed_export_left_does_not_stop_a_resumed_run(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    (run / ".export.partial-123").mkdir()
+    (run / ".export.partial-123" / "model.onnx").touch()
+    (run / ".last.pt.partial-123").touch()
+    main(["--resume", "--out", str(run)])
+    assert [path.name for path in run.glob(".*")] == [".export.partial-123"]
 
 
 def test_other_drawn_images_than_the_run_began_with_are_named(finished_run: tuple[Path, str], tmp_path: Path) -> None:
