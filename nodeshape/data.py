@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ._cli import Parser, UserError, positive_int, run, seed, whole
-from ._files import partial_folder
-from ._images import CONTACT_SHEET
-from ._shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
+from nodeshape._cli import Parser, UserError, positive_int, run, seed, whole
+from nodeshape._data.images import CONTACT_SHEET
+from nodeshape._data.shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
+from nodeshape._files import partial_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,13 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._checkpoint import load_checkpoint, load_classifier
-from nodeshape._classifier import ShapeClassifier
 from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, user_input
-from nodeshape._files import partial_folder, partial_path
-from nodeshape._method import METHODS, get_method
-from nodeshape._onnx import OPSET, to_onnx
-from nodeshape._proof import (
+from nodeshape._exporting.onnx import OPSET, to_onnx
+from nodeshape._exporting.unrolled import UnrolledClassifier, UnrolledTrajectory
+from nodeshape._exporting.verify import (
     BATCH_SIZES,
     Agreement,
     check_images,
@@ -36,8 +33,11 @@ from nodeshape._proof import (
     load_torchscript,
     milliseconds,
 )
-from nodeshape._stage import StageSolveError
-from nodeshape._unrolled import UnrolledClassifier, UnrolledTrajectory
+from nodeshape._files import partial_folder, partial_path
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._ode.method import METHODS, get_method
+from nodeshape._ode.stage import StageSolveError
+from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 
 TOLERANCE = 1e-4
 ONNX, TORCHSCRIPT, REPORT, EXAMPLE = "model.onnx", "model.ts", "report.json", "example.png"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nodeshape as ns
-from nodeshape import _fused
+from nodeshape._ode import fused
 
 METHODS = ("euler", "implicit_euler", "implicit_midpoint")
 ADJOINTS = ("discrete", "reversible", "continuous")
@@ -21,7 +21,7 @@ ON_HOST = os.environ.get("NODESHAPE_TEST_ISAS", "").split()
 
 def instruction_sets() -> list[str]:
     """The instruction sets this machine can run."""
-    if _fused._missing or ON_HOST:
+    if fused._missing or ON_HOST:
         return ON_HOST
     found = []
     with pytest.MonkeyPatch.context() as patch:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import nodeshape as ns
-from nodeshape._checkpoint import load_classifier, save_checkpoint
-from nodeshape._training import calibrate_batch_norm
+from nodeshape._training.checkpoint import load_classifier, save_checkpoint
+from nodeshape._training.trainer import calibrate_batch_norm
 
 
 def warm_classifier(**settings: object) -> ns.ShapeClassifier:

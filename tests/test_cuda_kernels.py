@@ -21,7 +21,7 @@ import torch
 from fused_reference import ADJOINTS, METHODS, random_conv, solve
 
 import nodeshape as ns
-from nodeshape import _fused
+from nodeshape._ode import fused
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
@@ -41,7 +41,7 @@ UNITS = {
 #: A machine on which blocks are small and the tests' feature maps too large for one of them.
 TEAMS = "cuda:threads=32,shared=4096"
 
-pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
+pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 on_host = pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("g++") is None,
     reason="the shim needs g++ on x86-64 Linux",
