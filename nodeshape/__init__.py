@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nodeshape._errors import ReversalDriftError as ReversalDriftError
+    from nodeshape._errors import StageSolveError as StageSolveError
+    from nodeshape._errors import StepSizeError as StepSizeError
     from nodeshape._models.block import ODEBlock as ODEBlock
     from nodeshape._models.classifier import ShapeClassifier as ShapeClassifier
     from nodeshape._models.dynamics import ConvDynamics as ConvDynamics
@@ -17,12 +20,9 @@ if TYPE_CHECKING:
     from nodeshape._models.fewest_steps import fewest_steps as fewest_steps
     from nodeshape._ode.backend import Backend as Backend
     from nodeshape._ode.backend import backend as backend
-    from nodeshape._ode.error_control import StepSizeError as StepSizeError
     from nodeshape._ode.odeint import odeint as odeint
     from nodeshape._ode.odeint import odeint_adjoint as odeint_adjoint
-    from nodeshape._ode.stage import StageSolveError as StageSolveError
     from nodeshape._ode.stats import SolverStats as SolverStats
-    from nodeshape._ode.sweep import ReversalDriftError as ReversalDriftError
     from nodeshape._training.checkpoint import load_classifier as load_classifier
 
 __version__ = "0.1.0"
@@ -40,9 +40,9 @@ _HOME = {
     "ShapeClassifier": "_models.classifier",
     "load_classifier": "_training.checkpoint",
     "SolverStats": "_ode.stats",
-    "StageSolveError": "_ode.stage",
-    "StepSizeError": "_ode.error_control",
-    "ReversalDriftError": "_ode.sweep",
+    "StageSolveError": "_errors",
+    "StepSizeError": "_errors",
+    "ReversalDriftError": "_errors",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

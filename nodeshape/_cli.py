@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-
-class UserError(ValueError):
-    """A mistake of the user, told in one line that says what to change. Anything else that is raised is a bug."""
+from nodeshape._errors import UserError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

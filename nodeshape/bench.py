@@ -12,7 +12,8 @@ from tqdm import tqdm
 from nodeshape._benchmarking import deploy, report, solver, train
 from nodeshape._benchmarking.cases import Result, run_case
 from nodeshape._benchmarking.timing import FULL, QUICK, machine
-from nodeshape._cli import Parser, UserError, picture, run
+from nodeshape._cli import Parser, picture, run
+from nodeshape._errors import UserError
 
 SUITES = {"solver": solver, "train": train, "deploy": deploy}
 

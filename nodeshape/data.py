@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from nodeshape._cli import Parser, UserError, positive_int, run, seed, whole
+from nodeshape._cli import Parser, positive_int, run, seed, whole
 from nodeshape._data.images import CONTACT_SHEET
 from nodeshape._data.shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
+from nodeshape._errors import UserError
 from nodeshape._files import partial_folder
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, user_input
+from nodeshape._cli import Parser, positive_float, positive_int, run, user_input
+from nodeshape._errors import StageSolveError, UserError
 from nodeshape._exporting.onnx import OPSET, to_onnx
 from nodeshape._exporting.unrolled import UnrolledClassifier, UnrolledTrajectory
 from nodeshape._exporting.verify import (
@@ -36,7 +37,6 @@ from nodeshape._exporting.verify import (
 from nodeshape._files import partial_folder, partial_path
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._ode.method import METHODS, get_method
-from nodeshape._ode.stage import StageSolveError
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 
 TOLERANCE = 1e-4

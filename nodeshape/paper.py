@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._cli import Parser, UserError, picture, run
+from nodeshape._cli import Parser, picture, run
+from nodeshape._errors import UserError
 from nodeshape._experiments.jobs import Job, Result, Store, compute
 from nodeshape._experiments.plan import FULL, QUICK, Plan
 from nodeshape._experiments.results import collect

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
+from nodeshape._cli import Parser, positive_float, positive_int, run, seed, user_input, whole
 from nodeshape._data.augment import AUGMENTATIONS
 from nodeshape._data.datasets import (
     DRAWN_TEST_SIZE,
@@ -30,13 +30,11 @@ from nodeshape._data.datasets import (
 from nodeshape._data.images import CHANNELS
 from nodeshape._data.shapes import CLASSES
 from nodeshape._data.streaming import StreamedSplit
+from nodeshape._errors import ReversalDriftError, StageSolveError, StepSizeError, UserError
 from nodeshape._files import PARTIAL
 from nodeshape._models.classifier import MIN_IMAGE_SIZE, ShapeClassifier
-from nodeshape._ode.error_control import StepSizeError
 from nodeshape._ode.method import METHODS
 from nodeshape._ode.solution import ADJOINTS
-from nodeshape._ode.stage import StageSolveError
-from nodeshape._ode.sweep import ReversalDriftError
 from nodeshape._training.checkpoint import load_checkpoint
 from nodeshape._training.processes import Processes, ending_at_once, is_lost_contact
 from nodeshape._training.run_folder import RunFolder

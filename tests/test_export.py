@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from nodeshape import ShapeClassifier, _cli, export, odeint
-from nodeshape._cli import UserError
 from nodeshape._data.shapes import CLASSES, draw_set
+from nodeshape._errors import UserError
 from nodeshape._exporting import verify
 from nodeshape._exporting.unrolled import UnrolledClassifier
 from nodeshape._exporting.verify import check_images, compare, load_onnx, load_torchscript

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape._cli import UserError
 from nodeshape._data import datasets
 from nodeshape._data.datasets import Data, Split, folder_data
 from nodeshape._data.images import ImageError
 from nodeshape._data.shapes import draw
 from nodeshape._data.streaming import AHEAD, StreamedSplit
+from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._training.trainer import Recipe, Trainer
 from nodeshape.train import main

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from nodeshape import _cli
-from nodeshape._cli import UserError
 from nodeshape._data.datasets import drawn_data
 from nodeshape._data.shapes import draw
+from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._ode import fused
 from nodeshape._training import plots, run_folder

@@ -11,9 +11,8 @@ import torch
 
 from nodeshape._benchmarking.contenders import Call, Problem, Unavailable
 from nodeshape._benchmarking.timing import CPU, Effort, Timing, measure, sgemm, torch_threads
+from nodeshape._errors import ReversalDriftError, StageSolveError
 from nodeshape._models.dynamics import ConvDynamics
-from nodeshape._ode.stage import StageSolveError
-from nodeshape._ode.sweep import ReversalDriftError
 
 #: Largest relative difference between contenders that solve the same equations in float32.
 AGREEMENT = 1e-3

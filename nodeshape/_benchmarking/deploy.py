@@ -12,7 +12,7 @@ from nodeshape._benchmarking.cases import Case, Contender
 from nodeshape._benchmarking.contenders import Call, Unavailable, without_fused
 from nodeshape._benchmarking.targets import Target
 from nodeshape._benchmarking.trained import checkpoint, images_of, trained_classifier
-from nodeshape._cli import UserError
+from nodeshape._errors import UserError
 
 NODESHAPE, PLAIN, ONNX = "PyTorch, fused", "PyTorch, plain", "onnxruntime"
 SECTION = "Logits of a batch of images, Euler"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._cli import UserError
 from nodeshape._data.images import CHANNELS, Files, ImageError, load_folder, scan_folder
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._data.streaming import StreamedSplit, as_float
+from nodeshape._errors import UserError
 
 DRAWN_TRAIN_SIZE, DRAWN_TEST_SIZE = 2700, 6000
 #: A folder of more images, or of more bytes once decoded, is streamed: alike on every machine, so that a run can move.

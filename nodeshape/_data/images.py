@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nodeshape._cli import UserError
+from nodeshape._errors import UserError
 
 CHANNELS = {"grey": 1, "rgb": 3}
 """Number of channels of each ``channels`` setting."""

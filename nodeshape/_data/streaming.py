@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from nodeshape._cli import UserError
 from nodeshape._data.images import Files, ImageError, load_image
+from nodeshape._errors import UserError
 from nodeshape._training.processes import Processes
 
 #: Batches that are being read while one is trained on.

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nodeshape._cli import UserError
+from nodeshape._errors import UserError
 from nodeshape._experiments.jobs import Job, Result, Store
 from nodeshape._experiments.networks import build
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import nodeshape
 from nodeshape import __version__
-from nodeshape._cli import UserError
+from nodeshape._errors import UserError
 from nodeshape._files import write_atomically
 from nodeshape._ode.fused import _LIBRARY
 

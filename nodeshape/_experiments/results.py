@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from nodeshape._cli import UserError
+from nodeshape._errors import UserError
 from nodeshape._experiments.jobs import Job, Result
 from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.plan import Plan

@@ -12,15 +12,12 @@ import torch
 from torch import nn
 
 from nodeshape._benchmarking.timing import QUICK, machine, torch_threads
-from nodeshape._cli import UserError
 from nodeshape._data.datasets import Split, drawn_data
 from nodeshape._data.shapes import CLASSES
+from nodeshape._errors import ReversalDriftError, StageSolveError, StepSizeError, UserError
 from nodeshape._experiments.jobs import Job, Result, Store
 from nodeshape._experiments.networks import RESIDUAL_BLOCKS, build
 from nodeshape._models.classifier import ShapeClassifier
-from nodeshape._ode.error_control import StepSizeError
-from nodeshape._ode.stage import StageSolveError
-from nodeshape._ode.sweep import ReversalDriftError
 from nodeshape._training.checkpoint import save_checkpoint
 from nodeshape._training.trainer import CALIBRATION_IMAGES, RECIPES, EpochMetrics, Interrupted, Recipe, Trainer, predict
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nodeshape._cli import UserError
 from nodeshape._data.images import load_folder, scan_folder
 from nodeshape._data.shapes import MIN_IMAGE_SIZE, draw_set
+from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
 
 IMAGES = 1000

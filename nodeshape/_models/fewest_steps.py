@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodeshape._errors import StageSolveError
 from nodeshape._models.block import ODEBlock
 from nodeshape._ode.method import METHODS
-from nodeshape._ode.stage import StageSolveError
 
 #: Steps of the midpoint rule the converged solve starts from, and at most takes.
 FIRST_STEPS, MAX_STEPS = 32, 2048

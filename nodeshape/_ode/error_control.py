@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nodeshape._errors import StepSizeError
 from nodeshape._ode.integrate import EqualSteps, Marcher
 from nodeshape._ode.stage import Stage
 from nodeshape._ode.system import Time
@@ -16,10 +17,6 @@ from nodeshape._ode.system import Time
 SAFETY = 0.9
 #: Exponents of the latest and the previous error in the PI controller (Hairer & Wanner II, IV.2), times order + 1.
 PROPORTIONAL, INTEGRAL = 0.7, 0.4
-
-
-class StepSizeError(RuntimeError):
-    """Error control could not reach the end of the interval."""
 
 
 @dataclass

@@ -39,10 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nodeshape._errors import ReversalDriftError, StageSolveError
 from nodeshape._models.dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics, _TimeConv
 from nodeshape._ode.method import Method
-from nodeshape._ode.stage import StageSolveError
-from nodeshape._ode.sweep import ReversalDriftError
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("libnodeshape_cuda.so")

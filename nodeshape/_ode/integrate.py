@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nodeshape._ode.stage import Stage, StageSolveError, anderson_stage, explicit_stage, newton_stage
+from nodeshape._errors import StageSolveError
+from nodeshape._ode.stage import Stage, anderson_stage, explicit_stage, newton_stage
 from nodeshape._ode.system import System, Time
 
 

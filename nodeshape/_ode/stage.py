@@ -28,10 +28,6 @@ STAGE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
 MAX_STAGE_ITERATIONS = 100
 
 
-class StageSolveError(RuntimeError):
-    """An implicit stage was not solved to its tolerance."""
-
-
 @dataclass
 class Stage:
     """A solved stage, row by row.

@@ -20,16 +20,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from nodeshape._errors import ReversalDriftError
 from nodeshape._ode.integrate import Marcher, StageSolver, column
 from nodeshape._ode.stage import Stage
 from nodeshape._ode.system import Linearisation, System, Time
 
 if TYPE_CHECKING:
     from nodeshape._ode.solution import Problem, Step
-
-
-class ReversalDriftError(RuntimeError):
-    """The trajectory rebuilt for a ``reversible`` gradient left the one that was solved."""
 
 
 class Sweep:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nodeshape._cli import UserError
+from nodeshape._errors import UserError
 from nodeshape._files import write_atomically
 from nodeshape._models.classifier import ShapeClassifier
 

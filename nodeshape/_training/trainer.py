@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from nodeshape._cli import UserError
 from nodeshape._data.augment import apply_maps, random_maps
 from nodeshape._data.datasets import Data, Split
 from nodeshape._data.streaming import StreamedSplit
+from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._training.processes import Processes
 
