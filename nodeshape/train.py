@@ -34,7 +34,7 @@ from nodeshape._errors import ReversalDriftError, StageSolveError, StepSizeError
 from nodeshape._files import PARTIAL
 from nodeshape._models.classifier import MIN_IMAGE_SIZE, ShapeClassifier
 from nodeshape._ode.method import METHODS
-from nodeshape._ode.solution import ADJOINTS
+from nodeshape._ode.problem import ADJOINTS
 from nodeshape._training.checkpoint import load_checkpoint
 from nodeshape._training.processes import Processes, ending_at_once, is_lost_contact
 from nodeshape._training.run_folder import RunFolder

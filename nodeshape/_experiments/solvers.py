@@ -20,7 +20,7 @@ from nodeshape._experiments.training import (
     euler_steps,
 )
 from nodeshape._ode.method import METHODS
-from nodeshape._ode.solution import ADJOINTS
+from nodeshape._ode.problem import ADJOINTS
 
 
 @dataclass(frozen=True)

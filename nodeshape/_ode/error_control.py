@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nodeshape._errors import StepSizeError
-from nodeshape._ode.integrate import EqualSteps, Marcher
+from nodeshape._ode.integrate import EqualSteps, Stepper
 from nodeshape._ode.stage import Stage
 from nodeshape._ode.system import Time
 
@@ -46,17 +46,17 @@ class ErrorControl:
     rejected: Tensor | int = 0
     proposal: Tensor | None = None
 
-    def march(
-        self, marcher: Marcher, y: Tensor, start: float, end: float
+    def integrate(
+        self, stepper: Stepper, y: Tensor, start: float, end: float
     ) -> Iterator[tuple[Time, Time, Tensor, Stage]]:
         """Yield (t, h, y after the step, stage) for each half step; samples that wait have h = 0."""
         length = end - start
         alive = torch.isfinite(y).all(dim=1)  # a sample that is not finite has nowhere to go
         done = torch.where(alive, 0.0, 1.0).double()  # fraction of the interval covered
-        if marcher.slope is None:
-            marcher.slope = marcher.field(start, y)
+        if stepper.slope is None:
+            stepper.slope = stepper.field(start, y)
         if self.proposal is None:
-            self.proposal = self._first_step(y, marcher.slope, abs(length))
+            self.proposal = self._first_step(y, stepper.slope, abs(length))
         size = self.proposal / abs(length)
         previous = torch.ones_like(done)
         attempts = torch.zeros_like(done, dtype=torch.long)
@@ -67,9 +67,9 @@ class ErrorControl:
             trial = torch.where(rest - trial < 1e-3 * trial, rest, trial)  # no sliver at the end
             t, h = self._clock(start + done * length, torch.where(moving, trial * length, 0.0), moving)
             half = 0.5 * h
-            big, whole = marcher.attempt(y, t, h, marcher.slope)
-            middle, first = marcher.attempt(y, t, half, marcher.slope)
-            small, second = marcher.attempt(middle, t + half, half, first.slope)
+            big, whole = stepper.attempt(y, t, h, stepper.slope)
+            middle, first = stepper.attempt(y, t, half, stepper.slope)
+            small, second = stepper.attempt(middle, t + half, half, first.slope)
 
             solved = whole.solved & first.solved & second.solved
             error = torch.where(solved, self._error(y, big, small), torch.inf).nan_to_num(torch.inf, posinf=torch.inf)
@@ -80,7 +80,7 @@ class ErrorControl:
             self.rejected = self.rejected + (moving & ~accept).long()
             if bool(accept.any()):
                 rows = accept[:, None]
-                marcher.slope = torch.where(rows, second.slope, marcher.slope)
+                stepper.slope = torch.where(rows, second.slope, stepper.slope)
                 middle, y = torch.where(rows, middle, y), torch.where(rows, small, y)
                 half = torch.where(accept, half, 0.0) if isinstance(half, Tensor) else half
                 yield t, half, middle, first

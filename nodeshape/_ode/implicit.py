@@ -9,16 +9,14 @@ of one evaluation of f a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nodeshape._ode.integrate import StageSolver
+from nodeshape._ode.problem import Problem
+from nodeshape._ode.stage import StageSolver
 from nodeshape._ode.system import Time, jacobian_by_rows
-
-if TYPE_CHECKING:
-    from nodeshape._ode.solution import Problem
 
 #: F(rows, *passed). What else F's value depends on and that requires grad is listed beside it, as ``closed``.
 Differentiable = Callable[..., Tensor]

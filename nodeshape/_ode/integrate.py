@@ -1,12 +1,12 @@
 """The time loop: one step of the theta family, and equal steps made of it.
 
-Everything marches rows ``[samples, size]``. A step is ``(t, h)``: two numbers shared by the batch, or two tensors
+Everything integrates rows ``[samples, size]``. A step is ``(t, h)``: two numbers shared by the batch, or two tensors
 ``[samples]`` where each sample chose its own; then a step of h = 0 is a sample waiting for the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
@@ -14,70 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nodeshape._errors import StageSolveError
-from nodeshape._ode.stage import Stage, anderson_stage, explicit_stage, newton_stage
+from nodeshape._ode.stage import Stage, StageSolver, column
 from nodeshape._ode.system import System, Time
 
 
-@dataclass(frozen=True)
-class StageSolver:
-    """How stage equations are solved, and what to say when they are not.
-
-    Attributes:
-        name: ``"anderson"`` or ``"newton"``.
-        tolerance: relative residual (Anderson) or correction (Newton) of a solved stage.
-        max_iterations: evaluations of f a stage may take.
-    """
-
-    name: str
-    tolerance: float
-    max_iterations: int
-
-    def solve(
-        self,
-        function: Callable[[Tensor], Tensor],
-        jacobian: Callable[[Tensor], Tensor],
-        base: Tensor,
-        c: float | Tensor,
-        guess: Tensor,
-    ) -> Stage:
-        """Solve Y = base + c F(Y), without judging the outcome. ``c`` is a number or ``[samples]``."""
-        if not isinstance(c, Tensor) and c == 0.0:
-            return explicit_stage(function, base)
-        factor = column(c, base)
-        if self.name == "newton":
-            return newton_stage(function, jacobian, base, factor, guess, self.tolerance, self.max_iterations)
-        return anderson_stage(function, base, factor, guess, self.tolerance, self.max_iterations)
-
-    def check(self, stage: Stage, t: Time, h: Time, sweep: str) -> None:
-        """Raise StageSolveError if a sample's stage was not solved."""
-        failed = ~stage.solved
-        if not bool(failed.any()):
-            return
-        count = int(failed.sum())
-        first = int(failed.nonzero()[0])
-        remedy = "use adjoint='discrete'" if sweep == "reversed" else "take smaller steps"
-        if self.name == "anderson":
-            remedy += ", for a small stiff state use options={'stage_solver': 'newton'}"
-        raise StageSolveError(
-            f"{count} of {failed.numel()} samples (the first is number {first}) did not solve the {sweep} stage"
-            f" equation at t={_number(t, first):.6g} with h={_number(h, first):.3g}: relative residual"
-            f" {float(stage.residual[first]):.1e} after {int(stage.evaluations[first])} evaluations, tolerance"
-            f" {self.tolerance:.1e}; {remedy}, or loosen options={{'stage_tolerance': ...}}"
-        )
-
-
-def _number(value: Time, sample: int) -> float:
-    return float(value[sample]) if isinstance(value, Tensor) else value
-
-
-def column(h: Time, rows: Tensor) -> Tensor | float:
-    """A number, or one per sample, as a factor of ``rows``."""
-    return h[:, None].to(rows.dtype) if isinstance(h, Tensor) else h
-
-
 @dataclass
-class Marcher:
+class Stepper:
     """Steps of a system by the one-stage method theta, each stage guessed from the one before.
 
     Attributes:
@@ -138,6 +80,11 @@ class Marcher:
         )
 
 
+def stage_of_moving(stage: Stage, h: Time, y: Tensor) -> Tensor:
+    """The stage value; ``y`` for samples that wait, whose stage is of an attempt that was thrown away."""
+    return torch.where(h[:, None] != 0, stage.value, y) if isinstance(h, Tensor) else stage.value
+
+
 #: Steps in an interval beyond which a step size is taken for a mistake.
 MOST_STEPS = 10_000_000
 
@@ -160,13 +107,13 @@ class EqualSteps:
             raise ValueError(f"step_size {self.size:g} cuts an interval into more than {MOST_STEPS} steps: raise it")
         return max(1, ceil(count))
 
-    def march(
-        self, marcher: Marcher, y: Tensor, start: float, end: float
+    def integrate(
+        self, stepper: Stepper, y: Tensor, start: float, end: float
     ) -> Iterator[tuple[Time, Time, Tensor, Stage]]:
         """Yield (t, h, y after the step, stage) for each step from ``start`` to ``end``."""
         count = self.number(end - start)
         h = (end - start) / count
         for k in range(count):
             t = start + k * h
-            y, stage = marcher.step(y, t, h)
+            y, stage = stepper.step(y, t, h)
             yield t, h, y, stage

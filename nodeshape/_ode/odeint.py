@@ -13,10 +13,11 @@ from torch import Tensor
 from nodeshape._ode import fused
 from nodeshape._ode.backend import fused_weights
 from nodeshape._ode.error_control import ErrorControl, Steps
-from nodeshape._ode.integrate import MOST_STEPS, EqualSteps, StageSolver
+from nodeshape._ode.integrate import MOST_STEPS, EqualSteps
 from nodeshape._ode.method import Method, get_method
-from nodeshape._ode.solution import ADJOINTS, Problem, Solution
-from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
+from nodeshape._ode.problem import ADJOINTS, Problem
+from nodeshape._ode.solution import Solution
+from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.system import State, System
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nodeshape._errors import StageSolveError
+from nodeshape._ode.system import Time
+
 Function = Callable[[Tensor], Tensor]
 
 #: Iterates of history Anderson acceleration keeps.
@@ -183,3 +186,60 @@ def newton_stage(
         relative = torch.where(active, latest, relative)
         active = healthy & ~(latest <= tolerance) & torch.isfinite(latest) & (evaluations < max_iterations)
     return Stage(value, slope, evaluations, relative, solved=(relative <= tolerance) | broken)
+
+
+@dataclass(frozen=True)
+class StageSolver:
+    """How stage equations are solved, and what to say when they are not.
+
+    Attributes:
+        name: ``"anderson"`` or ``"newton"``.
+        tolerance: relative residual (Anderson) or correction (Newton) of a solved stage.
+        max_iterations: evaluations of f a stage may take.
+    """
+
+    name: str
+    tolerance: float
+    max_iterations: int
+
+    def solve(
+        self,
+        function: Callable[[Tensor], Tensor],
+        jacobian: Callable[[Tensor], Tensor],
+        base: Tensor,
+        c: float | Tensor,
+        guess: Tensor,
+    ) -> Stage:
+        """Solve Y = base + c F(Y), without judging the outcome. ``c`` is a number or ``[samples]``."""
+        if not isinstance(c, Tensor) and c == 0.0:
+            return explicit_stage(function, base)
+        factor = column(c, base)
+        if self.name == "newton":
+            return newton_stage(function, jacobian, base, factor, guess, self.tolerance, self.max_iterations)
+        return anderson_stage(function, base, factor, guess, self.tolerance, self.max_iterations)
+
+    def check(self, stage: Stage, t: Time, h: Time, sweep: str) -> None:
+        """Raise StageSolveError if a sample's stage was not solved."""
+        failed = ~stage.solved
+        if not bool(failed.any()):
+            return
+        count = int(failed.sum())
+        first = int(failed.nonzero()[0])
+        remedy = "use adjoint='discrete'" if sweep == "reversed" else "take smaller steps"
+        if self.name == "anderson":
+            remedy += ", for a small stiff state use options={'stage_solver': 'newton'}"
+        raise StageSolveError(
+            f"{count} of {failed.numel()} samples (the first is number {first}) did not solve the {sweep} stage"
+            f" equation at t={_number(t, first):.6g} with h={_number(h, first):.3g}: relative residual"
+            f" {float(stage.residual[first]):.1e} after {int(stage.evaluations[first])} evaluations, tolerance"
+            f" {self.tolerance:.1e}; {remedy}, or loosen options={{'stage_tolerance': ...}}"
+        )
+
+
+def _number(value: Time, sample: int) -> float:
+    return float(value[sample]) if isinstance(value, Tensor) else value
+
+
+def column(h: Time, rows: Tensor) -> Tensor | float:
+    """A number, or one per sample, as a factor of ``rows``."""
+    return h[:, None].to(rows.dtype) if isinstance(h, Tensor) else h

@@ -15,18 +15,16 @@ agrees with the gradient of the discrete solve only as h → 0.
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nodeshape._errors import ReversalDriftError
-from nodeshape._ode.integrate import Marcher, StageSolver, column
-from nodeshape._ode.stage import Stage
+from nodeshape._ode.integrate import Stepper, stage_of_moving
+from nodeshape._ode.problem import Problem, Step
+from nodeshape._ode.stage import Stage, StageSolver, column
 from nodeshape._ode.system import Linearisation, System, Time
-
-if TYPE_CHECKING:
-    from nodeshape._ode.solution import Problem, Step
 
 
 class Sweep:
@@ -61,19 +59,19 @@ class Sweep:
 
     def _reversible(self, ys: Tensor, grads: Tensor) -> Tensor:
         problem = self._problem
-        marcher = Marcher(problem.system, problem.method.theta, problem.solver)
+        stepper = Stepper(problem.system, problem.method.theta, problem.solver)
         lam = grads[-1]
         for j in reversed(range(len(problem.record))):
             y = ys[j + 1]
             for k, step in reversed(list(enumerate(problem.record[j]))):
-                y, stage = marcher.undo(y, step.t, step.h)
+                y, stage = stepper.undo(y, step.t, step.h)
                 lam = self._transpose(j, step, stage_of_moving(stage, step.h, y), lam)
                 stored = ys[j] if k == 0 else step.state
                 if stored is not None:
                     self._check_drift(y, stored, ys[j + 1], step)
                     y = stored
             lam = lam + grads[j]
-        problem.stats.nfe_backward += marcher.evaluations
+        problem.stats.nfe_backward += stepper.evaluations
         return lam
 
     def _check_drift(self, rebuilt: Tensor, stored: Tensor, end: Tensor, step: Step) -> None:
@@ -130,14 +128,14 @@ class Sweep:
 
     def _continuous(self, ys: Tensor, grads: Tensor) -> Tensor:
         problem, size, theta = self._problem, self._problem.system.size, self._problem.method.theta
-        marcher = AdjointMarcher(problem.system, theta, problem.solver)
+        stepper = AdjointStepper(problem.system, theta, problem.solver)
         steps = copy(problem.backward_steps)
         lam = grads[-1]
         for j in reversed(range(len(problem.record))):
             start, end = problem.times[j : j + 2]
             self._observe(j + 1, ys, grads[j + 1])
             pair = torch.cat([ys[j + 1], lam], dim=1)
-            for t, h, following, stage in steps.march(marcher, pair, end, start):
+            for t, h, following, stage in steps.integrate(stepper, pair, end, start):
                 y, a = torch.split(stage_of_moving(stage, h, pair), size, dim=1)
                 self._accumulate(Linearisation(problem.system, t + theta * h, y, with_time=False), a, -h)
                 pair = following
@@ -145,7 +143,7 @@ class Sweep:
             if j == 0:
                 self._observe(0, ys, -lam)
             lam = lam + grads[j]
-        problem.stats.nfe_backward += marcher.evaluations
+        problem.stats.nfe_backward += stepper.evaluations
         return lam
 
     def _observe(self, j: int, ys: Tensor, w: Tensor) -> None:
@@ -155,7 +153,7 @@ class Sweep:
             self.to_times[j] += float((w * self._problem.system(self._problem.times[j], ys[j])).sum())
 
 
-class AdjointMarcher(Marcher):
+class AdjointStepper(Stepper):
     """Steps of the pair ``[y, a]``: dy/dt = f, da/dt = −Jᵀa. The stage of y does not need that of a and comes first."""
 
     sweep: ClassVar[str] = "adjoint"
@@ -186,8 +184,3 @@ def transposed_stage(
     """Solve w = base + c Jᵀ w, J at (t, y). A sample whose ``y`` is not finite has a NaN gradient."""
     base = torch.where(torch.isfinite(y).all(dim=1, keepdim=True), base, torch.nan)
     return solver.solve(point.transposed, lambda rows: system.jacobian(t, y).transpose(1, 2), base, c, guess)
-
-
-def stage_of_moving(stage: Stage, h: Time, y: Tensor) -> Tensor:
-    """The stage value; ``y`` for samples that wait, whose stage is of an attempt that was thrown away."""
-    return torch.where(h[:, None] != 0, stage.value, y) if isinstance(h, Tensor) else stage.value

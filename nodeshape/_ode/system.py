@@ -130,10 +130,10 @@ class Linearisation:
             self._y = rows.detach().requires_grad_()
             self._f = system(self._t, self._y)
         if system.discovers:
-            self._refuse_strangers(t)
+            self._refuse_untracked_leaves(t)
         self.value = self._f.detach()
 
-    def _refuse_strangers(self, t: Time) -> None:
+    def _refuse_untracked_leaves(self, t: Time) -> None:
         """Raise if f depends on something here that it did not depend on when its parameters were looked for."""
         known = {id(x) for x in (self._t, self._y, *self._parameters)}
         if any(id(x) not in known for x in leaves(self._f)):
