@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nodeshape._models.block import ODEBlock, sharing_weights
 from nodeshape._models.dynamics import ConvDynamics
+from nodeshape._models.norm import PooledNorm
 
 #: Channels of the stem's first layer.
 FIRST_WIDTH = 16
@@ -115,27 +116,3 @@ class _GlobalPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x.amax(dim=(2, 3)), x.mean(dim=(2, 3))], dim=1)
-
-
-class PooledNorm(nn.Module):
-    """Batch normalisation of ``[batch, features]`` in which a batch of one image, having no spread, is left out.
-
-    It is normalised by the running statistics, as in evaluation; the last batch of an epoch may be one image.
-
-    Attributes:
-        shared: whether other processes hold more of the batch, so that ``norm`` has to judge.
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(features)
-        self.shared = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        if self.training and not self.shared and len(x) == 1:
-            return nn.functional.batch_norm(
-                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
-            )
-        normalised: Tensor = norm(x)
-        return normalised
