@@ -19,6 +19,7 @@ python_maximum_signature_line_length = 80
 add_module_names = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = "nodeshape"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
