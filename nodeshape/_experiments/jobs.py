@@ -51,7 +51,9 @@ SOURCES = (
     "_ode.stats",
     "_ode.sweep",
     "_ode.system",
+    "_training.evaluate",
     "_training.processes",
+    "_training.recipe",
     "_training.trainer",
 )
 
