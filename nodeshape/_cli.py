@@ -16,6 +16,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from nodeshape._errors import UserError
 
+T = TypeVar("T")
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names the default where there is one."""
@@ -79,18 +81,15 @@ def picture(path: Path) -> Iterator[None]:
         print(f"{path} could not be drawn: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
 class ArgumentType(Generic[T]):
-    """What a value must be, of a command line or of a file: ``type`` of an argument, and :meth:`admits`.
+    """What a value must be: as the ``type`` of an argument it reads one, and :meth:`admits` checks one from a file.
 
     Attributes:
-        kind: the type of the value; called with a text, it makes one.
+        kind: the type of the value, which makes one of a text.
         expected: what the value must be, in words.
         holds: whether a value of the type is that.
-        options: all there are, for the help, where these are a few words.
+        options: all possible values, for the help, where these are a few words.
     """
 
     kind: Callable[[str], T]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_a_users_mistake_is_told_once(
     """Even where the process that tells it is late, as the end of any process makes torchrun end the others."""
     late = "import os, time\nif os.environ.get('RANK') == '0': time.sleep(2)"
     (tmp_path / "sitecustomize.py").write_text(late)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     done = start(2, *mistake, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1

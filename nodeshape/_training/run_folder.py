@@ -72,7 +72,7 @@ class RunFolder:
                     self.save_last(trainer)
             case EpochDone():
                 self._epoch_done(event, trainer)
-            case Stopped() if event.interrupted:
+            case Stopped(interrupted=True):
                 self.save_last(trainer)
 
     def _epoch_done(self, event: EpochDone, trainer: Trainer) -> None:

@@ -87,11 +87,13 @@ def _prepare(given: dict[str, Any], processes: Processes) -> tuple[Trainer, RunF
     if state is not None:
         if state.get("fingerprint") != fingerprint:
             images = "the drawn images" if settings.data is None else f"{settings.data}: its images"
-            raise UserError(f"{images} have changed since the run began; start a new run")
+            raise UserError(f"{images} have changed since the run began; bring them back, or start a new run")
         try:
             trainer.restore(state)
         except Exception as error:  # the file may hold anything
-            raise UserError(f"{out / 'last.pt'}: holds no training state of this run; start a new run") from error
+            raise UserError(
+                f"{out / 'last.pt'}: its training state is damaged or another run's; start a new run"
+            ) from error
     _announce(out, settings, trainer)
     made_of = {"architecture": architecture, "classes": data.classes, "fingerprint": fingerprint}
     return trainer, RunFolder(out, settings, made_of)
@@ -99,7 +101,7 @@ def _prepare(given: dict[str, Any], processes: Processes) -> tuple[Trainer, RunF
 
 def _train(trainer: Trainer, folder: RunFolder) -> None:
     """Train to the end, or to where the user stops; process 0 writes the folder."""
-    processes, patience = trainer.processes, trainer.recipe.patience
+    processes = trainer.processes
     resume = f"{processes.launcher} -m nodeshape.train --resume --out {shlex.quote(str(folder.path))}"
     try:
         if processes.first:
@@ -110,7 +112,9 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
             match event:
                 case EpochDone(metrics=metrics):
                     print(_line(metrics, trainer.recipe.epochs), flush=True)
-                case Stopped(interrupted=True):
+                case Stopped(interrupted=False):
+                    print(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
+                case Stopped():
                     done = f"after {trainer.progress.batch} of {trainer.batches} batches"
                     print(f"interrupted in epoch {trainer.progress.epoch + 1} {done}; continue with:")
                     print(resume, flush=True)
@@ -133,8 +137,6 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
         ) from error
     processes.disconnect()
     if processes.first:
-        if trainer.stopped_early:
-            print(f"stopped early: no better test accuracy in {patience} epochs")
         if unreadable:
             print(f"unreadable files passed over: {len(unreadable)}", file=sys.stderr)
         _finish(trainer, folder)
