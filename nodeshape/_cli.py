@@ -8,12 +8,15 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from nodeshape._errors import UserError
+
+T = TypeVar("T")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -78,35 +81,49 @@ def picture(path: Path) -> Iterator[None]:
         print(f"{path} could not be drawn: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argument type: a whole number from ``low`` to ``high``, both included."""
+@dataclass(frozen=True)
+class ArgumentType(Generic[T]):
+    """What a value must be: as the ``type`` of an argument it reads one, and :meth:`admits` checks one from a file.
+
+    Attributes:
+        kind: the type of the value, which makes one of a text.
+        expected: what the value must be, in words.
+        holds: whether a value of the type is that.
+        options: all possible values, for the help, where these are a few words.
+    """
+
+    kind: Callable[[str], T]
+    expected: str
+    holds: Callable[[T], bool]
+    options: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> T:
+        """The value that ``text`` stands for."""
+        with suppress(ValueError):
+            value = self.kind(text)
+            if self.holds(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {self.expected}, got {text!r}")
+
+    def admits(self, value: Any) -> bool:
+        """Whether ``value``, of any type, is one."""
+        return type(value) is self.kind and self.holds(value)
+
+
+def whole(low: int, high: int | None = None) -> ArgumentType[int]:
+    """A whole number from ``low`` to ``high``, both included."""
     expected = f"a whole number from {low} to {high}" if high is not None else f"a whole number of at least {low}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
+    return ArgumentType(int, expected, lambda value: value >= low and (high is None or value <= high))
 
 
 positive_int = whole(1)
+positive_float = ArgumentType(float, "a finite number above 0", lambda value: 0 < value < math.inf)
 seed = whole(0, 2**32 - 1)
 
 
-def positive_float(text: str) -> float:
-    """An argument type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:  # also false for nan
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
-    return value
+def one_of(options: Collection[str]) -> ArgumentType[str]:
+    """One of some words."""
+    return ArgumentType(str, f"one of {', '.join(options)}", lambda value: value in options, tuple(options))
 
 
 def existing_path(text: str) -> Path:

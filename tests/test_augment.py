@@ -11,7 +11,8 @@ import torch
 from nodeshape._data.augment import apply_maps, random_maps
 from nodeshape._data.datasets import drawn_data
 from nodeshape._models.classifier import ShapeClassifier
-from nodeshape._training.trainer import RECIPES, Recipe, Trainer
+from nodeshape._training.recipe import RECIPES, Recipe
+from nodeshape._training.trainer import Trainer
 from nodeshape.train import main
 
 
@@ -69,8 +70,9 @@ def test_the_small_recipe_beats_the_default_on_few_images() -> None:
         model = ShapeClassifier(3, image_size=24, width=32, step_size=0.5)
         data = drawn_data("single", 300, 300, 24, "grey", seed=0)
         trainer = Trainer(model, data, recipe, torch.device("cpu"))
-        trainer.run(lambda metrics: None)
-        accuracy[name] = trainer.progress.history[-1].test_accuracy
+        for _ in trainer.train():
+            pass
+        accuracy[name] = trainer.history[-1].test_accuracy
     assert accuracy["small"] > accuracy["default"] + 0.05
     assert accuracy["small"] > 0.9
 

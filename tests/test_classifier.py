@@ -11,7 +11,7 @@ import torch
 
 import nodeshape as ns
 from nodeshape._training.checkpoint import load_classifier, save_checkpoint
-from nodeshape._training.trainer import calibrate_batch_norm
+from nodeshape._training.evaluate import calibrate_batch_norm
 
 
 def warm_classifier(**settings: object) -> ns.ShapeClassifier:

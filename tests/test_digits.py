@@ -13,7 +13,7 @@ from nodeshape.train import main
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    """1,797 PNG files of 8 × 8 pixels, one folder a digit."""
+    """1,797 PNG files of 8 × 8 pixels, one folder per digit."""
     loaded = pytest.importorskip("sklearn.datasets").load_digits()
     for index, (image, digit) in enumerate(zip(loaded.images, loaded.target)):
         path = tmp_path / "digits" / str(digit) / f"{index:04d}.png"

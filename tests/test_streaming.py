@@ -15,7 +15,8 @@ from nodeshape._data.shapes import draw
 from nodeshape._data.streaming import AHEAD, StreamedSplit
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
-from nodeshape._training.trainer import Recipe, Trainer
+from nodeshape._training.recipe import Recipe
+from nodeshape._training.trainer import Trainer
 from nodeshape.train import main
 
 CPU = torch.device("cpu")
@@ -41,7 +42,8 @@ def trained(data: Data) -> dict[str, torch.Tensor]:
     trainer = Trainer(
         ShapeClassifier(3, image_size=16, step_size=0.5), data, Recipe(epochs=2, batch_size=16), torch.device("cpu")
     )
-    trainer.run(lambda metrics: None)
+    for _ in trainer.train():
+        pass
     return trainer.model.state_dict()
 
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Generator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,7 +24,8 @@ from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._ode import fused
 from nodeshape._training import plots, run_folder
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
-from nodeshape._training.trainer import EpochMetrics, Interrupted, Recipe, Trainer, balanced
+from nodeshape._training.recipe import Recipe, balanced
+from nodeshape._training.trainer import BatchDone, EpochDone, EpochMetrics, Event, Stopped, Trainer
 from nodeshape.train import main
 
 SMALL = ["--train-size", "40", "--test-size", "30", "--batch-size", "16", "--step-size", "0.5", "--epochs", "2"]
@@ -91,68 +92,112 @@ def trainer(method: str = "euler", recipe: Recipe = Recipe(epochs=2, batch_size=
     return Trainer(model, drawn_data("single", 40, 30, 16, "grey", seed=0), recipe, torch.device("cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step:UserWarning")
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: signal.Signals) -> None:
+    """Let trainers raise a signal when so many batches are done."""
+    train = Trainer.train
+
+    def signalled(self: Trainer) -> Generator[Event, None, None]:
+        for event in train(self):
+            if isinstance(event, BatchDone) and event.step == step:
+                signal.raise_signal(signum)
+            yield event
+
+    monkeypatch.setattr(Trainer, "train", signalled)
+
+
+def test_events_tell_each_batch_and_each_epoch() -> None:
+    run = trainer()
+    events = []
+    for event in run.train():
+        events.append(event)
+        assert event.step == run.steps
+        if isinstance(event, BatchDone):
+            assert event.loss > 0 and event.learning_rate == run.optimizer.param_groups[0]["lr"]
+        else:
+            assert event.metrics == run.history[-1]
+    assert [type(event) for event in events] == [*[BatchDone] * 4, EpochDone] * 2
+    assert [event.step for event in events] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert run.finished and not list(run.train()), "nothing is left to train"
+
+
+def test_the_latest_of_the_most_accurate_models_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(recipe=Recipe(epochs=4, batch_size=16))
+    accuracies = iter([0.5, 0.4, 0.5, 0.6])
+    monkeypatch.setattr(run, "_test", lambda: next(accuracies))
+    assert [e.model_is_best for e in run.train() if isinstance(e, EpochDone)] == [True, False, True, True]
+
+
 @pytest.mark.parametrize("method", ["euler", "implicit_midpoint"])
-@pytest.mark.parametrize("batches", [1, 4])
-def test_a_resumed_run_is_identical_to_an_uninterrupted_one(method: str, batches: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked_after", [1, 3, 4])
+def test_a_resumed_run_is_identical_to_an_uninterrupted_one(method: str, asked_after: int, tmp_path: Path) -> None:
+    """Stopped after the 2nd and the 4th of an epoch's four batches, and after the next epoch's first."""
     whole = trainer(method)
-    whole.run(lambda metrics: None)
+    list(whole.train())
 
     first = trainer(method)
-    steps = 0
-    step = first.optimizer.step
-
-    def interrupting_step() -> None:
-        nonlocal steps
-        step()
-        steps += 1
-        if steps == batches:
+    for event in first.train():
+        if event == Stopped(interrupted=True):
+            torch.save(first.state(), tmp_path / "state.pt")
+        elif isinstance(event, BatchDone) and event.step == asked_after:
             signal.raise_signal(signal.SIGINT)
-
-    first.optimizer.step = interrupting_step  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        first.run(lambda metrics: None)
-    torch.save(first.state(), tmp_path / "state.pt")
+    assert event == Stopped(interrupted=True) and first.steps == asked_after + 1
 
     second = trainer(method)
     second.restore(torch.load(tmp_path / "state.pt", weights_only=True))
-    second.run(lambda metrics: None)
+    assert second.steps == asked_after + 1
+    list(second.train())
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
-    assert [m.train_loss for m in whole.progress.history] == [m.train_loss for m in second.progress.history]
+    assert [m.train_loss for m in whole.history] == [m.train_loss for m in second.history]
 
 
-@pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_that_resume_continues_from(tmp_path: Path) -> None:
-    arguments = [
-        "--train-size",
-        "2000",
-        "--test-size",
-        "30",
-        "--batch-size",
-        "20",
-        "--step-size",
-        "0.1",
-        "--epochs",
-        "1",
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_the_trainers_only_while_it_trains(signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    run = trainer()
+    events = run.train()
+    assert signal.getsignal(signum) is before
+    next(events)
+    assert signal.getsignal(signum) is not before
+    events.close()
+    assert signal.getsignal(signum) is before
+    with pytest.raises(RuntimeError, match="of the loop"):
+        for _ in run.train():
+            raise RuntimeError("of the loop")
+    assert signal.getsignal(signum) is before
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run.train():
+            signal.raise_signal(signum)
+            signal.raise_signal(signum)
+    assert signal.getsignal(signum) is before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_checkpoint_that_resume_continues_from(
+    signum: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main([*SMALL, "--out", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        signal_at(patch, 4, signum)
+        main(SMALL)
+    assert exit_.value.code == 130
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "interrupted in epoch 2 after 2 of 3 batches; continue with:",
+        "python -m nodeshape.train --resume --out runs/single-euler",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nodeshape.train", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    last = tmp_path / "runs" / "single-euler" / "last.pt"
-    for _ in range(1800):
-        if last.exists():
-            break
-        time.sleep(0.1)
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert output.splitlines()[-1] == "python -m nodeshape.train --resume --out runs/single-euler"
-    assert load_checkpoint(last)["progress"]["batch"] > 0
-    resumed = command("--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming in epoch 1" in resumed.stdout
+    main(["--resume"])
+    assert "resuming in epoch 2 after batch 2" in capsys.readouterr().out
+    assert_same_run(tmp_path / "runs" / "single-euler", tmp_path / "whole")
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same weights and metrics, times apart."""
+    found, expected = (load_checkpoint(folder / "last.pt") for folder in (run, other))
+    for name, value in expected["model"].items():
+        assert torch.equal(value, found["model"][name]), name
+    for a, b in zip(expected["progress"]["history"], found["progress"]["history"], strict=True):
+        assert {**a, "seconds": 0, "test_seconds": 0} == {**b, "seconds": 0, "test_seconds": 0}
 
 
 def folder_of_shapes(root: Path, per_class: int = 6) -> Path:
@@ -180,9 +225,10 @@ def test_training_stops_early_after_epochs_without_a_better_test(monkeypatch: py
     run = trainer(recipe=Recipe(epochs=10, batch_size=16, patience=2))
     accuracies = iter([0.5, 0.6, 0.6, 0.4, 0.9])
     monkeypatch.setattr(run, "_test", lambda: next(accuracies))
-    run.run(lambda metrics: None)
-    assert [m.test_accuracy for m in run.progress.history] == [0.5, 0.6, 0.6, 0.4]
-    assert run.stopped_early
+    *_, last = run.train()
+    assert last == Stopped(interrupted=False) and run.stopped_early
+    assert [m.test_accuracy for m in run.history] == [0.5, 0.6, 0.6, 0.4]
+    assert list(run.train()) == [last], "it is still so when asked again"
 
 
 def test_a_last_batch_of_one_image_costs_little_accuracy() -> None:
@@ -192,32 +238,29 @@ def test_a_last_batch_of_one_image_costs_little_accuracy() -> None:
         torch.manual_seed(0)
         data = drawn_data("single", count, 300, 16, "grey", seed=0)
         run = Trainer(ShapeClassifier(3, image_size=16, step_size=0.5), data, Recipe(epochs=8), torch.device("cpu"))
-        run.run(lambda metrics: None)
-        accuracy[count] = run.progress.history[-1].test_accuracy
+        list(run.train())
+        accuracy[count] = run.history[-1].test_accuracy
     assert accuracy[240] > 0.75 and accuracy[241] > accuracy[240] - 0.15
 
 
 def test_the_training_loss_is_the_mean_over_images_whatever_the_last_batch() -> None:
     run = trainer(recipe=Recipe(epochs=1, batch_size=13))
-    losses: list[float] = []
-    run.run(lambda metrics: None, losses.append)
+    losses = [event.loss for event in run.train() if isinstance(event, BatchDone)]
     sizes = [13, 13, 13, 1]
     expected = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
-    assert run.progress.history[0].train_loss == pytest.approx(expected)
+    assert run.history[0].train_loss == pytest.approx(expected)
 
 
 def test_clipping_bounds_the_norm_of_every_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     norms: dict[float | None, list[float]] = {}
     for limit in (None, 0.1):
         run = trainer(recipe=Recipe(epochs=1, batch_size=16, clip_norm=limit))
-        norms[limit] = []
-
-        def record(run: Trainer = run, limit: float | None = limit) -> None:
-            gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-            norms[limit].append(float(torch.stack([g.norm() for g in gradients]).norm()))
-
         monkeypatch.setattr(run.optimizer, "zero_grad", lambda set_to_none, run=run: run.model.zero_grad(set_to_none))
-        run.run(lambda metrics: None, lambda loss, record=record: record())
+        norms[limit] = []
+        for event in run.train():
+            if isinstance(event, BatchDone):
+                gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+                norms[limit].append(float(torch.stack([g.norm() for g in gradients]).norm()))
     assert min(norms[None]) > 0.1
     assert norms[0.1] == pytest.approx([0.1] * 3, rel=1e-3)
 
@@ -270,7 +313,7 @@ def test_autocast_leaves_the_ode_in_float32_and_fused(monkeypatch: pytest.Monkey
     assert solves == [torch.float32]
 
 
-def test_tensorboard_logs_losses_and_accuracy_once_a_step(tmp_path: Path) -> None:
+def test_tensorboard_logs_losses_and_accuracy_once_per_step(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     main([*SMALL, "--tensorboard", "--out", str(tmp_path / "run")])
     main(["--resume", "--out", str(tmp_path / "run")])
@@ -304,41 +347,48 @@ def test_last_is_written_within_an_epoch_too(tmp_path: Path, monkeypatch: pytest
     assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
 
 
+#: ``python -m nodeshape.train`` that saves after every batch and kills itself at the n-th moment of its writes. A write
+#: has three: half of the file is written; all of it, under its temporary name; it has its own name.
+KILLED = """
+import os, signal, sys
+from nodeshape import _cli, train
+from nodeshape._training import run_folder
+
+run_folder.SAVE_SECONDS = 0
+left, fsync, replace = int(sys.argv[1]), os.fsync, os.replace
+
+def moment(prepare=lambda: None):
+    global left
+    left -= 1
+    if left == 0:
+        prepare()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync = lambda file: (moment(lambda: os.truncate(file, os.fstat(file).st_size // 2)), fsync(file))
+os.replace = lambda source, target: (moment(), replace(source, target), moment())
+_cli.run(lambda: train.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.slow
-def test_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(tmp_path: Path) -> None:
-    settings = ["--train-size", "300", "--test-size", "300", "--batch-size", "10", "--epochs", "3", "--device", "cpu"]
-    whole = command(*settings, "--out", "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    # as `python -m nodeshape.train` does, but saving after every batch, so that many kills meet a save
-    code = (
-        "import sys; from nodeshape import _cli, run_folder, train\n"
-        "run_folder.SAVE_SECONDS = 0; _cli.run(lambda: train.main(sys.argv[1:]))"
-    )
-    random = Random(0)
-    last = tmp_path / "run" / "last.pt"
-    kills, finished = 0, False
-    while not finished:
-        arguments = ["--resume", "--out", "run"] if last.exists() else [*settings, "--out", "run"]
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=tmp_path, stdout=subprocess.PIPE)
-        try:
-            # a run that never gets to its first batch in this time would be killed for ever
-            process.communicate(timeout=random.uniform(0, 6) + kills)
-            finished = True
-            assert process.returncode == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-        if last.exists():
-            load_classifier(last)
-    assert kills >= 2
-    expected = load_checkpoint(tmp_path / "whole" / "last.pt")
-    found = load_checkpoint(last)
-    for name, value in expected["model"].items():
-        assert torch.equal(value, found["model"][name]), name
-    for a, b in zip(expected["progress"]["history"], found["progress"]["history"], strict=True):
-        assert (a["train_loss"], a["test_accuracy"]) == (b["train_loss"], b["test_accuracy"])
-    assert not list((tmp_path / "run").glob(".*")), "what a kill left half written is gone"
+def test_a_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(
+    finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    saved = []
+    for moment in range(1, 14):
+        arguments = ["--resume"] if (run / "last.pt").exists() else SMALL
+        killed = [sys.executable, "-c", KILLED, str(moment), *arguments, "--out", str(run)]
+        assert subprocess.run(killed, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+        if (run / "last.pt").exists():
+            load_classifier(run / "last.pt")
+            progress = load_checkpoint(run / "last.pt")["progress"]
+            saved.append((progress["epoch"], progress["batch"]))
+    assert saved == sorted(saved) and (0, 0) in saved and (0, 3) in saved and saved[-1] > (1, 0)
+    done = command("--resume", "--out", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, finished_run[0])
+    assert not list(run.glob(".*")), "what a kill left half written is gone"
 
 
 @pytest.mark.parametrize(

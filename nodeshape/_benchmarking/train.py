@@ -14,7 +14,7 @@ from nodeshape._benchmarking.targets import AtLeast, Target
 from nodeshape._benchmarking.trained import images_of, trained_classifier
 from nodeshape._data.datasets import DRAWN_TRAIN_SIZE
 from nodeshape._ode.method import METHODS
-from nodeshape._training.trainer import Recipe
+from nodeshape._training.recipe import Recipe
 
 NODESHAPE, PLAIN = "nodeshape", "plain loop"
 BATCH = Recipe.batch_size

@@ -39,6 +39,7 @@ SOURCES = (
     "_models.block",
     "_models.classifier",
     "_models.dynamics",
+    "_models.norm",
     "_ode.backend",
     "_ode.error_control",
     "_ode.fused",
@@ -46,12 +47,15 @@ SOURCES = (
     "_ode.integrate",
     "_ode.method",
     "_ode.odeint",
+    "_ode.problem",
     "_ode.solution",
     "_ode.stage",
     "_ode.stats",
     "_ode.sweep",
     "_ode.system",
+    "_training.evaluate",
     "_training.processes",
+    "_training.recipe",
     "_training.trainer",
 )
 
@@ -61,7 +65,7 @@ class Job:
     """What a subclass's fields describe.
 
     Attributes:
-        alone: to be run by itself with a thread a core; others run side by side with one thread each.
+        alone: to be run by itself with one thread per core; others run side by side with one thread each.
         compiled: whether another build of the compiled library may give another result, as a time.
     """
 

@@ -19,7 +19,9 @@ from nodeshape._experiments.jobs import Job, Result, Store
 from nodeshape._experiments.networks import RESIDUAL_BLOCKS, build
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._training.checkpoint import save_checkpoint
-from nodeshape._training.trainer import CALIBRATION_IMAGES, RECIPES, EpochMetrics, Interrupted, Recipe, Trainer, predict
+from nodeshape._training.evaluate import CALIBRATION_IMAGES, predict
+from nodeshape._training.recipe import RECIPES, Recipe
+from nodeshape._training.trainer import EpochMetrics, Stopped, Trainer
 
 IMAGE_SIZE, CHANNELS = 32, "grey"
 CPU = torch.device("cpu")
@@ -81,13 +83,10 @@ class Training(Job):
         torch.manual_seed(self.seed)
         model = self.model()
         trainer = Trainer(model, data, replace(RECIPES[self.recipe], epochs=self.epochs, seed=self.seed), CPU)
-        history: list[EpochMetrics] = []
         try:
-            trainer.run(history.append)
+            history = _history(trainer)
         except (*REFUSALS, UserError) as error:  # a step too large for the stage equation; a loss that is not finite
             return {"failed": str(error)}
-        except Interrupted:  # the command is over, and so is this worker
-            sys.exit()
         save_checkpoint(store.path(self, ".pt"), model.state_dict())
         return {
             "accuracy": [epoch.test_accuracy for epoch in history],
@@ -135,14 +134,19 @@ class Epoch(Job):
         data = drawn_data(self.task, self.train_size, 2, IMAGE_SIZE, CHANNELS, seed=0)
         torch.manual_seed(0)
         model = ShapeClassifier(len(data.classes), method=self.method, step_size=self.step_size)
-        history: list[EpochMetrics] = []
         try:
-            Trainer(model, data, Recipe(epochs=1), CPU).run(history.append)
+            history = _history(Trainer(model, data, Recipe(epochs=1), CPU))
         except REFUSALS as error:
             raise UserError(f"{self.task}, {self.train_size} images, {self.method}, one epoch: {error}") from error
-        except Interrupted:
-            sys.exit()
         return {"seconds": history[0].seconds, "machine": machine(QUICK)}
+
+
+def _history(trainer: Trainer) -> list[EpochMetrics]:
+    """Metrics of the epochs, after training them all; where the command is over, so is this worker."""
+    for event in trainer.train():
+        if isinstance(event, Stopped):
+            sys.exit()
+    return trainer.history
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nodeshape._models.norm import PooledNorm, SharedBatchNorm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,14 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def union(self, items: set[Any]) -> set[Any]:
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def union(self, items: set[T]) -> set[T]:
         """Everything that is in ``items`` of any process."""
-        everyones: list[Any] = [items]
+        everyones = [items]
         if self.count > 1:
             everyones *= self.count
             dist.all_gather_object(everyones, items)

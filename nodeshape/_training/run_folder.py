@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from nodeshape import __version__
 from nodeshape._cli import picture
+from nodeshape._data.datasets import Data
+from nodeshape._errors import UserError
 from nodeshape._files import PARTIAL, write_atomically
 from nodeshape._training.checkpoint import load_checkpoint, save_checkpoint
-from nodeshape._training.trainer import EpochMetrics, Trainer, predict
+from nodeshape._training.settings import RunSettings
+from nodeshape._training.trainer import BatchDone, EpochDone, EpochMetrics, Event, Stopped, Trainer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+RUNS = Path("runs")
 #: Within an epoch, last.pt is as old as this at most.
 SAVE_SECONDS = 30.0
 
@@ -28,13 +33,17 @@ SAVE_SECONDS = 30.0
 class RunFolder:
     """A run's files: config.json, metrics.jsonl, last.pt, best.pt, pictures and, if asked for, TensorBoard's log.
 
+    Of a trainer it takes ``state()``, ``history`` and ``steps``, and nothing else.
+
     Args:
         path: of the folder.
-        config: what a checkpoint and config.json record of the run.
+        settings: of the run.
+        made_of: what checkpoints and config.json say beyond the settings: architecture, classes, fingerprint.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path, settings: RunSettings, made_of: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.config = {**made_of, **asdict(settings)}
         self._tensorboard: SummaryWriter | None = None
         self._saved = 0.0
 
@@ -48,71 +57,68 @@ class RunFolder:
             self.save_last(trainer)
         config = {**self.config, "nodeshape_version": __version__, "torch_version": str(torch.__version__)}
         write_atomically(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        if self.config["tensorboard"]:
+        if self.settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # What a killed run logged after its checkpoint will be logged again.
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=trainer.steps + 1)
 
-    def batch_done(self, trainer: Trainer, loss: float) -> None:
-        """Save if that was long ago."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_scalar("batch/loss", loss, trainer.steps)
-            self._tensorboard.add_scalar("batch/learning_rate", trainer.schedule.get_last_lr()[0], trainer.steps)
-        if time.monotonic() - self._saved >= SAVE_SECONDS:
-            self.save_last(trainer)
+    def record(self, event: Event, trainer: Trainer) -> None:
+        """Write what has changed by ``event``, the trainer's last."""
+        match event:
+            case BatchDone():
+                self._log("batch", event.step, loss=event.loss, learning_rate=event.learning_rate)
+                if time.monotonic() - self._saved >= SAVE_SECONDS:
+                    self.save_last(trainer)
+            case EpochDone():
+                self._epoch_done(event, trainer)
+            case Stopped(interrupted=True):
+                self.save_last(trainer)
 
-    def epoch_done(self, trainer: Trainer, metrics: EpochMetrics) -> None:
-        """Record an epoch, print its line, and keep the model if none was more accurate."""
-        history = trainer.progress.history
-        if metrics.test_accuracy >= max(m.test_accuracy for m in history):
-            save_checkpoint(
-                self.path / "best.pt", {**self.config, "model": trainer.model.state_dict(), "epoch": metrics.epoch}
-            )
+    def _epoch_done(self, event: EpochDone, trainer: Trainer) -> None:
+        metrics = event.metrics
+        if event.model_is_best:
+            best = {**self.config, "model": trainer.state()["model"], "epoch": metrics.epoch}
+            save_checkpoint(self.path / "best.pt", best)
+        self._log(
+            "epoch",
+            event.step,
+            train_loss=metrics.train_loss,
+            test_accuracy=metrics.test_accuracy,
+            seconds=metrics.seconds,
+        )
         if self._tensorboard is not None:
-            for name in ("train_loss", "test_accuracy", "seconds"):
-                self._tensorboard.add_scalar(f"epoch/{name}", getattr(metrics, name), trainer.steps)
             self._tensorboard.flush()
-        lines = "".join(json.dumps(asdict(m)) + "\n" for m in history)
+        lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in trainer.history)
         write_atomically(self.path / "metrics.jsonl", lines.encode())
         self.save_last(trainer)
-        print(
-            f"epoch {metrics.epoch}/{trainer.recipe.epochs}  loss {metrics.train_loss:.4f}  test accuracy"
-            f" {100 * metrics.test_accuracy:6.2f}%  {metrics.seconds:.1f} s training"
-            f", {metrics.test_seconds:.1f} s testing"
-            f"  evaluations of f {metrics.nfe_forward:.1f} forward, {metrics.nfe_backward:.1f} backward",
-            flush=True,
-        )
 
     def save_last(self, trainer: Trainer) -> None:
         """Write the checkpoint that ``--resume`` continues from."""
         save_checkpoint(self.path / "last.pt", {**self.config, **trainer.state()})
         self._saved = time.monotonic()
 
-    def finish(self, trainer: Trainer) -> None:
-        """Say how good the best epoch's model is, draw its pictures, and say what to do next."""
-        data = trainer.data
-        best = load_checkpoint(self.path / "best.pt")
-        trainer.model.load_state_dict(best["model"])
-        probabilities = predict(trainer.model, data.test, trainer.device).softmax(dim=1)
-        right = int((probabilities.argmax(dim=1) == data.test.labels).sum())
-        score = f"{right} of {len(data.test)} test images right"
+    def load_best(self) -> dict[str, Any]:
+        """The checkpoint of the most accurate epoch."""
+        return load_checkpoint(self.path / "best.pt")
+
+    def finish(self, history: list[EpochMetrics], data: Data, probabilities: Tensor, score: str) -> None:
+        """End the log and draw each picture of the finished run.
+
+        Args:
+            history: of all epochs.
+            data: whose test images are shown.
+            probabilities: of the test images by the best model, ``[images, classes]``.
+            score: of the best model, in words.
+        """
         if self._tensorboard is not None:
             self._tensorboard.close()
-        print(f"best: {100 * right / len(data.test):.2f}% ({score}), epoch {best['epoch']}", flush=True)
-        self._draw(trainer, probabilities, score)
-        print(f"pictures and checkpoints are in {self.path}; export the best one with:")
-        print(f"python -m nodeshape.export {shlex.quote(str(self.path / 'best.pt'))}")
-
-    def _draw(self, trainer: Trainer, probabilities: Tensor, score: str) -> None:
-        """Draw each picture of the finished run."""
-        test, classes = trainer.data.test, trainer.data.classes
-        what = self.config["task"] or Path(self.config["data"]).name
-        title = f"{what}, {self.config['method']}, h={self.config['step_size']:g}"
+        settings, test = self.settings, data.test
+        title = f"{settings.subject}, {settings.method}, h={settings.step_size:g}"
         arguments: dict[str, tuple[Any, ...]] = {
-            "learning_curve": (trainer.progress.history, title),
-            "confusion_matrix": (test.labels, probabilities.argmax(dim=1), classes, f"{title}\n{score}"),
-            "samples": (test.pixels, test.labels, probabilities, classes, f"{title}: {score}"),
+            "learning_curve": (history, title),
+            "confusion_matrix": (test.labels, probabilities.argmax(dim=1), data.classes, f"{title}\n{score}"),
+            "samples": (test.pixels, test.labels, probabilities, data.classes, f"{title}: {score}"),
         }
         for name, given in arguments.items():
             path = self.path / f"{name}.png"
@@ -120,3 +126,38 @@ class RunFolder:
                 from nodeshape._training import plots  # matplotlib takes a second to import, and may lack what it needs
 
                 getattr(plots, name)(*given, path)
+
+    def _log(self, prefix: str, step: int, **values: float) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def free_folder(settings: RunSettings) -> Path:
+    """The first of runs/NAME, runs/NAME-2, … that is not taken."""
+    name = f"{settings.subject}-{settings.method}"
+    number = 1
+    while (path := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return path
+
+
+def check_new(out: Path) -> None:
+    """Refuse, before any work, a run folder that cannot be made or would hide what is there."""
+    if (out / "last.pt").exists():
+        raise UserError(f"{out}: already holds a run; add --resume to continue it, or choose another --out")
+    if out.is_dir() and set(out.iterdir()) - set(out.glob(PARTIAL)):
+        raise UserError(f"{out}: is a folder with other files; choose a new one with --out")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above}: is a file; choose a folder with --out")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above}: may not be written; choose another folder with --out")
+
+
+def latest_folder() -> Path:
+    """The run folder in runs/ that was written last."""
+    runs = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"--resume: no run in {RUNS}/; name one with --out")
+    return runs[-1].parent

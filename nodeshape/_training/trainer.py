@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,65 +17,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from nodeshape._data.augment import apply_maps, random_maps
-from nodeshape._data.datasets import Data, Split
-from nodeshape._data.streaming import StreamedSplit
+from nodeshape._data.datasets import Data
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._training.evaluate import CALIBRATION_IMAGES, TEST_BATCH_SIZE, calibrate_batch_norm, classify
 from nodeshape._training.processes import Processes
+from nodeshape._training.recipe import Recipe, balanced
 
-TEST_BATCH_SIZE = 300
-#: Training images whose mean and variance become the batch normalisation's after each epoch.
-CALIBRATION_IMAGES = 960
 #: A batch of fewer images than the batch size divided by this counts as one of so many: its few images would otherwise
 #: make a whole step. It leaves the report's last batches, of 60, 30 and 20 in 120, as they are.
 SMALLEST_SHARE = 6
 #: The learning rate starts at its peak divided by this.
 WARM_UP_FROM = 10
-CLASS_WEIGHTS = ("none", "balanced")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a classifier is trained.
-
-    Attributes:
-        epochs: passes over the training images.
-        batch_size: images a step, over all processes.
-        lr: peak of the one-cycle learning rate.
-        warm_up: part of the steps in which the rate rises to its peak; it falls to zero in the rest.
-        betas: of AdamW. A short memory of the gradient, because a few dozen steps must do.
-        weight_decay: of AdamW.
-        augment: one of ``AUGMENTATIONS``.
-        seed: fixes the order of the images and their augmentation.
-        patience: stop after so many epochs without a better test accuracy; None to train them all.
-        clip_norm: gradients are scaled down to this Euclidean norm; None for no limit.
-        class_weights: ``"balanced"`` weighs images so that every class counts the same, however many it has.
-        amp: bfloat16 autocast in stem and head; the ODE is solved in float32.
-    """
-
-    epochs: int = 5
-    batch_size: int = 120
-    lr: float = 0.01
-    warm_up: float = 0.15
-    betas: tuple[float, float] = (0.8, 0.999)
-    weight_decay: float = 1e-4
-    augment: str = "none"
-    seed: int = 0
-    patience: int | None = None
-    clip_norm: float | None = None
-    class_weights: str = "none"
-    amp: bool = False
-
-
-#: What ``--recipe`` chooses from: the report's protocol, and one for a few hundred images.
-RECIPES = {"default": Recipe(), "small": Recipe(batch_size=20, lr=0.005, augment="turn")}
-
-
-@dataclass
 class EpochMetrics:
     """One line of ``metrics.jsonl``.
 
@@ -84,7 +43,7 @@ class EpochMetrics:
         train_loss: mean cross-entropy over the epoch's images.
         test_accuracy: share of test images classified rightly, in [0, 1].
         seconds, test_seconds: wall-clock time of training and of testing.
-        nfe_forward, nfe_backward: evaluations of f an image, mean over the epoch.
+        nfe_forward, nfe_backward: evaluations of f per image, mean over the epoch.
     """
 
     epoch: int
@@ -109,8 +68,48 @@ class Progress:
     history: list[EpochMetrics] = field(default_factory=list)
 
 
-class Interrupted(Exception):
-    """The user asked to stop; the trainer's state is that after a whole number of batches."""
+@dataclass(frozen=True)
+class BatchDone:
+    """One batch has been trained on.
+
+    Attributes:
+        step: batches so far, over all epochs.
+        loss: mean over the batch's images.
+        learning_rate: of the next batch.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """All images have been trained on once more, and the model tested.
+
+    Attributes:
+        step: batches so far, over all epochs.
+        metrics: of this epoch.
+        model_is_best: no epoch before was more accurate.
+    """
+
+    step: int
+    metrics: EpochMetrics
+    model_is_best: bool
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Training ends here, before its last epoch; no event follows.
+
+    Attributes:
+        interrupted: by Ctrl-C or SIGTERM, after a whole batch; else the recipe's ``patience`` is over.
+    """
+
+    interrupted: bool
+
+
+Event = BatchDone | EpochDone | Stopped
 
 
 class Diverged(UserError):
@@ -118,12 +117,16 @@ class Diverged(UserError):
 
 
 class Trainer:
-    """A classifier in training on ``data``.
+    """A classifier in training on ``data``: ``for event in trainer.train(): ...``.
 
     Args:
         model: on ``device``, float32 or float64; several processes replace its batch normalisation by one they share.
         data: its images stay where they are; batches move to ``device``.
         processes: among which every batch is shared.
+
+    Attributes:
+        batches: per epoch.
+        progress: where training stands.
     """
 
     def __init__(
@@ -160,6 +163,11 @@ class Trainer:
         return self.progress.epoch * self.batches + self.progress.batch
 
     @property
+    def history(self) -> list[EpochMetrics]:
+        """Metrics of the epochs done."""
+        return self.progress.history
+
+    @property
     def finished(self) -> bool:
         """Whether nothing is left to train."""
         return self.progress.epoch >= self.recipe.epochs or self.stopped_early
@@ -167,7 +175,7 @@ class Trainer:
     @property
     def stopped_early(self) -> bool:
         """Whether the last ``patience`` epochs were no better than one before them."""
-        accuracies = [m.test_accuracy for m in self.progress.history]
+        accuracies = [m.test_accuracy for m in self.history]
         if self.recipe.patience is None or not accuracies:
             return False
         return len(accuracies) - 1 - accuracies.index(max(accuracies)) >= self.recipe.patience
@@ -192,24 +200,27 @@ class Trainer:
         if not (0 <= self.progress.epoch <= self.recipe.epochs and 0 <= self.progress.batch <= self.batches):
             raise ValueError(f"no such place in training: {self.progress}")
 
-    def run(
-        self, epoch_done: Callable[[EpochMetrics], None], batch_done: Callable[[float], None] = lambda loss: None
-    ) -> None:
-        """Train the remaining epochs.
+    def train(self) -> Generator[Event, None, None]:
+        """Train the remaining epochs, yielding what happens; :meth:`state` may be taken at every event.
 
-        Args:
-            epoch_done: sees each epoch's metrics.
-            batch_done: sees each batch's loss; :meth:`state` may be taken in both.
+        All processes see the same events. From the first one until the generator ends or is closed, Ctrl-C and SIGTERM
+        let the batch at hand be finished and then stop training, in all processes; a second one interrupts at once.
 
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM, after the batch at hand, in all processes.
             Diverged: the loss is no longer finite.
         """
         with _interruptible() as asked_to_stop:
             while not self.finished:
                 order = self._order()
-                self._train_epoch(order, asked_to_stop, batch_done)
-                epoch_done(self._finish_epoch(order))
+                interrupted = yield from self._train_epoch(order, asked_to_stop)
+                if interrupted:
+                    yield Stopped(interrupted=True)
+                    return
+                metrics = self._finish_epoch(order)
+                best = max(m.test_accuracy for m in self.history)
+                yield EpochDone(self.steps, metrics, model_is_best=metrics.test_accuracy >= best)
+            if self.stopped_early:
+                yield Stopped(interrupted=False)
 
     def _order(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + self.progress.epoch)
@@ -223,9 +234,8 @@ class Trainer:
         maps = random_maps(self.recipe.augment, count, torch.Generator().manual_seed(int(words[0])))
         return apply_maps(images, self.processes.share(maps))
 
-    def _train_epoch(
-        self, order: Tensor, asked_to_stop: Callable[[], bool], batch_done: Callable[[float], None]
-    ) -> None:
+    def _train_epoch(self, order: Tensor, asked_to_stop: Callable[[], bool]) -> Generator[BatchDone, None, bool]:
+        """Train on the epoch's batches that are left; return whether training is to stop after one of them."""
         progress = self.progress
         self.model.train()
         whole = order.split(self.recipe.batch_size)[progress.batch :]
@@ -244,9 +254,10 @@ class Trainer:
                 seen = min(progress.batch * self.recipe.batch_size, len(order))
                 bar.set_postfix(loss=f"{progress.loss / seen:.3f}")
                 bar.update()
-                batch_done(mean_loss)
+                yield BatchDone(self.steps, mean_loss, float(self.schedule.get_last_lr()[0]))
                 if stop:
-                    raise Interrupted
+                    return True
+        return False
 
     def _step(self, images: Tensor, labels: Tensor, count: int) -> Tensor:
         """One step of the optimiser with this process's share of a batch of ``count``; its sum of losses."""
@@ -311,57 +322,6 @@ class Trainer:
     def _bar(self, label: str, total: int, initial: int) -> Any:
         hidden = None if self.processes.first else True
         return tqdm(total=total, initial=initial, desc=label, unit="batch", leave=False, disable=hidden)
-
-
-def balanced(labels: Tensor, classes: int) -> Tensor:
-    """Weights of the classes that make their sums over ``labels`` equal, ``[classes]``, with a mean of 1 an image."""
-    counts = torch.bincount(labels, minlength=classes)
-    return len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1)).float()
-
-
-@torch.no_grad()
-def calibrate_batch_norm(model: nn.Module, batches: Iterator[Tensor]) -> None:
-    """Set the statistics of batch normalisation to their mean over ``batches``, for the weights as they now are.
-
-    The usual moving average lags behind weights that change fast, by a lot after a few dozen steps (Wu & Johnson,
-    *Rethinking "Batch" in BatchNorm*, arXiv:2105.07576, section 3).
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative mean
-    model.train()
-    for images in batches:
-        model(images)
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
-
-
-def classify(
-    model: nn.Module, split: Split | StreamedSplit, indices: Iterable[Tensor], device: torch.device, show: bool
-) -> Iterator[Tensor]:
-    """For each of the index tensors, the logits of its images, ``[len(index), classes]``, on the CPU.
-
-    Args:
-        show: a progress bar, if it takes over two seconds.
-    """
-    model.eval()
-    dtype = next(model.parameters()).dtype
-    indices = list(indices)
-    bar = tqdm(total=len(indices), desc="testing", unit="batch", leave=False, delay=2, disable=None if show else True)
-    with bar, closing(split.batches(indices, device)) as batches:
-        for images, _ in batches:
-            with torch.inference_mode():
-                logits = model(images.to(dtype)).cpu()
-            bar.update()
-            yield logits
-
-
-def predict(model: nn.Module, split: Split | StreamedSplit, device: torch.device) -> Tensor:
-    """Logits of every image of a split, ``[n, classes]``, on the CPU."""
-    indices = torch.arange(len(split)).split(TEST_BATCH_SIZE)
-    return torch.cat(list(classify(model, split, indices, device, show=True)))
 
 
 @contextmanager

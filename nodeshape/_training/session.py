@@ -1,0 +1,222 @@
+"""One call of ``python -m nodeshape.train``: from its settings to the last line that it prints."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import signal
+import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nodeshape._cli import user_input
+from nodeshape._data.datasets import DRAWN_TEST_SIZE, DRAWN_TRAIN_SIZE, Data, drawn_data, folder_data
+from nodeshape._data.images import CHANNELS
+from nodeshape._data.streaming import StreamedSplit
+from nodeshape._errors import ReversalDriftError, StageSolveError, StepSizeError, UserError
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._training.checkpoint import load_checkpoint
+from nodeshape._training.evaluate import predict
+from nodeshape._training.processes import Processes, is_lost_contact
+from nodeshape._training.run_folder import RunFolder, check_new, free_folder, latest_folder
+from nodeshape._training.settings import RunSettings
+from nodeshape._training.trainer import Diverged, EpochDone, EpochMetrics, Stopped, Trainer
+
+
+def train(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
+    """Train as the command line says, as one process or as one of those that torchrun started.
+
+    Of several processes only the first is heard, from the parsing of the arguments on.
+    """
+    processes = Processes.from_environment()
+    with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+        if processes.count > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends what another process's end left waiting
+        if not processes.first:
+            silence.enter_context(redirect_stdout(nowhere))
+        try:
+            with ExitStack() as startup:
+                if not processes.first:
+                    startup.enter_context(redirect_stderr(nowhere))
+                trainer, folder = _prepare(vars(parser.parse_args(argv)), processes)
+        except UserError:
+            processes.let_the_first_speak()
+            raise
+        _train(trainer, folder)
+
+
+def _prepare(given: dict[str, Any], processes: Processes) -> tuple[Trainer, RunFolder]:
+    """The trainer that the arguments describe, at its start or where its run was left, and its run folder."""
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    state = None
+    if resume:
+        out = latest_folder() if out is None else out
+        state = load_checkpoint(out / "last.pt")
+        settings = RunSettings.from_checkpoint(state, given, out / "last.pt")
+    else:
+        settings = RunSettings.from_args(given)
+        out = free_folder(settings) if out is None else out
+        if processes.first:
+            check_new(out)
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    device = _device(settings.device, processes)
+    if settings.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave it out")
+    with user_input():
+        data = _load(settings, processes)
+    fingerprint = data.fingerprint()
+    torch.manual_seed(settings.seed)
+    architecture: dict[str, Any] = {
+        "num_classes": len(data.classes),
+        "image_size": settings.image_size,
+        "in_channels": CHANNELS[settings.channels],
+        "method": settings.method,
+        "step_size": settings.step_size,
+        "adjoint": settings.adjoint,
+    }
+    with user_input():
+        model = ShapeClassifier(**architecture).to(device, getattr(torch, settings.dtype))
+    processes.connect(device)
+    trainer = Trainer(model, data, settings.training_recipe(), device, processes)
+    if state is not None:
+        if state.get("fingerprint") != fingerprint:
+            images = "the drawn images" if settings.data is None else f"{settings.data}: its images"
+            raise UserError(f"{images} have changed since the run began; bring them back, or start a new run")
+        try:
+            trainer.restore(state)
+        except Exception as error:  # the file may hold anything
+            raise UserError(
+                f"{out / 'last.pt'}: its training state is damaged or another run's; start a new run"
+            ) from error
+    _announce(out, settings, trainer)
+    made_of = {"architecture": architecture, "classes": data.classes, "fingerprint": fingerprint}
+    return trainer, RunFolder(out, settings, made_of)
+
+
+def _train(trainer: Trainer, folder: RunFolder) -> None:
+    """Train to the end, or to where the user stops; process 0 writes the folder."""
+    processes = trainer.processes
+    resume = f"{processes.launcher} -m nodeshape.train --resume --out {shlex.quote(str(folder.path))}"
+    try:
+        if processes.first:
+            folder.begin(trainer)
+        for event in trainer.train():
+            if processes.first:
+                folder.record(event, trainer)
+            match event:
+                case EpochDone(metrics=metrics):
+                    print(_line(metrics, trainer.recipe.epochs), flush=True)
+                case Stopped(interrupted=False):
+                    print(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
+                case Stopped():
+                    done = f"after {trainer.progress.batch} of {trainer.batches} batches"
+                    print(f"interrupted in epoch {trainer.progress.epoch + 1} {done}; continue with:")
+                    print(resume, flush=True)
+                    processes.wait()  # the end of any process makes torchrun end the others
+                    sys.exit(130)
+        unreadable = _unreadable(trainer)
+    except (StageSolveError, StepSizeError, ReversalDriftError) as error:
+        if processes.first:
+            folder.save_last(trainer)
+        raise UserError(str(error)) from error
+    except Diverged:
+        processes.let_the_first_speak()
+        raise
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise UserError(
+            f"process {processes.rank} of {processes.count} lost contact with the others: one of them ended or was"
+            f" killed; continue with: {resume}"
+        ) from error
+    processes.disconnect()
+    if processes.first:
+        if unreadable:
+            print(f"unreadable files passed over: {len(unreadable)}", file=sys.stderr)
+        _finish(trainer, folder)
+
+
+def _finish(trainer: Trainer, folder: RunFolder) -> None:
+    """Say how good the best epoch's model is, draw its pictures, and say what to do next."""
+    test = trainer.data.test
+    best = folder.load_best()
+    trainer.model.load_state_dict(best["model"])
+    probabilities = predict(trainer.model, test, trainer.device).softmax(dim=1)
+    right = int((probabilities.argmax(dim=1) == test.labels).sum())
+    score = f"{right} of {len(test)} test images right"
+    print(f"best: {100 * right / len(test):.2f}% ({score}), epoch {best['epoch']}", flush=True)
+    folder.finish(trainer.history, trainer.data, probabilities, score)
+    print(f"pictures and checkpoints are in {folder.path}; export the best one with:")
+    print(f"python -m nodeshape.export {shlex.quote(str(folder.path / 'best.pt'))}")
+
+
+def _load(settings: RunSettings, processes: Processes) -> Data:
+    image_size, channels, seed = settings.image_size, settings.channels, settings.seed
+    train_size, test_size = settings.train_size, settings.test_size
+    if settings.task is not None:
+        train_size, test_size = train_size or DRAWN_TRAIN_SIZE, test_size or DRAWN_TEST_SIZE
+        print(f"drawing {train_size} training and {test_size} test images", flush=True)
+        return drawn_data(settings.task, train_size, test_size, image_size, channels, seed)
+    readers = max(1, (os.cpu_count() or 1) // processes.local_count)  # processes of one machine share its cores
+    root, strict, stream = Path(settings.data or ""), settings.strict, settings.stream
+    data = folder_data(root, train_size, test_size, image_size, channels, seed, strict, stream, readers)
+    for error in data.unreadable[:10]:
+        print(f"skipped {error}", file=sys.stderr)
+    if data.unreadable:
+        print(f"skipped {len(data.unreadable)} unreadable files", file=sys.stderr)
+    return data
+
+
+def _unreadable(trainer: Trainer) -> set[Path]:
+    """Files that some process passed over while training or testing."""
+    splits = trainer.data.train, trainer.data.test
+    own = {path for split in splits if isinstance(split, StreamedSplit) for path in split.unreadable}
+    return trainer.processes.union(own)
+
+
+def _announce(out: Path, settings: RunSettings, trainer: Trainer) -> None:
+    data, processes = trainer.data, trainer.processes
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    streamed = ", streamed from disk" if isinstance(data.train, StreamedSplit) else ""
+    print(
+        f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} classes"
+        f" ({', '.join(data.classes[:8])}{', …' if len(data.classes) > 8 else ''}){streamed}"
+    )
+    print(
+        f"{parameters:,} parameters, {settings.method} with h={settings.step_size:g}, gradient {settings.adjoint},"
+        f" on {trainer.device}{f', {processes.count} processes' if processes.count > 1 else ''}; run folder {out}",
+        flush=True,
+    )
+    if trainer.finished:
+        print("this run is finished; drawing its pictures again", flush=True)
+    elif trainer.steps:
+        print(f"resuming in epoch {trainer.progress.epoch + 1} after batch {trainer.progress.batch}", flush=True)
+
+
+def _line(metrics: EpochMetrics, epochs: int) -> str:
+    return (
+        f"epoch {metrics.epoch}/{epochs}  loss {metrics.train_loss:.4f}  test accuracy"
+        f" {100 * metrics.test_accuracy:6.2f}%  {metrics.seconds:.1f} s training, {metrics.test_seconds:.1f} s testing"
+        f"  evaluations of f {metrics.nfe_forward:.1f} forward, {metrics.nfe_backward:.1f} backward"
+    )
+
+
+def _device(name: str, processes: Processes) -> torch.device:
+    """The device of this process for a ``--device``."""
+    own = f"cuda:{processes.local_rank}" if processes.count > 1 else "cuda"
+    if name == "auto":
+        return torch.device(own if torch.cuda.device_count() >= processes.local_count else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    _, colon, number = name.partition(":")
+    if colon and processes.count > 1:
+        raise UserError(f"--device {name}: {processes.count} processes need a GPU each; give --device cuda")
+    if (int(number) + 1 if colon else processes.local_count) > torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use --device cpu")
+    return torch.device(f"cuda:{int(number)}" if colon else own)
