@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class ODEBlock(nn.Module):
     """
 
     __module__ = "nodeshape"
+    if TYPE_CHECKING:
+
+        def __call__(self, y: Tensor) -> Tensor: ...
 
     def __init__(
         self,
@@ -87,8 +90,7 @@ class ODEBlock(nn.Module):
             options=self.options,
             return_stats=True,
         )
-        final: Tensor = ys[-1]
-        return final
+        return ys[-1]
 
     def with_solver(
         self, method: str | None = None, steps: int | None = None, step_size: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from nodeshape._ode.solution import Solution
 from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.system import State, System
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_METHOD = "implicit_midpoint"
 RTOL, ATOL = 1e-4, 1e-6
@@ -42,11 +45,51 @@ OPTIONS = (
     *ADJOINT_TOLERANCES,
 )
 
+Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
 
+
+class Arguments(TypedDict, total=False):
+    """The keyword arguments of :func:`odeint` but for ``return_stats``, on which the type of its result depends."""
+
+    method: str | None
+    steps: int | None
+    step_size: float | None
+    rtol: float | None
+    atol: float | None
+    adjoint: str
+    options: Mapping[str, Any] | None
+    adjoint_params: Sequence[Tensor] | None
+
+
+class AdjointArguments(Arguments, total=False):
+    """Those of :func:`odeint_adjoint`."""
+
+    adjoint_rtol: float | None
+    adjoint_atol: float | None
+    adjoint_method: str | None
+    adjoint_options: Mapping[str, Any] | None
+
+
+Dynamics = Callable[[Tensor, Any], Any]
+Times = Tensor | Sequence[float]
+
+
+@overload
 def odeint(
-    func: Callable[[Tensor, Any], Any],
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[False] = ..., **arguments: Unpack[Arguments]
+) -> Y: ...
+@overload
+def odeint(
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[True], **arguments: Unpack[Arguments]
+) -> tuple[Y, SolverStats]: ...
+@overload
+def odeint(
+    func: Dynamics, y0: State, t: Times, *, return_stats: bool = ..., **arguments: Unpack[Arguments]
+) -> State | tuple[State, SolverStats]: ...
+def odeint(
+    func: Dynamics,
     y0: State,
-    t: Tensor | Sequence[float],
+    t: Times,
     *,
     method: str | None = "implicit_midpoint",
     steps: int | None = None,
@@ -57,7 +100,7 @@ def odeint(
     options: Mapping[str, Any] | None = None,
     return_stats: bool = False,
     adjoint_params: Sequence[Tensor] | None = None,
-) -> Any:
+) -> State | tuple[State, SolverStats]:
     """Solve dy/dt = func(t, y) from ``y(t[0]) = y0`` and return y at every time in ``t``.
 
     The first dimension of ``y0`` is the batch if ``y0`` (every tensor of a tuple) has at least two dimensions; each
@@ -181,17 +224,29 @@ def odeint(
 odeint.__module__ = "nodeshape"
 
 
+@overload
 def odeint_adjoint(
-    func: Callable[[Tensor, Any], Any],
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[False] = ..., **arguments: Unpack[AdjointArguments]
+) -> Y: ...
+@overload
+def odeint_adjoint(
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[True], **arguments: Unpack[AdjointArguments]
+) -> tuple[Y, SolverStats]: ...
+@overload
+def odeint_adjoint(
+    func: Dynamics, y0: State, t: Times, *, return_stats: bool = ..., **arguments: Unpack[AdjointArguments]
+) -> State | tuple[State, SolverStats]: ...
+def odeint_adjoint(
+    func: Dynamics,
     y0: State,
-    t: Tensor | Sequence[float],
+    t: Times,
     *,
     adjoint_rtol: float | None = None,
     adjoint_atol: float | None = None,
     adjoint_method: str | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     **arguments: Any,
-) -> Any:
+) -> State | tuple[State, SolverStats]:
     """``odeint`` with ``adjoint="continuous"``, so that code written for torchdiffeq's function runs unchanged.
 
     The backward pass uses the method of the forward pass; its steps follow ``adjoint_rtol`` and ``adjoint_atol``, or
@@ -213,7 +268,8 @@ def odeint_adjoint(
     given = zip(ADJOINT_TOLERANCES, (adjoint_rtol, adjoint_atol))
     options.update((name, value) for name, value in given if value is not None)
     arguments.setdefault("adjoint", "continuous")
-    return odeint(func, y0, t, options=options, **arguments)
+    solution: State | tuple[State, SolverStats] = odeint(func, y0, t, options=options, **arguments)
+    return solution
 
 
 odeint_adjoint.__module__ = "nodeshape"
