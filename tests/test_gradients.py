@@ -20,12 +20,12 @@ from torch import Tensor, nn
 import nodeshape as ns
 from nodeshape._benchmarking.memory import PeakMemory
 
-KINDS = ("mlp", "conv", "hand-written")
+DYNAMICS = ("mlp", "conv", "hand-written")
 TIMES = {"increasing": [0.0, 0.3, 0.35, 1.0], "decreasing": [1.0, 0.4, 0.0, -0.2]}
 
 
 @pytest.mark.parametrize("direction", TIMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DYNAMICS)
 @pytest.mark.parametrize("method", METHODS)
 def test_discrete_and_reversible_gradients_equal_autograd_through_the_unrolled_solve(
     method: str, kind: str, direction: str

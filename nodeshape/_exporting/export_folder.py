@@ -199,7 +199,7 @@ def _judge(name: str, batch_size: int, agreement: Agreement, tolerance: float) -
     raise UserError(
         f"{name} disagrees with PyTorch at batch size {batch_size}: logits differ by up to"
         f" {agreement.max_difference:.1e} (--tolerance {tolerance:g}), the class of {different} of {agreement.images}"
-        " images differs; nothing was written"
+        " images differs; nothing was written; take more --steps, another --method or a larger --tolerance"
     )
 
 

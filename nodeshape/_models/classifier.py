@@ -38,6 +38,9 @@ class ShapeClassifier(nn.Module):
             :class:`nodeshape.ODEBlock`.
 
     Shapes: images ``[batch, in_channels, image_size, image_size]`` in [0, 1] to logits ``[batch, num_classes]``.
+
+    Raises:
+        ValueError: an argument is out of its range, or images have another shape.
     """
 
     __module__ = "nodeshape"
