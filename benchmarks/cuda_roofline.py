@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil, isqrt
 from pathlib import Path
 
-WARP, PACK, SEGMENT, KINDS = 32, 4, 4, 16
+WARP, PACK, SEGMENT, BORDER_CLASSES = 32, 4, 4, 16
 MOST_THREADS, MOST_BLOCKS, HEADER, SCRATCH = 256, 8, 16, 8
 FLOAT = 4
 BARRIER_CYCLES = 40  # of a block of eight warps
@@ -182,8 +182,10 @@ class Conv:
             l2=2 * 9.0 * self.width**2 * FLOAT,
             barriers=1,
         )
-        kinds = Work(fma=self.numbers, l1=FLOAT * self.numbers, l2=4.0 * KINDS * self.width * FLOAT, barriers=6)
-        return (self.elementwise(2, 1, 3) + filters + kinds) * 2
+        border = Work(
+            fma=self.numbers, l1=FLOAT * self.numbers, l2=4.0 * BORDER_CLASSES * self.width * FLOAT, barriers=6
+        )
+        return (self.elementwise(2, 1, 3) + filters + border) * 2
 
     @property
     def map(self) -> int:
@@ -216,7 +218,7 @@ class Conv:
             "backward_kernel<ConvDynamics<float> >",
             batch,
             self.tasks,
-            (*self.base(), self.map, self.map, FLOAT * KINDS * self.width),
+            (*self.base(), self.map, self.map, FLOAT * BORDER_CLASSES * self.width),
             (self.map,) * 6,
             step * steps,
         )
@@ -341,11 +343,11 @@ def row(kernel: Kernel, gpu: Gpu, registers: int) -> dict[str, str]:
         "shared memory, L1": f"{1e-6 * kernel.samples * work.l1:.0f} MB",
         "L2": f"{1e-6 * kernel.samples * l2:.0f} MB",
         "registers": str(registers),
-        "blocks a sample": str(how.blocks),
-        "shared a block": "none: L2"
+        "blocks per sample": str(how.blocks),
+        "shared per block": "none: L2"
         if how.spilled == 1
         else f"{how.shared / 1024:.3g} KiB" + " and L2" * (how.spilled > 0),
-        "blocks an SM": str(how.resident),
+        "blocks per SM": str(how.resident),
         "occupancy": f"{100 * how.resident * kernel.threads / gpu.threads:.0f}%",
         "bound": limit,
         "predicted": f"{1e3 * total:.3f} ms",

@@ -147,7 +147,7 @@ def draw_memory(out: Path) -> None:
 
 def print_evaluations() -> None:
     """ConvDynamics, 20 steps, implicit stages solved to the default tolerance of the dtype."""
-    print("\nevaluations of f a sample: forward, backward (products with the Jacobian, and f rebuilt), ratio")
+    print("\nevaluations of f per sample: forward, backward (products with the Jacobian, and f rebuilt), ratio")
     for dtype in (torch.float32, torch.float64):
         func, y0 = conv()
         func, y0 = func.to(dtype), y0.to(dtype)
@@ -156,8 +156,8 @@ def print_evaluations() -> None:
                 ys, stats = ns.odeint(func, y0, T, method=method, steps=20, adjoint=adjoint, return_stats=True)
                 ys[-1].square().sum().backward()
                 forward, backward = (float(x.double().mean()) for x in (stats.nfe_forward, stats.nfe_backward))
-                kind = str(dtype).removeprefix("torch.")
-                print(f"  {kind} {method:18} {adjoint:11} {forward:7.1f} {backward:7.1f} {backward / forward:6.2f}")
+                name = str(dtype).removeprefix("torch.")
+                print(f"  {name} {method:18} {adjoint:11} {forward:7.1f} {backward:7.1f} {backward / forward:6.2f}")
 
 
 def save(figure: plt.Figure, path: Path) -> None:

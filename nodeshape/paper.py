@@ -55,8 +55,8 @@ def _compute_missing(plan: Plan, store: Store) -> None:
     missing = sum(map(len, stages))
     if not missing:
         return
-    seconds_a_unit = slowness() * CROWDED / cores
-    minutes = seconds_a_unit * sum(job.seconds for stage in stages for job in stage) / 60
+    seconds_per_unit = slowness() * CROWDED / cores
+    minutes = seconds_per_unit * sum(job.seconds for stage in stages for job in stage) / 60
     runs, duration = f"{missing} run{'s' * (missing > 1)}", f"{max(1, round(minutes))} min"
     print(f"{runs} on {cores} cores, about {duration}; each is kept as it ends", flush=True)
     with tqdm(
@@ -69,7 +69,7 @@ def _compute_missing(plan: Plan, store: Store) -> None:
                 for job in compute(stage, store, workers, threads):
                     if job is not None:
                         ended += 1
-                        bar.update(seconds_a_unit * job.seconds)
+                        bar.update(seconds_per_unit * job.seconds)
                     bar.set_description(f"{ended} of {missing} runs ")
 
 

@@ -141,7 +141,7 @@ def _table(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
 
 
 def _json(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
-    """A JSON list, an entry a line, that begins before the last image is read."""
+    """A JSON list, one entry per line, that begins before the last image is read."""
     lead = "["
     for item in model.classify(paths):
         if isinstance(item, ImageError):

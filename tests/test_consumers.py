@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape import ShapeClassifier, export
+from nodeshape import ShapeClassifier
 from nodeshape._data.images import load_image
 from nodeshape._data.shapes import CLASSES, draw
+from nodeshape._exporting.export_folder import save_torchscript
 from nodeshape._exporting.onnx import to_onnx
 from nodeshape._exporting.unrolled import UnrolledClassifier
 
@@ -35,7 +36,7 @@ def exported(tmp_path_factory):
     unrolled = UnrolledClassifier(model)
     metadata = {"classes": '["circle", "triangle", "rectangle"]', "image_size": "32", "channels": "grey"}
     (folder / "model.onnx").write_bytes(to_onnx(unrolled, (1, 32, 32), metadata, False).SerializeToString())
-    export._save_torchscript(unrolled, metadata, folder / "model.ts")
+    save_torchscript(unrolled, metadata, folder / "model.ts")
     for suffix in ("png", "pgm"):
         Image.fromarray(draw("single", 0, 0)[0]).save(folder / f"example.{suffix}")
     image = torch.tensor(load_image(folder / "example.png", 32))[None] / 255

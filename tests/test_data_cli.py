@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from nodeshape import __main__, _cli, data
+from nodeshape._data import drawn_folder
 from nodeshape._data.images import scan_folder
 from nodeshape._data.shapes import CLASSES, draw
 
@@ -83,7 +84,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, monkeypatch, fail
     def stop(*_, **__):
         raise failure
 
-    monkeypatch.setattr(data, "contact_sheet", stop)
+    monkeypatch.setattr(drawn_folder, "contact_sheet", stop)
     with pytest.raises(failure):
         data.main(["--count", "5", "--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from PIL import Image
 from nodeshape import ShapeClassifier, _cli, export, odeint
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._errors import UserError
-from nodeshape._exporting import verify
+from nodeshape._exporting import export_folder, verify
 from nodeshape._exporting.unrolled import UnrolledClassifier
 from nodeshape._exporting.verify import check_images, compare, load_onnx, load_torchscript
 from nodeshape._ode.method import METHODS
@@ -54,7 +54,7 @@ def checkpoint(folder, **settings):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """Prove with fewer images where the proof is not the subject."""
+    """Verify with fewer images where the verification is not the subject."""
     monkeypatch.setattr(verify, "IMAGES", 20)
 
 
@@ -62,7 +62,7 @@ def few_images(monkeypatch):
 def exported(request, tmp_path_factory):
     """A classifier of each method, its export folder, and what the command printed.
 
-    Those of implicit methods are proved on fewer images than users get, to save time.
+    Those of implicit methods are verified on fewer images than users get, to save time.
     """
     path, model = checkpoint(tmp_path_factory.mktemp("run"), method=request.param)
     printed = io.StringIO()
@@ -74,7 +74,7 @@ def exported(request, tmp_path_factory):
 
 def test_exported_files_give_pytorchs_logits_at_any_batch_size(exported):
     model, out, _ = exported
-    images = shapes(100).repeat(3, 1, 1, 1)  # of those the proof saw
+    images = shapes(100).repeat(3, 1, 1, 1)  # of those the verification saw
     with torch.no_grad():
         expected = model(images)
         for name, load in (("model.onnx", load_onnx), ("model.ts", load_torchscript)):
@@ -83,7 +83,7 @@ def test_exported_files_give_pytorchs_logits_at_any_batch_size(exported):
                 torch.testing.assert_close(classify(images[:size]), expected[:size], atol=1e-4, rtol=0)
 
 
-def test_the_report_holds_the_proof(exported):
+def test_the_report_holds_the_verification(exported):
     model, out, printed = exported
     assert printed.splitlines()[-1] == f"python -m nodeshape.predict {out / 'model.onnx'} {out / 'example.png'}"
     assert {file.name for file in out.iterdir()} == {"model.onnx", "model.ts", "report.json", "example.png"}
@@ -98,6 +98,9 @@ def test_the_report_holds_the_proof(exported):
         assert figures["max_difference"] <= 1e-4
         assert figures["same_class"] == figures["images"] == count
         assert list(figures["by_batch_size"]) == ["1", "7", "300"]
+    parts = ["reference", "choosing_iterations", "writing", "verification"]
+    assert list(report["seconds"]) == [*parts, "total"]
+    assert 0 < sum(report["seconds"][part] for part in parts) <= report["seconds"]["total"]
 
 
 def test_the_trajectory_holds_every_state(exported):
@@ -221,7 +224,7 @@ def test_an_earlier_export_survives_a_failure_and_yields_to_a_success(tmp_path, 
     with pytest.raises(UserError):
         export.export(path, tmp_path / "out", method="implicit_euler", tolerance=1e-12)
     assert (tmp_path / "out" / "report.json").read_text() == "earlier"
-    monkeypatch.setattr(export, "_write", lambda *_: {"seconds": {}, "new": True})
+    monkeypatch.setattr(export_folder, "_write", lambda *_: {"seconds": {}, "new": True})
     export.export(path, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["new"]
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "out"]

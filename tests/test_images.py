@@ -149,7 +149,7 @@ BAD = {
     "just over 100 megapixels": (png(10_001, 10_000), "more than 100 megapixels"),
     "pixels missing": (png(50, 50, rows=b"\0" * 20), "damaged image"),
     "cut short": (jpeg()[:-300], "damaged image"),
-    "header only": (png(50, 50)[:40], ""),
+    "header only": (png(50, 50)[:40], "not a PNG, JPEG, WebP or BMP image"),
     "another format": (b"GIF89a" + bytes(100), "not a PNG, JPEG, WebP or BMP image"),
 }
 

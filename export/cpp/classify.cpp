@@ -24,7 +24,7 @@ torch::Tensor read_image(const std::string& path) {
       height > 4096)
     throw std::runtime_error(path +
                              ": not a binary PGM or PPM image of 8 bits "
-                             "and at most 4096 pixels a side");
+                             "and at most 4096 pixels per side");
   std::vector<uint8_t> pixels(static_cast<size_t>(width * height * channels));
   if (!file.read(reinterpret_cast<char*>(pixels.data()), static_cast<std::streamsize>(pixels.size())))
     throw std::runtime_error(path + ": truncated");
@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
   }
   try {
     torch::InferenceMode inference;
-    torch::jit::ExtraFilesMap extra{{"classes.txt", ""}};  // a name a line
+    torch::jit::ExtraFilesMap extra{{"classes.txt", ""}};  // one name per line
     auto model = torch::jit::load(argv[1], torch::kCPU, extra);
     std::vector<std::string> classes;
     std::istringstream lines(extra["classes.txt"]);

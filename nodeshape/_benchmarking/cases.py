@@ -93,16 +93,16 @@ def run_case(case: Case, effort: Effort) -> Result:
     with torch_threads(case.threads or torch.get_num_threads()):
         result = Result(case.section, case.name, case.scale, torch.get_num_threads())
         calls: dict[str, Callable[[], object]] = {}
-        numbers: dict[str, np.ndarray[Any, Any]] = {}
+        outputs: dict[str, np.ndarray[Any, Any]] = {}
         for name, contender in case.contenders.items():
             try:
                 call = contender.build()
-                numbers[name] = _flat(call())
+                outputs[name] = _flat(call())
             except (Unavailable, StageSolveError, ReversalDriftError) as error:
                 result.skipped[name] = str(error)
                 continue
-            if contender.like in numbers:
-                difference = _relative(numbers[name], numbers[contender.like])
+            if contender.like in outputs:
+                difference = _relative(outputs[name], outputs[contender.like])
                 result.difference[name] = difference
                 if not difference <= AGREEMENT:
                     result.skipped[name] = f"differs from {contender.like} by {difference:.1e} (relative)"
@@ -119,7 +119,7 @@ def run_case(case: Case, effort: Effort) -> Result:
 
 
 def direct_operations(problem: Problem) -> float:
-    """Operations of the convolutions of a solve by explicit Euler, done directly: 2·2·N·H·W·9·C·(C+1) an evaluation."""
+    """Operations of a solve's convolutions by explicit Euler, done directly: 2·2·N·H·W·9·C·(C+1) per evaluation."""
     assert isinstance(problem.dynamics, ConvDynamics)
     samples, channels, height, width = problem.y0.shape
     return problem.steps * 2.0 * 2 * samples * height * width * 9 * channels * (channels + 1)

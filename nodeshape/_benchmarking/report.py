@@ -71,7 +71,7 @@ def targets(chosen: Sequence[Target], results: Sequence[Result]) -> list[dict[st
 
 
 def target_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The targets, a line each."""
+    """The targets, one line each."""
     words = {True: "met", False: "MISSED", None: "not measured"}
     width = max(len(line["name"]) for line in lines)
     return "\n".join(

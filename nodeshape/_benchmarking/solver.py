@@ -80,7 +80,7 @@ TARGETS: list[Target] = [
     AtMost(
         "reversible, implicit_midpoint: time of discrete", 1.6, GRADIENT, "implicit_midpoint", "reversible", "discrete"
     ),
-    Limit("implicit_midpoint: evaluations a step", 4, METHOD, NODESHAPE, "implicit_midpoint evaluations a step"),
+    Limit("implicit_midpoint: evaluations per step", 4, METHOD, NODESHAPE, "implicit_midpoint evaluations per step"),
     AtMost("implicit_midpoint: time of euler", 5, METHOD, NODESHAPE, "implicit_midpoint", "euler"),
     AtLeast("MLP, batch 1: faster than torchdiffeq", 50, MLP, _mlp_row(1), TORCHDIFFEQ, NODESHAPE),
     AtLeast("MLP, batch 128: faster than torchdiffeq", 50, MLP, _mlp_row(128), TORCHDIFFEQ, NODESHAPE),
@@ -122,7 +122,7 @@ def _methods(quick: bool, device: torch.device) -> list[Case]:
     }
 
     def evaluations() -> dict[str, float]:
-        return {f"{name} evaluations a step": _evaluations(problem) for name, problem in problems.items()}
+        return {f"{name} evaluations per step": _evaluations(problem) for name, problem in problems.items()}
 
     fused = {name: Contender(partial(contenders.nodeshape, problem)) for name, problem in problems.items()}
     plain = {name: Contender(partial(contenders.plain_loop, problem)) for name, problem in problems.items()}

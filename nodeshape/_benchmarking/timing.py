@@ -39,7 +39,7 @@ QUICK = Effort(rounds=3, sample_seconds=0.002, sgemm_size=256)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, over the rounds.
+    """Seconds per call, over the rounds.
 
     Attributes:
         median, lower_quartile, upper_quartile: of the samples.

@@ -24,7 +24,7 @@ STEP_SIZE = 0.05
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
-    """A case a method, each from weights that have been trained for an epoch."""
+    """A case per method, each from weights that have been trained for an epoch."""
     step_sizes = (0.5,) if quick else (STEP_SIZE, 4 * STEP_SIZE)
     return [
         Case(

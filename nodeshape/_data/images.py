@@ -149,7 +149,7 @@ def scan_folder(root: Path | str, seed: int, test_fraction: float = 0.2) -> Fold
     if not root.exists():
         raise UserError(f"{root}: no such folder")
     if not root.is_dir():
-        raise UserError(f"{root}: is a file; expected a folder with one folder of images a class")
+        raise UserError(f"{root}: is a file; expected a folder with one folder of images per class")
     has_split = {name: bool(_folders(root / name)) for name in ("train", "test")}
     if all(has_split.values()):
         return _scan_split(root)
@@ -285,7 +285,7 @@ def _scan_classes(folder: Path) -> dict[str, list[str]]:
     if not classes:
         loose = len(_images(folder))
         found = f"its {loose} images lie in no class folder" if loose else "it is empty of class folders"
-        raise UserError(f"{folder}: {found}; expected {folder / 'CLASS' / '*.png'}, one folder a class")
+        raise UserError(f"{folder}: {found}; expected {folder / 'CLASS' / '*.png'}, one folder per class")
     from tqdm import tqdm  # predict reads single images and need not have it
 
     images: dict[str, list[str]] = {}

@@ -34,7 +34,7 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 1024
 
 _TASKS = tuple(CLASSES)
 _LABEL, _SCENE = 0, 1
-_SAMPLES = 4  # a side: each pixel is the mean of 4 × 4 points
+_SAMPLES = 4  # per side: each pixel is the mean of 4 × 4 points
 
 
 class _Stream:
@@ -138,7 +138,7 @@ def draw_set(
 
 def _check(task: str, split: str, seed: int, index: int, image_size: int) -> None:
     if task not in CLASSES:
-        raise ValueError(f"unknown task {task!r}: choose {' or '.join(CLASSES)}")
+        raise ValueError(f"unknown task {task!r}: choose {' or '.join(map(repr, CLASSES))}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     for name, value in (("seed", seed), ("image index or count", index)):
@@ -158,16 +158,16 @@ def _label_and_stream(task: str, split: str, seed: int, index: int) -> tuple[int
 
 
 def _scene(name: str, stream: _Stream) -> _Scene:
-    kinds = () if name == "blank" else tuple(name.split("+"))
+    names = () if name == "blank" else tuple(name.split("+"))
     bright_on_dark = stream.coin()
     dark = stream.uniform(0, 100)
     background = dark if bright_on_dark else 255 - dark
     shapes = []
-    for kind, place in zip(kinds, _places(len(kinds), stream), strict=True):
+    for own, place in zip(names, _places(len(names), stream), strict=True):
         contrast = stream.uniform(100, 255 - dark)
         level = background + contrast if bright_on_dark else background - contrast
         line = stream.uniform(0.045, 0.08) if stream.coin() else math.inf
-        shapes.append(_Shape(kind, *place, _edges(kind, *place, stream), line, level))
+        shapes.append(_Shape(own, *place, _edges(own, *place, stream), line, level))
     return _Scene(background, tuple(shapes), stream.uniform(2, 8))
 
 

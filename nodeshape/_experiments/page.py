@@ -246,7 +246,7 @@ def _sweep(paper: dict[str, Any]) -> Iterator[str]:
     ]
     yield from _table(["images", "h", *METHOD_TITLES.values()], rows)
     yield f"{_answer(cells)}\n"
-    yield "![Accuracy against training images, a panel a step size](sweep.png)\n"
+    yield "![Accuracy against training images, a panel per step size](sweep.png)\n"
 
 
 def _answer(cells: Sequence[dict[str, Any]]) -> str:

@@ -83,12 +83,12 @@ def _evaluations(counts_of: dict[str, list[dict[str, Any]]], path: Path) -> None
                 points = [(c["forward"], c["backward"]) for c in solved if c["adjoint"] == adjoint and kind in c]
                 if points:
                     axes.plot(*zip(*points), "o", color=colour, mfc=face, ms=6, label=f"{adjoint}, {note}")
-        axes.set(xscale="log", yscale="log", xlabel="forward evaluations an image", title=METHOD_TITLES[method])
+        axes.set(xscale="log", yscale="log", xlabel="forward evaluations per image", title=METHOD_TITLES[method])
         axes.minorticks_off()
         _plain_ticks(axes.xaxis)
         _plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("backward evaluations an image")
+    panels[0].set_ylabel("backward evaluations per image")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     save(figure, path)
 

@@ -110,8 +110,8 @@ class _Graph:
         self.initializers.append(onnx.numpy_helper.from_array(value.numpy(), name))
         return name
 
-    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+    def node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
         return output
 
     def add(self, piece: _Piece, prefix: str, inputs: Sequence[str]) -> list[str]:

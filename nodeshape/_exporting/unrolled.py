@@ -1,7 +1,7 @@
 """The classifier as a fixed computation of plain operators, to script and export: no solver, no loop that stops early.
 
-An implicit stage gets a fixed number of evaluations of f, spent as ``_stage.py`` spends them: on Anderson acceleration,
-sample by sample, where a sample that has reached the tolerance stays put.
+An implicit stage gets a fixed number of evaluations of f, spent as ``_ode/stage.py`` spends them: on Anderson
+acceleration, sample by sample, where a sample that has reached the tolerance stays put.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ class UnrolledClassifier(nn.Module):
     Shapes: images ``[batch, in_channels, image_size, image_size]`` in [0, 1] to logits ``[batch, num_classes]``.
 
     Raises:
-        ValueError: the model chooses its steps by error control, or ``iterations`` does not suit its method.
+        ValueError: the model chooses its steps by error control, or its method cannot take ``iterations``.
     """
 
     def __init__(self, model: ShapeClassifier, iterations: int = 1) -> None:
         super().__init__()
         if model.ode.steps is None and model.ode.step_size is None:
-            raise ValueError("a classifier with error control has no fixed number of steps: give it one by with_solver")
+            raise ValueError(
+                "an exported classifier takes a fixed number of steps, this one's are chosen by error control: give it"
+                " a number, by --steps or model.with_solver(steps=...)"
+            )
         method = get_method(model.ode.method)
         self.stem, self.head = deepcopy(model.stem), deepcopy(model.head)
         self.steps = EqualSteps(model.ode.steps, model.ode.step_size).number(1.0)
@@ -89,7 +92,7 @@ class UnrolledStep(nn.Module):
         if iterations < 1 or (theta == 0.0 and iterations != 1):
             raise ValueError(f"iterations must be 1 for an explicit method and at least 1 for others, got {iterations}")
         if not isinstance(dynamics, ConvDynamics):
-            raise ValueError(f"only ConvDynamics unrolls, got {type(dynamics).__name__}")
+            raise ValueError(f"only a ConvDynamics can be exported, got {type(dynamics).__name__}")
         self.dynamics = _UnrolledDynamics(dynamics, shape)
         self.h, self.c, self.iterations = h, theta * h, iterations
         self.tolerance, self.dependent = STAGE_TOLERANCE[torch.float32], DEPENDENT
@@ -141,7 +144,7 @@ class _UnrolledDynamics(nn.Module):
     """``ConvDynamics`` with its time channel taken out of the convolutions.
 
     A convolution of [t, y] is a convolution of y plus t times a map that the weights alone decide; a map and not a
-    number a channel, because of the padding.
+    number per channel, because of the padding.
     """
 
     def __init__(self, dynamics: ConvDynamics, shape: torch.Size) -> None:

@@ -1,9 +1,9 @@
-"""Proof of an export: the exported files' logits beside PyTorch's, on real images, at several batch sizes."""
+"""Verification of an export: the exported files' logits beside PyTorch's, on real images, at several batch sizes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -69,7 +69,7 @@ def classify_all(classify: Classify, images: Tensor, batch_size: int, progress: 
     return torch.cat(logits)
 
 
-def check_images(model: ShapeClassifier, state: dict[str, Any]) -> tuple[Tensor, str]:
+def check_images(model: ShapeClassifier, state: Mapping[str, Any]) -> tuple[Tensor, str]:
     """At least ``IMAGES`` images of the kind a checkpoint was trained on, float32 in [0, 1], and what they are.
 
     They are drawn test images of its task; or those of the user's folder, the test images first, and as many drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,19 @@ class ODEBlock(nn.Module):
 
     Attributes:
         stats: of the latest forward pass, with its backward pass once that has run; None before.
+
+    Shapes: features ``[batch, ...]``, as ``dynamics`` takes them, to features of the same shape.
+
+    Raises:
+        ValueError: a setting of the solver is out of its range.
+
+    A forward pass raises what :func:`nodeshape.odeint` raises.
     """
 
     __module__ = "nodeshape"
+    if TYPE_CHECKING:
+
+        def __call__(self, y: Tensor) -> Tensor: ...
 
     def __init__(
         self,
@@ -87,13 +97,12 @@ class ODEBlock(nn.Module):
             options=self.options,
             return_stats=True,
         )
-        final: Tensor = ys[-1]
-        return final
+        return ys[-1]
 
     def with_solver(
         self, method: str | None = None, steps: int | None = None, step_size: float | None = None
     ) -> ODEBlock:
-        """The same dynamics, weights shared, under another method or number of steps."""
+        """The same dynamics, weights shared, under another method or number of steps (``step_size``: their length)."""
         block = sharing_weights(self)
         if method is not None:
             block.method = method
@@ -141,8 +150,8 @@ def sharing_weights(module: Module) -> Module:
             return original
         if original not in copies:
             if "dynamo_ctx" in original.__dict__:  # torch.compile's module, which calls the one that it was made with
-                kind: Any = type(original)
-                copies[original] = kind(of(original.__dict__["_modules"]["_orig_mod"]), original.dynamo_ctx)
+                compiled: Any = type(original)
+                copies[original] = compiled(of(original.__dict__["_modules"]["_orig_mod"]), original.dynamo_ctx)
                 return copies[original]
             copies[original] = _own_dictionaries(original)
             children = copies[original].__dict__["_modules"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil, log2
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,36 @@ class ShapeClassifier(nn.Module):
         image_size: side of the square images in pixels; decides how often the stem halves them.
         in_channels: 1 (grey) or 3 (RGB).
         width: channels of the ODE's state.
-        solver: keyword arguments of :class:`nodeshape.ODEBlock`: ``method``, ``step_size``, ``adjoint``, ….
+        method, step_size, steps, adjoint, rtol, atol, eval_rtol, eval_atol, options: the solver, as in
+            :class:`nodeshape.ODEBlock`.
 
     Shapes: images ``[batch, in_channels, image_size, image_size]`` in [0, 1] to logits ``[batch, num_classes]``.
+
+    Raises:
+        ValueError: an argument is out of its range, or images have another shape.
     """
 
     __module__ = "nodeshape"
+    if TYPE_CHECKING:
+
+        def __call__(self, image: Tensor) -> Tensor: ...
 
     def __init__(
-        self, num_classes: int, image_size: int = 32, in_channels: int = 1, width: int = 64, **solver: Any
+        self,
+        num_classes: int,
+        image_size: int = 32,
+        in_channels: int = 1,
+        width: int = 64,
+        *,
+        method: str = "euler",
+        step_size: float | None = None,
+        steps: int | None = None,
+        adjoint: str = "discrete",
+        rtol: float | None = None,
+        atol: float | None = None,
+        eval_rtol: float | None = None,
+        eval_atol: float | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -54,7 +76,18 @@ class ShapeClassifier(nn.Module):
         self.stem = _stem(in_channels, width, halvings=max(0, ceil(log2(image_size / MAX_FEATURE_SIZE))))
         dynamics = ConvDynamics(width)
         nn.init.constant_(dynamics.norm3.weight, FIRST_SPEED)
-        self.ode = ODEBlock(dynamics, **solver)
+        self.ode = ODEBlock(
+            dynamics,
+            method=method,
+            step_size=step_size,
+            steps=steps,
+            adjoint=adjoint,
+            rtol=rtol,
+            atol=atol,
+            eval_rtol=eval_rtol,
+            eval_atol=eval_atol,
+            options=options,
+        )
         self.head = _head(width, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -40,6 +40,9 @@ class ConvDynamics(nn.Module):
         channels: of the state; GroupNorm uses ``min(32, channels)`` groups, which must divide it.
 
     Shapes: ``t`` is a scalar, ``y`` and the result are ``[batch, channels, height, width]``.
+
+    Raises:
+        ValueError: ``channels`` is not 1 to 32 or a multiple of 32.
     """
 
     __module__ = "nodeshape"
@@ -73,6 +76,9 @@ class MLPDynamics(nn.Module):
         activation: ``"tanh"``, ``"relu"``, ``"softplus"`` or ``"silu"``.
 
     Shapes: ``t`` is a scalar, ``y`` and the result are ``[batch, dim]`` (or ``[dim]``).
+
+    Raises:
+        ValueError: an unknown activation, or a width below 1.
     """
 
     __module__ = "nodeshape"
@@ -122,15 +128,15 @@ def _conv_weights(dynamics: ConvDynamics, compiling: bool) -> list[Tensor] | str
     weights: list[Tensor] = []
     for name in ("norm1", "conv1", "norm2", "conv2", "norm3"):
         layer: Any = modules[name]
-        kind: type[nn.Module] = nn.GroupNorm
+        layer_class: type[nn.Module] = nn.GroupNorm
         if name.startswith("conv"):
             if type(layer) is not _TimeConv or _is_altered(layer):
                 return "a _TimeConv was replaced or has hooks"
-            layer, kind = layer._modules["_layer"], nn.Conv2d
-        own = _layer_weights(layer, kind, compiling)
+            layer, layer_class = layer._modules["_layer"], nn.Conv2d
+        own = _layer_weights(layer, layer_class, compiling)
         if isinstance(own, str):
             return own
-        if kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
+        if layer_class is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
             return "the settings of a GroupNorm were changed"
         weights += own
     return weights
@@ -154,18 +160,18 @@ def _mlp_weights(dynamics: MLPDynamics, compiling: bool) -> list[Tensor] | str:
     return weights
 
 
-def _layer_weights(layer: Any, kind: type[nn.Module], compiling: bool) -> list[Tensor] | str:
-    """Weight and bias of a layer of ``kind``; or why it may not compute what its class does."""
-    if type(layer) is not kind or _is_altered(layer):
-        return f"a {kind.__name__} was replaced or has hooks"
+def _layer_weights(layer: Any, layer_class: type[nn.Module], compiling: bool) -> list[Tensor] | str:
+    """Weight and bias of a layer of ``layer_class``; or why it may not compute what its class does."""
+    if type(layer) is not layer_class or _is_altered(layer):
+        return f"a {layer_class.__name__} was replaced or has hooks"
     attributes = layer.__dict__
-    for name, value in _SETTINGS[kind]:
+    for name, value in _SETTINGS[layer_class]:
         if attributes[name] != value:
-            return f"the settings of a {kind.__name__} were changed"
+            return f"the settings of a {layer_class.__name__} were changed"
     weights = [attributes["_parameters"].get(name) for name in ("weight", "bias")]
     for name, x in zip(("weight", "bias"), weights):
         if type(x) is not nn.Parameter and type(x) is not Tensor and not compiling:
-            return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
+            return f"the {name} of a {layer_class.__name__} is a {type(x).__name__}"
     return weights
 
 

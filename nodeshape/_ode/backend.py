@@ -17,7 +17,7 @@ class Backend:
 
     Attributes:
         name: ``"fused"`` or ``"plain"``.
-        reason: one line.
+        reason: one line; ``str(backend)`` is both.
     """
 
     __module__ = "nodeshape"
@@ -40,7 +40,12 @@ def backend(
     adjoint_params: Any = None,
     **others: Any,
 ) -> Backend:
-    """Say which path ``odeint`` takes for these arguments (its own; those not named here do not matter)."""
+    """Say which path :func:`odeint` takes for these arguments, and why, without solving.
+
+    Args:
+        func, y0, t, steps, step_size, options, adjoint_params, others: those of :func:`odeint`; times, and others that
+            are not named here, do not matter.
+    """
     weights = fused_weights(func, y0, steps, step_size, options or {}, adjoint_params)
     if isinstance(weights, str):
         return Backend("plain", weights)

@@ -131,7 +131,7 @@ def solve(
         method: which gives theta.
         adjoint: ``"discrete"``, ``"reversible"`` or ``"continuous"``; nothing is stored where no gradient is recorded.
         tolerance: relative residual of a solved stage.
-        max_iterations: evaluations a stage may take.
+        max_iterations: evaluations of f that one stage may take.
         checkpoint_every: for ``"reversible"``; None or 0 for no checkpoints within an interval.
         drift_tolerance: for ``"reversible"``.
 

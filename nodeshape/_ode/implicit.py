@@ -3,7 +3,7 @@
 A stage is a function of its base, c and whatever f depends on; its derivative, by the implicit function theorem, solves
 an equation of the same kind. So the stage is an autograd function whose backward pass calls itself, and so is the
 vector–Jacobian product in it. The solve built of such stages is what second derivatives go through; it keeps the graph
-of one evaluation of f a step.
+of one evaluation of f per step.
 """
 
 from __future__ import annotations

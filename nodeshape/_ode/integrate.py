@@ -104,7 +104,9 @@ class EqualSteps:
         # A length that is a multiple of the size up to rounding (of float32 times) takes that multiple.
         count = abs(length) / self.size * (1.0 - 1e-6)
         if count > MOST_STEPS:
-            raise ValueError(f"step_size {self.size:g} cuts an interval into more than {MOST_STEPS} steps: raise it")
+            raise ValueError(
+                f"step_size {self.size:g} cuts an interval into more than {MOST_STEPS} steps: take a larger one"
+            )
         return max(1, ceil(count))
 
     def integrate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from nodeshape._ode.solution import Solution
 from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.system import State, System
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_METHOD = "implicit_midpoint"
 RTOL, ATOL = 1e-4, 1e-6
@@ -42,11 +45,51 @@ OPTIONS = (
     *ADJOINT_TOLERANCES,
 )
 
+Y = TypeVar("Y", Tensor, tuple[Tensor, ...])
 
+
+class Arguments(TypedDict, total=False):
+    """The keyword arguments of :func:`odeint` but for ``return_stats``, on which the type of its result depends."""
+
+    method: str | None
+    steps: int | None
+    step_size: float | None
+    rtol: float | None
+    atol: float | None
+    adjoint: str
+    options: Mapping[str, Any] | None
+    adjoint_params: Sequence[Tensor] | None
+
+
+class AdjointArguments(Arguments, total=False):
+    """Those of :func:`odeint_adjoint`."""
+
+    adjoint_rtol: float | None
+    adjoint_atol: float | None
+    adjoint_method: str | None
+    adjoint_options: Mapping[str, Any] | None
+
+
+Dynamics = Callable[[Tensor, Any], Any]
+Times = Tensor | Sequence[float]
+
+
+@overload
 def odeint(
-    func: Callable[[Tensor, Any], Any],
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[False] = ..., **arguments: Unpack[Arguments]
+) -> Y: ...
+@overload
+def odeint(
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[True], **arguments: Unpack[Arguments]
+) -> tuple[Y, SolverStats]: ...
+@overload
+def odeint(
+    func: Dynamics, y0: State, t: Times, *, return_stats: bool = ..., **arguments: Unpack[Arguments]
+) -> State | tuple[State, SolverStats]: ...
+def odeint(
+    func: Dynamics,
     y0: State,
-    t: Tensor | Sequence[float],
+    t: Times,
     *,
     method: str | None = "implicit_midpoint",
     steps: int | None = None,
@@ -57,14 +100,17 @@ def odeint(
     options: Mapping[str, Any] | None = None,
     return_stats: bool = False,
     adjoint_params: Sequence[Tensor] | None = None,
-) -> Any:
-    """Solve dy/dt = func(t, y) from ``y(t[0]) = y0`` and return y at every time in ``t``.
+) -> State | tuple[State, SolverStats]:
+    """Solve dy/dt = func(t, y) from ``y(t[0]) = y0`` and return y at every time in ``t``, differentiably.
 
     The first dimension of ``y0`` is the batch if ``y0`` (every tensor of a tuple) has at least two dimensions; each
-    sample then has its own stage iterations and, under error control, its own steps.
+    sample then has its own stage iterations and, under error control, its own steps. The methods are the one-stage
+    Runge–Kutta methods of docs/mathematics.md (Hairer, Nørsett & Wanner, *Solving Ordinary Differential Equations I*,
+    II.7).
 
     Args:
-        func: a module or function ``func(t, y) -> dy/dt``; ``t`` is a scalar tensor, dy/dt has the shape of ``y``.
+        func: a module or function ``func(t, y) -> dy/dt``; ``t`` is a scalar tensor of the state's dtype, dy/dt has the
+            shape of ``y``.
         y0: initial state, a float32 or float64 tensor or a tuple of them.
         t: strictly increasing or decreasing times, ``[times]``; each is hit exactly.
         method: ``"euler"``, ``"implicit_euler"`` or ``"implicit_midpoint"``.
@@ -72,8 +118,8 @@ def odeint(
         step_size: an interval of length T takes ceil(T / step_size) equal steps.
         rtol, atol: with neither ``steps`` nor ``step_size``, steps are chosen so that the error of each stays within
             ``atol + rtol |y|`` (defaults 1e-4 and 1e-6).
-        adjoint: how gradients are computed. ``"discrete"``: exact, stores one state a step (of a fused ConvDynamics
-            three maps). ``"reversible"``: exact to the stage tolerance, memory independent of the number of steps.
+        adjoint: how gradients are computed. ``"discrete"``: exact, stores one state per step (a fused ConvDynamics
+            three). ``"reversible"``: exact to the stage tolerance, memory independent of the number of steps.
             ``"continuous"``: the approximate adjoint of Chen et al., likewise independent. Only ``"discrete"`` has
             second derivatives.
         options: ``step_size``, as in torchdiffeq; ``stage_solver``, ``"anderson"`` or ``"newton"`` (small stiff
@@ -86,13 +132,17 @@ def odeint(
             ``func`` and whatever else its first evaluation is computed from.
 
     Returns:
-        ``[times, *y0.shape]`` (a tuple of such for a tuple state), or ``(solution, stats)``.
+        The solution ``[times, *y0.shape]`` (a tuple of such for a tuple state), of y0's dtype and on its device; with
+        ``return_stats``, ``(solution, stats)``.
 
     Raises:
-        ValueError: an argument is out of its range.
-        StageSolveError: an implicit stage did not converge.
-        StepSizeError: error control needs too small or too many steps.
+        TypeError: ``y0`` is not made of tensors.
+        ValueError: an argument is out of its range, or ``func`` returns another shape than it was given.
+        StageSolveError: an implicit stage was not solved; in the backward pass too.
+        StepSizeError: error control needs too small or too many steps; in the backward pass too.
         ReversalDriftError: in the backward pass, if a ``"reversible"`` gradient would be wrong.
+        RuntimeError: in the backward pass, if ``func`` depends on a tensor that its first evaluation did not use, or
+            for second derivatives that the mode or the fused kernel does not have.
     """
     scheme = get_method(method or DEFAULT_METHOD)
     if adjoint not in ADJOINTS:
@@ -181,31 +231,47 @@ def odeint(
 odeint.__module__ = "nodeshape"
 
 
+@overload
 def odeint_adjoint(
-    func: Callable[[Tensor, Any], Any],
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[False] = ..., **arguments: Unpack[AdjointArguments]
+) -> Y: ...
+@overload
+def odeint_adjoint(
+    func: Dynamics, y0: Y, t: Times, *, return_stats: Literal[True], **arguments: Unpack[AdjointArguments]
+) -> tuple[Y, SolverStats]: ...
+@overload
+def odeint_adjoint(
+    func: Dynamics, y0: State, t: Times, *, return_stats: bool = ..., **arguments: Unpack[AdjointArguments]
+) -> State | tuple[State, SolverStats]: ...
+def odeint_adjoint(
+    func: Dynamics,
     y0: State,
-    t: Tensor | Sequence[float],
+    t: Times,
     *,
     adjoint_rtol: float | None = None,
     adjoint_atol: float | None = None,
     adjoint_method: str | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     **arguments: Any,
-) -> Any:
+) -> State | tuple[State, SolverStats]:
     """``odeint`` with ``adjoint="continuous"``, so that code written for torchdiffeq's function runs unchanged.
 
     The backward pass uses the method of the forward pass; its steps follow ``adjoint_rtol`` and ``adjoint_atol``, or
     ``adjoint_options={"step_size": ...}`` (default: those of the forward pass). Its error norm is that of state and
-    adjoint, without the parameters, which torchdiffeq calls ``{"norm": "seminorm"}``. Another ``adjoint_method`` or
-    other ``adjoint_options`` raise ValueError.
+    adjoint, without the parameters, which torchdiffeq calls ``{"norm": "seminorm"}``. All other arguments, and what is
+    returned and raised, are those of :func:`odeint`.
+
+    Raises:
+        ValueError: another ``adjoint_method``, or other ``adjoint_options``, too.
     """
     method = arguments.get("method") or DEFAULT_METHOD
     if adjoint_method not in (None, method):
         raise ValueError(f"adjoint_method must be the method of the forward pass, {method!r}, got {adjoint_method!r}")
     options = dict(arguments.pop("options", None) or {})
     backward = dict(adjoint_options or {})
-    if backward.pop("norm", "seminorm") != "seminorm":
-        raise ValueError("adjoint_options: the only norm is 'seminorm'")
+    norm = backward.pop("norm", "seminorm")
+    if norm != "seminorm":
+        raise ValueError(f"adjoint_options: norm must be 'seminorm', got {norm!r}")
     if "step_size" in backward:
         options["adjoint_step_size"] = backward.pop("step_size")
     if backward:
@@ -213,7 +279,8 @@ def odeint_adjoint(
     given = zip(ADJOINT_TOLERANCES, (adjoint_rtol, adjoint_atol))
     options.update((name, value) for name, value in given if value is not None)
     arguments.setdefault("adjoint", "continuous")
-    return odeint(func, y0, t, options=options, **arguments)
+    solution: State | tuple[State, SolverStats] = odeint(func, y0, t, options=options, **arguments)
+    return solution
 
 
 odeint_adjoint.__module__ = "nodeshape"
@@ -278,18 +345,18 @@ def _tensors(y0: State) -> tuple[Tensor, ...]:
     tensors = y0 if isinstance(y0, tuple) else (y0,)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(y0).__name__}")
-    kinds = {(x.dtype, x.device) for x in tensors}
-    if len(kinds) > 1:
-        raise ValueError(f"the tensors of y0 must share dtype and device, got {sorted(map(str, kinds))}")
+    found = {f"{x.dtype} on {x.device}" for x in tensors}
+    if len(found) > 1:
+        raise ValueError(f"the tensors of y0 must share dtype and device, got {', '.join(sorted(found))}")
     if tensors[0].dtype not in STAGE_TOLERANCE:
-        raise ValueError(f"y0 must be float32 or float64, got {tensors[0].dtype}")
+        raise ValueError(f"y0 must be float32 or float64, got {tensors[0].dtype}: convert it, as with y0.float()")
     return tensors
 
 
 def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     if isinstance(t, Tensor):
         if t.dim() != 1:
-            raise ValueError(f"t must have one dimension, got shape {tuple(t.shape)}")
+            raise ValueError(f"t must have one dimension, [times], got shape {list(t.shape)}")
         times = [float(x) for x in t.tolist()]
     else:
         times = [float(x) for x in t]

@@ -195,7 +195,7 @@ class StageSolver:
     Attributes:
         name: ``"anderson"`` or ``"newton"``.
         tolerance: relative residual (Anderson) or correction (Newton) of a solved stage.
-        max_iterations: evaluations of f a stage may take.
+        max_iterations: evaluations of f that one stage may take.
     """
 
     name: str

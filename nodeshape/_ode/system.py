@@ -117,7 +117,7 @@ class System:
         shapes = [tuple(x.shape) for x in outs]
         expected = [tuple(s) for s in self._shapes]
         if self._tuple != isinstance(out, tuple) or shapes != expected:
-            raise ValueError(f"func must return the shape of its state: it got {expected} and returned {shapes}")
+            raise ValueError(f"func must return dy/dt in the shapes of y: it got {expected} and returned {shapes}")
 
 
 class Linearisation:
