@@ -48,14 +48,14 @@ class StageSolver {
     double residual = 0;  // the largest
   };
 
-  /// `size` numbers a sample, a multiple of the vector; `explicit_only` if every c will be 0.
+  /// `size` numbers a sample, a multiple of the vector; `is_explicit` if every stage is its base, c = 0.
   template <class Arena>
-  NODESHAPE_FUNCTION StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool explicit_only)
-      : size_(size), options_(options) {
+  NODESHAPE_FUNCTION StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool is_explicit)
+      : size_(size), options_(options), explicit_(is_explicit) {
     for (int s = 0; s < group; ++s) {
       Sample& sample = samples_[s];
       sample.stage.slope = arena.template take<T>(size);
-      if (explicit_only) continue;
+      if (explicit_) continue;
       sample.value = arena.template take<T>(size);
       sample.residual = arena.template take<T>(size);
       for (int m = 0; m < kAndersonMemory; ++m) {
@@ -63,7 +63,7 @@ class StageSolver {
         sample.move[m] = arena.template take<T>(size);
       }
     }
-    if (explicit_only) return;
+    if (explicit_) return;
     step_ = arena.template take<T>(size);
     rest_ = arena.template take<T>(size);
     for (int m = 0; m < kAndersonMemory; ++m) {
@@ -79,7 +79,7 @@ class StageSolver {
   template <class Function>
   NODESHAPE_FUNCTION void solve(int count, T* const* base, double c, Function&& function) {
     Batch<T> batch;
-    if (c == 0.0) {
+    if (explicit_) {
       for (int s = 0; s < count; ++s) {
         Stage& stage = samples_[s].stage;
         stage = {base[s], stage.slope, 1, 0.0, true};
@@ -264,6 +264,7 @@ class StageSolver {
 
   int64_t size_;
   StageOptions options_;
+  const bool explicit_;
   Sample samples_[kMaxGroup];
   T *step_, *rest_, *q_[kAndersonMemory], *x_[kAndersonMemory];  // of the sample at hand
   bool started_ = false;

@@ -79,7 +79,7 @@ struct ConvWeights {
     const int64_t piece = members <= kLanes<T> ? kLanes<T> : members;
     return piece % members == 0 && piece % kLanes<T> == 0 && width % piece == 0 ? width / piece : 1;
   }
-  double cost() const { return 100 + 0.02 * double(parameters() * shape.pixels()); }
+  double cost() const { return 100 + 0.02 * (double(parameters()) * double(shape.pixels())); }
 
  private:
   const T* padded_row(const T* numbers, Arena& arena) const {

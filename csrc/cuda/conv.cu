@@ -75,7 +75,7 @@ template <class T>
 ConvWeights<T> prepare(const ConvModel& model, const Launch& on) {
   ConvWeights<T> w{model.channels, model.height, model.width, model.groups, {}, {}, {}, {}, {}, {}};
   const int64_t width = w.padded_channels(), filters = w.filter_numbers();
-  T* at = static_cast<T*>(on.scratch((4 * filters + (2 * (kKinds + 1) + 6) * width) * sizeof(T)));
+  T* at = on.take<T>({4 * filters + (2 * (kKinds + 1) + 6) * width});
   const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
   for (int l = 0; l < 2; ++l) {
     w.forward[l] = take(filters);

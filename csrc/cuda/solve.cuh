@@ -158,10 +158,10 @@ Plan plan(const void* kernel, const typename D::Weights& weights, bool with_grad
   if (arena.global_bytes() > 0) teams = min(teams, resident_blocks(kernel, int(threads), shared) / blocks);
   Meeting* meetings = nullptr;
   if (blocks > 1) {
-    meetings = static_cast<Meeting*>(on.scratch(teams * int64_t(sizeof(Meeting))));
+    meetings = on.take<Meeting>({teams});
     check(cudaMemsetAsync(meetings, 0, size_t(teams) * sizeof(Meeting), on.stream));
   }
-  char* global = static_cast<char*>(on.scratch(teams * arena.global_bytes()));
+  char* global = on.take<char>({teams, arena.global_bytes()});
   return {{teams, int(blocks), int(threads)},
           {arena.shared_bytes(), global, arena.global_bytes(), meetings, int(crew)},
           shared};
@@ -177,7 +177,7 @@ void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, cons
     arena.take<T>(dynamics.size());  // the state
   });
   problem.grid = uploaded(problem.grid, on);
-  problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
+  problem.failures = on.take<Failure>({problem.samples});
   launch(forward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory);
   launch_report(problem, false, 0.0, on);
 }
@@ -191,16 +191,16 @@ const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem,
   const int64_t numbers = weights.gradient_numbers(), times = problem.grid.count;
   const int64_t fit = min(max(kRowBytes / (numbers * int64_t(sizeof(T))), kFewestChunks), kMostChunks);
   const int64_t chunks = min(problem.samples, fit);
-  T* rows = static_cast<T*>(on.scratch((chunks + 1) * numbers * sizeof(T)));
+  T* rows = on.take<T>({chunks + 1, numbers});
   T* sums = rows + chunks * numbers;
-  double* time_rows = static_cast<double*>(on.scratch(chunks * times * sizeof(double)));
+  double* time_rows = on.take<double>({chunks, times});
   if (chunks > 0) {
     const auto kernel = reinterpret_cast<const void*>(backward_kernel<D>);
     const Plan how = plan<D>(kernel, weights, true, chunks, work, on, [&](D& dynamics, Arena& arena) {
       const BackwardSweep<D, Arena> sweep(dynamics, arena, problem, Group{0, 1}, nullptr);
     });
     problem.grid = uploaded(problem.grid, on);
-    problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
+    problem.failures = on.take<Failure>({problem.samples});
     launch(backward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory, chunks, rows, time_rows);
     launch_report(problem, true, problem.drift_tolerance, on);
   }
