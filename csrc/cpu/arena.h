@@ -20,7 +20,7 @@ class Arena {
     }
   }
 
-  /// `count` uninitialised numbers, aligned to a cache line.
+  /// `count` uninitialised elements, aligned to a cache line.
   template <class T>
   T* take(int64_t count) {
     const int64_t bytes = count > kMost / int64_t(sizeof(T))

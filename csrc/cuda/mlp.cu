@@ -29,7 +29,7 @@ MlpWeights<T> prepare(const MlpModel& model, const Launch& on) {
   return w;
 }
 
-/// Numbers that a team works on side by side: the products of an average layer, so many to a thread.
+/// Elements that a team works on side by side: the products of an average layer, so many to a thread.
 template <class T>
 int64_t work(const MlpWeights<T>& w) {
   constexpr int64_t kProductsPerThread = 16;
