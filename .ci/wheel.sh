@@ -15,9 +15,8 @@ mkdir -p "$out"
 rm -f "$out"/nodeshape-*
 
 "$python" -m build --outdir "$work/built" .
-# torch's own libraries stay torch's: a second copy of them, or of the OpenMP runtime that comes with torch, in one
-# process would be a second set of threads.
-"$python" -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*' \
+# torch's own libraries stay torch's. The solver links no OpenMP runtime: it has torch's threads through torch.
+"$python" -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
   --wheel-dir "$out" "$work"/built/*.whl
 cp "$work"/built/*.tar.gz "$out"
 "$python" -m twine check --strict "$out"/*
