@@ -1,7 +1,8 @@
-"""Builds the fused solver as plain shared libraries in nodeshape/_ode/: libnodeshape_cpu.so and libnodeshape_cuda.so.
+"""Builds the fused solver as plain shared libraries: libnodeshape_cpu.so and, for CUDA, libnodeshape_cuda.so.
 
 The libraries speak to torch through its stable C++ ABI and to Python not at all, so one build serves every Python and
-every torch from 2.10 on. The CPU kernels are compiled once per instruction set; the machine that runs them chooses.
+every torch from 2.10 on. The CPU kernels are compiled once per instruction set and dtype; the machine that runs them
+chooses.
 The CUDA library is built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds it for any torch and fails without
 nvcc, NODESHAPE_CUDA=0 leaves it out, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs.
 NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's.
@@ -9,6 +10,7 @@ NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) t
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -19,6 +21,10 @@ from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+#: The package that the libraries lie in, as a folder.
+PACKAGE_FOLDER = "nodeshape/_ode"
+CPU_NAME, CUDA_NAME = (f"{PACKAGE_FOLDER.replace('/', '.')}.{name}" for name in ("_cpu", "_cuda"))
+REPOSITORY = "https://github.com/nodeshape/nodeshape"
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 #: Contraction is off so that a sum rounds the same way wherever the compiler has inlined it; kernels call fma by name.
@@ -70,9 +76,9 @@ class BuildLibrary(build_ext):
         self.nvcc = find_nvcc()
         extensions = self.distribution.ext_modules
         # An editable install comes here twice.
-        if self.nvcc is not None and all(ext.name != "nodeshape._ode._cuda" for ext in extensions):
+        if self.nvcc is not None and all(ext.name != CUDA_NAME for ext in extensions):
             sources = [str(path) for path in sorted(CUDA.glob("*.c*")) if path.suffix != ".cuh"]
-            extensions.append(Extension("nodeshape._ode._cuda", sources))
+            extensions.append(Extension(CUDA_NAME, sources))
         super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -87,7 +93,8 @@ class BuildLibrary(build_ext):
         link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if ext.name == "nodeshape._ode._cuda":
+        if ext.name == CUDA_NAME:
+            print("nodeshape: compiling the solver for CUDA; takes some minutes", flush=True)
             if (root / "lib/libtorch_cuda.so").exists():
                 link.append("-ltorch_cuda")
             command = [self.nvcc, *NVCC_FLAGS, *(["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else [])]
@@ -97,12 +104,21 @@ class BuildLibrary(build_ext):
             ]
             self.build_library(command, units, link, target)
             return
+        names = ", ".join(sorted(INSTRUCTION_SETS))
+        print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
         command = [*shlex.split(find_compiler()), *FLAGS]
         extra = shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", ""))
         units = [(CPU / "ops.cpp", "ops", [*torch_flags, *extra]), (CPU / "isa.cpp", "isa", extra)]
         for name, flags in INSTRUCTION_SETS.items():
-            kernel_flags = [f"-DNODESHAPE_TARGET={name}", *KERNEL_FLAGS, *flags, *extra]
-            units.append((CPU / "kernels.cpp", f"kernels_{name}", kernel_flags))
+            for scalar in ("float", "double"):
+                kernel_flags = [
+                    f"-DNODESHAPE_TARGET={name}",
+                    f"-DNODESHAPE_SCALAR={scalar}",
+                    *KERNEL_FLAGS,
+                    *flags,
+                    *extra,
+                ]
+                units.append((CPU / "kernels.cpp", f"kernels_{name}_{scalar}", kernel_flags))
         self.build_library(command, units, [*link, *extra], target)
 
     def build_library(
@@ -146,8 +162,20 @@ class BinaryDistribution(Distribution):
         return True
 
 
+def readme() -> str:
+    """README.md with its relative links made links into the repository, for the package index."""
+    version = re.search(r'__version__ = "(.+)"', Path("nodeshape/__init__.py").read_text("utf-8")).group(1)
+    link = re.compile(r"(!?)(\[[^\]]*\])\((?!https?:|#)([^)]+)\)")
+    return link.sub(
+        lambda m: f"{m[1]}{m[2]}({REPOSITORY}/{'raw' if m[1] else 'blob'}/v{version}/{m[3]})",
+        Path("README.md").read_text("utf-8"),
+    )
+
+
 setup(
-    ext_modules=[Extension("nodeshape._ode._cpu", [str(path) for path in sorted(CPU.glob("*.cpp"))])],
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    ext_modules=[Extension(CPU_NAME, [str(path) for path in sorted(CPU.glob("*.cpp"))])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

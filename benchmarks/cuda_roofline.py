@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil, isqrt
 from pathlib import Path
 
-WARP, PACK, SEGMENT, BORDER_CLASSES = 32, 4, 4, 16
+WARP, PACK, SEGMENT, BORDERS = 32, 4, 4, 16
 MOST_THREADS, MOST_BLOCKS, HEADER, SCRATCH = 256, 8, 16, 8
 FLOAT = 4
 BARRIER_CYCLES = 40  # of a block of eight warps
@@ -84,7 +84,7 @@ class Kernel:
     name: str
     ptxas: str  # its name there
     samples: int
-    tasks: int  # numbers that a team works on side by side
+    tasks: int  # elements that a team works on side by side
     dynamics: tuple[int, ...]  # bytes of the pieces that its dynamics take from the arena, in order
     others: tuple[int, ...]  # and that its stages take then
     work: Work
@@ -122,7 +122,7 @@ class Conv:
         return self.side**2
 
     @property
-    def numbers(self) -> int:
+    def elements(self) -> int:
         return self.pixels * self.width
 
     @property
@@ -134,8 +134,8 @@ class Conv:
         return self.segments * self.width // PACK
 
     def elementwise(self, reads: int, writes: int, operations: int) -> Work:
-        touched = (reads + writes) * FLOAT * self.numbers
-        return Work(fma=operations * self.numbers, l1=touched, state=touched, barriers=1)
+        touched = (reads + writes) * FLOAT * self.elements
+        return Work(fma=operations * self.elements, l1=touched, state=touched, barriers=1)
 
     def convolution(self) -> Work:
         """One 3x3 convolution.
@@ -182,15 +182,13 @@ class Conv:
             l2=2 * 9.0 * self.width**2 * FLOAT,
             barriers=1,
         )
-        border = Work(
-            fma=self.numbers, l1=FLOAT * self.numbers, l2=4.0 * BORDER_CLASSES * self.width * FLOAT, barriers=6
-        )
-        return (self.elementwise(2, 1, 3) + filters + border) * 2
+        borders = Work(fma=self.elements, l1=FLOAT * self.elements, l2=4.0 * BORDERS * self.width * FLOAT, barriers=6)
+        return (self.elementwise(2, 1, 3) + filters + borders) * 2
 
     @property
     def map(self) -> int:
         """Bytes."""
-        return FLOAT * self.numbers
+        return FLOAT * self.elements
 
     def base(self) -> tuple[int, ...]:
         framed = (self.side + 2) * (ceil(self.side / SEGMENT) * SEGMENT + 2) * self.width
@@ -211,14 +209,14 @@ class Conv:
     def backward(self, batch: int, steps: int) -> Kernel:
         """Discrete: what a stage is linearised about comes from memory."""
         recalled = (self.norm() + self.elementwise(0, 1, 0)) * 3 + self.elementwise(2, 1, 1)
-        read = Work(l2=3.0 * FLOAT * self.numbers, memory=3.0 * FLOAT * self.numbers)
+        read = Work(l2=3.0 * FLOAT * self.elements, memory=3.0 * FLOAT * self.elements)
         step = recalled + read + self.product() + self.accumulation() + self.elementwise(4, 1, 2)
         return Kernel(
             f"conv {self.channels}×{self.side}×{self.side} backward, discrete, {steps} steps, batch {batch}",
             "backward_kernel<ConvDynamics<float> >",
             batch,
             self.tasks,
-            (*self.base(), self.map, self.map, FLOAT * BORDER_CLASSES * self.width),
+            (*self.base(), self.map, self.map, FLOAT * BORDERS * self.width),
             (self.map,) * 6,
             step * steps,
         )
@@ -343,11 +341,11 @@ def row(kernel: Kernel, gpu: Gpu, registers: int) -> dict[str, str]:
         "shared memory, L1": f"{1e-6 * kernel.samples * work.l1:.0f} MB",
         "L2": f"{1e-6 * kernel.samples * l2:.0f} MB",
         "registers": str(registers),
-        "blocks per sample": str(how.blocks),
-        "shared per block": "none: L2"
+        "blocks a sample": str(how.blocks),
+        "shared a block": "none: L2"
         if how.spilled == 1
         else f"{how.shared / 1024:.3g} KiB" + " and L2" * (how.spilled > 0),
-        "blocks per SM": str(how.resident),
+        "blocks an SM": str(how.resident),
         "occupancy": f"{100 * how.resident * kernel.threads / gpu.threads:.0f}%",
         "bound": limit,
         "predicted": f"{1e3 * total:.3f} ms",

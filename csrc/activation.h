@@ -93,4 +93,19 @@ NODESHAPE_INLINE V slope_of(V z, V a) {
   }
 }
 
+/// Calls body.operator()<A>() for the activation.
+template <class Body>
+NODESHAPE_INLINE void with_activation(Activation activation, Body&& body) {
+  switch (activation) {
+    case Activation::tanh:
+      return body.template operator()<Activation::tanh>();
+    case Activation::relu:
+      return body.template operator()<Activation::relu>();
+    case Activation::softplus:
+      return body.template operator()<Activation::softplus>();
+    case Activation::silu:
+      return body.template operator()<Activation::silu>();
+  }
+}
+
 }  // namespace nodeshape::NODESHAPE_TARGET

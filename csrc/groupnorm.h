@@ -93,10 +93,10 @@ class GroupNorm {
  private:
   /// Replace the number of each of some channels by function(sum over its group).
   template <class Function>
-  NODESHAPE_FUNCTION void share(T* numbers, int64_t first, int64_t channels, Function&& function) const {
+  NODESHAPE_FUNCTION void share(T* row, int64_t first, int64_t channels, Function&& function) const {
     const int64_t begin = first / members_, end = first + channels < width_ ? (first + channels) / members_ : groups_;
     spread(end - begin, [=, this](int64_t group) {
-      T* members = numbers + (begin + group) * members_;
+      T* members = row + (begin + group) * members_;
       T sum = members[0];
       for (int64_t m = 1; m < members_; ++m) sum += members[m];
       const T value = function(sum);

@@ -23,8 +23,8 @@ struct MlpModel {
 
   NODESHAPE_SMALL int64_t in(int64_t layer) const { return layer == 0 ? dim : widths[layer - 1]; }  // without time
   NODESHAPE_SMALL int64_t columns(int64_t layer) const { return in(layer) + (layer == 0); }         // of its weight
-  /// Of all parameters together.
-  NODESHAPE_SMALL int64_t numbers() const {
+  /// Elements of all parameters together.
+  NODESHAPE_SMALL int64_t parameter_count() const {
     int64_t total = 0;
     for (int64_t l = 0; l < layers; ++l) total += widths[l] * (columns(l) + 1);
     return total;

@@ -1,5 +1,6 @@
 // The ops, for any device: checks of every argument before any work, errors of samples that failed, and what a device
 // brings to run them. A Backend has
+//     kLargestSample                                      elements of a sample that its kernels can count
 //     check(common, y0)                                   whether the state is where it can be read
 //     solve(common, owner, y0)                            for a ConvOwner and an MlpOwner, -> SolveResult
 //     solve_backward(common, owner, y0, arguments)        -> GradientResult
@@ -10,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <tuple>
@@ -18,24 +20,18 @@
 
 #include "model.h"
 #include "problem.h"
+#include "sizes.h"
 
 namespace nodeshape {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 
 // ---- tensors ---------------------------------------------------------------------------------------------------
 
 inline Sizes sizes_of(const Tensor& x) {
   const auto sizes = x.sizes();
   return Sizes(sizes.begin(), sizes.end());
-}
-
-inline std::string text(const Sizes& sizes) {
-  std::string out = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
-  return out + "]";
 }
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -94,6 +90,15 @@ inline std::vector<double> times_of(const Tensor& t) {
   return {data<double>(row), data<double>(row) + count};
 }
 
+inline std::string format(const char* pattern, double value) {
+  char buffer[64];
+  std::snprintf(buffer, sizeof buffer, pattern, value);
+  return buffer;
+}
+
+/// Steps in an interval beyond which their number is taken for a mistake, as in the package.
+inline constexpr int64_t kMostSteps = 10'000'000;
+
 /// What every op is given besides the model.
 struct Common {
   std::string op;
@@ -113,7 +118,7 @@ struct Common {
   Grid grid() const { return {times.data(), int64_t(times.size()), steps.data(), theta}; }
   StageOptions stage() const { return {tolerance, max_iterations}; }
 
-  void check_arguments(const Tensor& y0) const {
+  void check_arguments(const Tensor& y0, int64_t largest_sample) const {
     NODESHAPE_CHECK(y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double, op,
                     "y0 must be float32 or float64");
     NODESHAPE_CHECK(!times.empty(), op,
@@ -121,12 +126,12 @@ struct Common {
     NODESHAPE_CHECK(steps.size() + 1 == times.size(), op,
                     "got " + std::to_string(steps.size()) + " step counts for " + std::to_string(times.size()) +
                         " observation times; give one for each interval between them");
-    for (int64_t count : steps)
-      NODESHAPE_CHECK(count >= 1, op, "every interval needs at least 1 step, got " + std::to_string(count));
+    check_grid();
     NODESHAPE_CHECK(
         theta == 0.0 || theta == 0.5 || theta == 1.0, op,
         "theta must be 0 (euler), 0.5 (implicit_midpoint) or 1 (implicit_euler), got " + std::to_string(theta));
-    NODESHAPE_CHECK(tolerance > 0, op, "tolerance must be positive, got " + std::to_string(tolerance));
+    NODESHAPE_CHECK(tolerance > 0 && std::isfinite(tolerance), op,
+                    "tolerance must be positive and finite, got " + format("%g", tolerance));
     NODESHAPE_CHECK(max_iterations >= 1, op,
                     "max_iterations must be at least 1, got " + std::to_string(max_iterations));
     NODESHAPE_CHECK(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous",
@@ -136,7 +141,35 @@ struct Common {
         "checkpoint_every must be a number of steps, or 0 for none, got " + std::to_string(checkpoint_every));
     NODESHAPE_CHECK(drift_tolerance > 0, op,
                     "drift_tolerance must be positive, got " + std::to_string(drift_tolerance));
+    check_sizes(y0, largest_sample);
   }
+
+ private:
+  /// Finite times in order, and steps between them that are neither too many nor too small to tell from none.
+  void check_grid() const {
+    for (double time : times) NODESHAPE_CHECK(std::isfinite(time), op, "t must be finite, got " + format("%g", time));
+    int64_t total = 0;
+    for (size_t j = 0; j < steps.size(); ++j) {
+      const double length = times[j + 1] - times[j];
+      NODESHAPE_CHECK(length != 0 && (length > 0) == (times[1] > times[0]), op,
+                      "t must increase or decrease strictly, got " + format("%g", times[j]) + " and " +
+                          format("%g", times[j + 1]) + " next to each other; sort the times and leave out repetitions");
+      NODESHAPE_CHECK(std::isfinite(length), op,
+                      "an interval of t must have a finite length, got " + format("%g", times[j]) + " to " +
+                          format("%g", times[j + 1]) + "; take times that are closer together");
+      NODESHAPE_CHECK(steps[j] >= 1, op, "every interval needs at least 1 step, got " + std::to_string(steps[j]));
+      NODESHAPE_CHECK(steps[j] <= kMostSteps, op,
+                      "an interval may have at most " + std::to_string(kMostSteps) + " steps, got " +
+                          std::to_string(steps[j]) + "; take fewer");
+      NODESHAPE_CHECK(length / double(steps[j]) != 0, op,
+                      std::to_string(steps[j]) + " steps from " + format("%g", times[j]) + " to " +
+                          format("%g", times[j + 1]) + " have length 0; take fewer, or times that are further apart");
+      NODESHAPE_CHECK(!__builtin_add_overflow(total, steps[j], &total), op, "too many steps in all; take fewer");
+    }
+  }
+
+  /// Whether what is computed from the state's sizes, here and by kernels, overflows nowhere.
+  void check_sizes(const Tensor& y0, int64_t largest_sample) const;
 };
 
 // ---- models ----------------------------------------------------------------------------------------------------
@@ -213,12 +246,6 @@ inline void mlp_model(const std::string& op, const Tensor& y0, const std::vector
 
 // ---- results ---------------------------------------------------------------------------------------------------
 
-inline std::string format(const char* pattern, double value) {
-  char buffer[64];
-  std::snprintf(buffer, sizeof buffer, pattern, value);
-  return buffer;
-}
-
 /// Raise for the samples that failed first, if any did.
 inline void check_failures(const FirstFailures& failed, int64_t samples, double tolerance, double drift_tolerance) {
   if (failed.count == 0) return;
@@ -256,6 +283,21 @@ inline Sizes stored_sizes(const Common& common, const Tensor& y0) {
   return sizes;
 }
 
+inline void Common::check_sizes(const Tensor& y0, int64_t largest_sample) const {
+  Sizes sizes = sizes_of(y0);
+  if (sizes.empty()) return;  // which no model takes
+  Sizes sample(sizes.begin() + 1, sizes.end());
+  for (int64_t& size : sample) size += 8;  // padding of channels and the frame of a map
+  int64_t elements;
+  NODESHAPE_CHECK(multiply(sample, 1, &elements) && elements <= largest_sample, op,
+                  "a sample of y0, " + text(sizes) + ", is too large; with 8 more in each dimension it may have " +
+                      std::to_string(largest_sample) + " elements: make it smaller");
+  const int64_t element = y0.scalar_type() == ScalarType::Float ? 4 : 8;
+  checked_bytes(op + ": stages", stored_sizes(*this, y0), element);
+  sizes.insert(sizes.begin(), int64_t(times.size()));
+  checked_bytes(op + ": ys", sizes, element);
+}
+
 /// y0, as the first observation.
 inline Tensor first(const std::string& op, const Tensor& ys) {
   NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op,
@@ -290,7 +332,7 @@ SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::ve
   const Common common{"conv_solve",   times_of(t),        std::move(steps), theta,          tolerance,
                       max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
   Backend::check(common, y0);
-  common.check_arguments(y0);
+  common.check_arguments(y0, Backend::kLargestSample);
   ConvOwner owner;
   conv_model(common.op, y0, weights, owner);
   return Backend::solve(common, owner, y0);
@@ -304,7 +346,7 @@ GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Ten
                       max_iterations,        std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   Backend::check(common, y0);
-  common.check_arguments(y0);
+  common.check_arguments(y0, Backend::kLargestSample);
   ConvOwner owner;
   conv_model(common.op, y0, weights, owner);
   return Backend::solve_backward(common, owner, y0, {grad_ys, ys, stages});
@@ -317,7 +359,7 @@ SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::str
   const Common common{"mlp_solve",    times_of(t),        std::move(steps), theta,          tolerance,
                       max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
   Backend::check(common, y0);
-  common.check_arguments(y0);
+  common.check_arguments(y0, Backend::kLargestSample);
   MlpOwner owner;
   mlp_model(common.op, y0, weights, activation, owner);
   return Backend::solve(common, owner, y0);
@@ -332,7 +374,7 @@ GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tens
                       max_iterations,       std::move(adjoint), checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   Backend::check(common, y0);
-  common.check_arguments(y0);
+  common.check_arguments(y0, Backend::kLargestSample);
   MlpOwner owner;
   mlp_model(common.op, y0, weights, activation, owner);
   return Backend::solve_backward(common, owner, y0, {grad_ys, ys, stages});

@@ -76,7 +76,7 @@ NODESHAPE_FUNCTION inline FirstFailures first_failures(const Failure* failures, 
 
 enum class Adjoint : int { discrete, reversible, continuous };
 
-/// Arrays of a forward solve. `sample` below counts the numbers of one sample.
+/// Arrays of a forward solve. `sample` below counts the elements of one sample.
 template <class T>
 struct ForwardProblem {
   Grid grid;

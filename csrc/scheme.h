@@ -7,8 +7,8 @@
 // sample, or kSamples of them side by side where no stage is iterated; fewer in a batch's last slot, whose `members`
 // say how many. D has
 //     Scalar, kSamples
-//     size()                       numbers in a slot's state as D keeps it, a multiple of the vector
-//     sample(), kept()             numbers of a sample in tensors, and in `stored` where stages are kept
+//     size()                       elements of a slot's state as D keeps it, a multiple of the vector
+//     sample(), kept()             elements of a sample in tensors, and in `stored` where stages are kept
 //     read(tensor, members, y), write(y, members, tensor)     a slot's states from and to a tensor's layout
 //     read_cotangent(tensor, members, lambda)                 as read(), zero for members that a slot lacks
 //     pack(y, members, row)        as write(), for a checkpoint in `stored`
@@ -87,8 +87,8 @@ NODESHAPE_FUNCTION bool is_finite(int64_t size, const T* x) {
   return total<T>(size, [=](int64_t i) { return load(x + i) - load(x + i); }) == T(0);
 }
 
-/// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation a stage. It is
-/// no failure if the function was linearised about an `origin` that is not finite: such a sample's gradient is NaN.
+/// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation per stage. It
+/// is no failure if the function was linearised about an `origin` that is not finite: such a sample's gradient is NaN.
 template <class D, class T>
 NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64_t size,
                               int64_t step, Sweep sweep, double t, double h, T* const* origin, T* const* state,
@@ -109,7 +109,7 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
   using T = typename D::Scalar;
   const Grid& grid = p.grid;
   const Slots<D> slots(group, p.samples);
-  const int64_t size = f.size(), sample = f.sample(), row_numbers = p.store == kStoreStages ? f.kept() : sample;
+  const int64_t size = f.size(), sample = f.sample(), row_elements = p.store == kStoreStages ? f.kept() : sample;
   StageSolver<T> stages(arena, size, group.count, p.stage, grid.theta == 0.0);
   T* y[kMaxGroup];
   for (int s = 0; s < group.count; ++s) {
@@ -117,7 +117,7 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
     f.read(p.y0 + slots.first(s) * sample, slots.members(s), y[s]);
     f.write(y[s], slots.members(s), p.ys + slots.first(s) * sample);
   }
-  const auto stored = [&](int64_t row, int s) { return p.stored + (row * p.samples + slots.first(s)) * row_numbers; };
+  const auto stored = [&](int64_t row, int s) { return p.stored + (row * p.samples + slots.first(s)) * row_elements; };
 
   int64_t step = 0, row = 0;
   for (int64_t j = 0; j + 1 < grid.count; ++j) {
@@ -243,7 +243,7 @@ class BackwardSweep {
   }
 
   /// discrete: the forward solve kept the stage and what f is linearised about it with.
-  NODESHAPE_FUNCTION void restore_stage(int64_t row, double t, double h) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void restore_stage(int64_t row, double t, double h) {
     const T* rows[kMaxGroup];
     int members[kMaxGroup];
     for (int s = 0; s < group_.count; ++s) {
@@ -256,7 +256,7 @@ class BackwardSweep {
   }
 
   /// reversible: Y = y_{k+1} - (1 - theta) h f(Y), the very stage of the forward step.
-  NODESHAPE_FUNCTION void rebuild_stage(int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void rebuild_stage(int64_t step, double t, double h) {
     const double theta = p_.grid.theta;
     rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
     judge(rebuilt_, size_, step, Sweep::reversed, t, h, nullptr, y_);
@@ -272,7 +272,7 @@ class BackwardSweep {
   };
 
   /// w = lambda + theta h J^T w, then lambda += h J^T w; returns dL/dh and dL/dt of the step.
-  NODESHAPE_FUNCTION TimeGradient transposed_step(int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE TimeGradient transposed_step(int64_t step, double t, double h) {
     const double theta = p_.grid.theta;
     transposed_.solve(group_.count, lam_, theta * h, [&](const Batch<T>& b) { f_.vjp(b); });
     f_.accumulate(t + theta * h, h, group_.count);
@@ -284,7 +284,7 @@ class BackwardSweep {
   }
 
   /// continuous (Chen et al. 2018, section 2): (y, a)' = (f, -J^T a), stepped with -h from t + h.
-  NODESHAPE_FUNCTION void augmented_step(int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void augmented_step(int64_t step, double t, double h) {
     const double theta = p_.grid.theta, at = t + (1.0 - theta) * h;
     rebuilt_.solve(group_.count, y_, -theta * h, [&](const Batch<T>& b) {
       f_.eval(at, b);
@@ -302,7 +302,7 @@ class BackwardSweep {
   }
 
   /// continuous: dL/dt_j = dL/dy(t_j) . f(t_j, y(t_j)), and for t_0 minus the adjoint that reached it.
-  NODESHAPE_FUNCTION void observe_slopes(int64_t j) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void observe_slopes(int64_t j) {
     Batch<T> batch;
     for (int s = 0; s < group_.count; ++s) batch.add(s, y_[s], slope_[s]);
     f_.eval(p_.grid.times[j], batch);
@@ -316,7 +316,7 @@ class BackwardSweep {
   }
 
   /// At observation time j: back to the stored trajectory, and the jump of lambda by dL/dy(t_j).
-  NODESHAPE_FUNCTION void arrive(int64_t j, int64_t step, double t, double h) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void arrive(int64_t j, int64_t step, double t, double h) {
     if (p_.adjoint == Adjoint::reversible) compare(step, j, t, h, kObserved);
     if (pair_) {
       for (int s = 0; s < group_.count; ++s) f_.read(observed(p_.ys, j, s), slots_.members(s), y_[s]);
@@ -339,7 +339,7 @@ class BackwardSweep {
 
   /// reversible: how far the rebuilt state has drifted from the stored one, from which the sweep goes on: row `row` of
   /// `stored`, or the state at observation time j.
-  NODESHAPE_FUNCTION void compare(int64_t step, int64_t j, double t, double h, int64_t row) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void compare(int64_t step, int64_t j, double t, double h, int64_t row) {
     for (int s = 0; s < group_.count; ++s) {
       f_.read(observed(p_.ys, j + 1, s), slots_.members(s), slope_[s]);
       const double end = detail::dot(size_, slope_[s], slope_[s]);
@@ -366,7 +366,7 @@ class BackwardSweep {
   const Group group_;
   const Slots<D> slots_;
   double* grad_t_;
-  const int64_t size_, sample_, row_;  // numbers: of a slot's state, of a sample in tensors, and in `stored`
+  const int64_t size_, sample_, row_;  // elements: of a slot's state, of a sample in tensors, and in `stored`
   const bool pair_, explicit_;
   int64_t observations_ = 0;   // evaluations of f at observation times
   StageSolver<T> rebuilt_;     // of the trajectory, or of the pair (y, lambda)

@@ -1,7 +1,7 @@
 // The stage equation Y = base + c F(Y), for a few samples side by side: Anderson acceleration as in
 // nodeshape/_ode/stage.py.
 //
-// Written in `each` and `total`, the loops over one sample's numbers that the including file brings (cpu/simd.h,
+// Written in `each` and `total`, the loops over one sample's elements that the including file brings (cpu/simd.h,
 // cuda/block.cuh), and knowing nothing of what F is. Samples share calls of F and nothing else: each has its own
 // history, stops at its own tolerance and fails alone, so what becomes of one does not depend on its company.
 #pragma once
@@ -48,14 +48,14 @@ class StageSolver {
     double residual = 0;  // the largest
   };
 
-  /// `size` numbers a sample, a multiple of the vector; `explicit_only` if every c will be 0.
+  /// `size` elements per sample, a multiple of the vector; `is_explicit` if every stage is its base, c = 0.
   template <class Arena>
-  NODESHAPE_FUNCTION StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool explicit_only)
-      : size_(size), options_(options) {
+  NODESHAPE_FUNCTION StageSolver(Arena& arena, int64_t size, int group, StageOptions options, bool is_explicit)
+      : size_(size), options_(options), explicit_(is_explicit) {
     for (int s = 0; s < group; ++s) {
       Sample& sample = samples_[s];
       sample.stage.slope = arena.template take<T>(size);
-      if (explicit_only) continue;
+      if (explicit_) continue;
       sample.value = arena.template take<T>(size);
       sample.residual = arena.template take<T>(size);
       for (int m = 0; m < kAndersonMemory; ++m) {
@@ -63,7 +63,7 @@ class StageSolver {
         sample.move[m] = arena.template take<T>(size);
       }
     }
-    if (explicit_only) return;
+    if (explicit_) return;
     step_ = arena.template take<T>(size);
     rest_ = arena.template take<T>(size);
     for (int m = 0; m < kAndersonMemory; ++m) {
@@ -79,7 +79,7 @@ class StageSolver {
   template <class Function>
   NODESHAPE_FUNCTION void solve(int count, T* const* base, double c, Function&& function) {
     Batch<T> batch;
-    if (c == 0.0) {
+    if (explicit_) {
       for (int s = 0; s < count; ++s) {
         Stage& stage = samples_[s].stage;
         stage = {base[s], stage.slope, 1, 0.0, true};
@@ -144,7 +144,7 @@ class StageSolver {
            })));
   }
 
-  NODESHAPE_FUNCTION void begin(Sample& sample, const T* base, T c) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void begin(Sample& sample, const T* base, T c) {
     T *value = sample.value, *slope = sample.stage.slope;
     const Vec<T> factor = splat(c);
     if (started_)
@@ -160,7 +160,7 @@ class StageSolver {
   }
 
   /// Take in a new F(Y): the residual, and whether the iteration ends here.
-  NODESHAPE_FUNCTION bool finished(Sample& sample, T c) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE bool finished(Sample& sample, T c) {
     const T *base = sample.base, *value = sample.value, *slope = sample.stage.slope;
     T *residual = sample.residual, *difference = sample.difference[0];
     const Vec<T> factor = splat(c);
@@ -197,7 +197,7 @@ class StageSolver {
   /// Y += the moves that the residual's part in the span of the differences calls for, and the rest of it, or less of
   /// the rest by half each time the residual has more than doubled. Modified Gram-Schmidt, the newest difference first,
   /// so that old ones never spoil new ones.
-  NODESHAPE_FUNCTION void propose(Sample& sample) {
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void propose(Sample& sample) {
     const T* residual = sample.residual;
     T *value = sample.value, *step = step_, *rest = rest_;
     each<T>(size_, [=](int64_t i) {
@@ -264,6 +264,7 @@ class StageSolver {
 
   int64_t size_;
   StageOptions options_;
+  const bool explicit_;
   Sample samples_[kMaxGroup];
   T *step_, *rest_, *q_[kAndersonMemory], *x_[kAndersonMemory];  // of the sample at hand
   bool started_ = false;

@@ -220,8 +220,10 @@ def test_drift_of_the_reversed_trajectory_is_an_error():
         ({2: []}, "expected the 10 parameters of ConvDynamics, got 0"),
         ({3: [1]}, "got 1 step counts for 3 observation times"),
         ({3: [1, 0]}, "at least 1 step, got 0"),
+        ({3: [1, -3]}, "at least 1 step, got -3"),
         ({4: 0.3}, "theta must be 0"),
         ({5: 0.0}, "tolerance must be positive"),
+        ({5: float("inf")}, "tolerance must be positive and finite, got inf"),
         ({6: 0}, "max_iterations must be at least 1"),
         ({7: "exact"}, "unknown adjoint 'exact'"),
         ({8: -1}, "checkpoint_every must be"),
@@ -233,6 +235,78 @@ def test_wrong_arguments_are_named(change, message):
         arguments[position] = value
     with pytest.raises(RuntimeError, match=f"conv_solve: .*{message}"):
         op("conv_solve")(*arguments)
+
+
+def times(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("t", "steps", "message"),
+    [
+        (times(-1e308, 1e308), [1], "finite length, got -1e\\+308 to 1e\\+308"),
+        (times(1e308, -1e308), [1], "finite length, got 1e\\+308 to -1e\\+308"),
+        (times(0, float("inf")), [1], "t must be finite, got inf"),
+        (times(float("nan"), 1), [1], "t must be finite, got -?nan"),
+        (times(0, 1, 0.5), [1, 1], "strictly, got 1 and 0.5 next to each other"),
+        (times(0, 0), [1], "strictly, got 0 and 0 next to each other"),
+        (times(0, 5e-324), [2], "2 steps from 0 to 4.94066e-324 have length 0"),
+        (times(0, 1, 2, 3, 4), [2**62] * 4, "at most 10000000 steps, got 4611686018427387904"),
+        (times(0, 1), [2**63 - 1], "at most 10000000 steps, got 9223372036854775807"),
+        (times(0, 1), [10_000_001], "at most 10000000 steps, got 10000001"),
+    ],
+)
+@pytest.mark.parametrize(("name", "arguments"), OPS)
+def test_grid_that_no_solve_can_step_through_is_refused(name, arguments, t, steps, message, theta):
+    y0, _, *rest = arguments(grad=False, theta=theta, steps=steps)
+    ys = y0.expand(len(t), *y0.shape)
+    with pytest.raises(RuntimeError, match=f"^{name}: .*{message}"):
+        op(name)(y0, t, *rest)
+    with pytest.raises(RuntimeError, match=f"^{name}_backward: .*{message}"):
+        op(f"{name}_backward")(ys, ys, ys[:0], t, *rest)
+
+
+@pytest.mark.parametrize(("name", "arguments"), OPS)
+def test_sizes_that_overflow_are_refused(name, arguments):
+    """The batch is a view of one sample, so that only what the op would make of it is large."""
+    largest, rows = 2**63 - 1, 20_000_000
+    y0, t, *rest = arguments(grad=False, steps=[rows // 2] * 2)
+    maps = 3 if name == "conv_solve" else 1
+    for numbers, output, adjoint in [
+        (rows * maps * y0[0].numel(), "stages", "discrete"),
+        (len(t) * y0[0].numel(), "ys", "none"),
+    ]:
+        batch = largest // numbers  # so that the elements can be counted and the bytes cannot
+        rest[-3] = adjoint
+        y = y0[:1].expand(batch, *y0.shape[1:])
+        ys = y.expand(len(t), *y.shape)
+        with pytest.raises(RuntimeError, match=f"^{name}: {output} of size .* more than 2\\^63 bytes"):
+            op(name)(y, t, *rest)
+        with pytest.raises(RuntimeError, match=f"^{name}_backward: {output} of size .* more than 2\\^63 bytes"):
+            op(f"{name}_backward")(ys, ys, y0[:0], t, *rest)
+
+
+def test_an_empty_batch_of_samples_that_no_kernel_can_count_is_refused():
+    y0, *rest = conv_arguments(grad=False)
+    y = y0.new_empty(0, 4, 2**29, 2**30)
+    with pytest.raises(RuntimeError, match=r"^conv_solve: a sample of y0, \[0, 4, 536870912, .* is too large"):
+        op("conv_solve")(y, *rest)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+@pytest.mark.parametrize(("name", "arguments"), OPS)
+def test_backward_op_reads_no_further_than_its_tensors(name, arguments, adjoint):
+    y0, t, *rest = arguments(grad=False, adjoint=adjoint, every=2)
+    ys, stages, *_ = op(name)(y0, t, *rest)
+    for wrong in (stages.new_empty(len(stages) + 1, *stages.shape[1:]), stages[:, :1], stages[..., :1], stages[0:0, 0]):
+        with pytest.raises(RuntimeError, match=f"^{name}_backward: stages is .* but must be "):
+            op(f"{name}_backward")(ys, ys, wrong, t, *rest)
+    for grad_ys in (ys[:2], ys[:, :1], ys[..., :1]):
+        with pytest.raises(RuntimeError, match=f"^{name}_backward: grad_ys is .* but must be "):
+            op(f"{name}_backward")(grad_ys, ys, stages, t, *rest)
+    with pytest.raises(RuntimeError, match=f"^{name}_backward: ys is .* but must be "):
+        op(f"{name}_backward")(ys[:2], ys[:2], stages, t, *rest)
 
 
 def test_unknown_instruction_set_is_an_error(monkeypatch):

@@ -20,10 +20,12 @@ class Arena {
     }
   }
 
-  /// `count` uninitialised numbers, aligned to a cache line.
+  /// `count` uninitialised elements, aligned to a cache line.
   template <class T>
   T* take(int64_t count) {
-    const int64_t bytes = (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    const int64_t bytes = count > kMost / int64_t(sizeof(T))
+                              ? kMost  // which operator new refuses
+                              : (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
     while (current_ != nullptr && current_->used + bytes > current_->bytes) {
       if (current_->next == nullptr) break;
       current_ = current_->next;
@@ -57,6 +59,7 @@ class Arena {
 
  private:
   static constexpr int64_t kAlignment = 64;
+  static constexpr int64_t kMost = int64_t(1) << 62;  // bytes
   static constexpr int64_t kSmallestBlock = 1 << 16;
   static constexpr int64_t kMostKept = 1 << 24;  // bytes a thread keeps: fresh pages cost more than a small solve
 

@@ -1,15 +1,15 @@
 // ConvDynamics: f = norm3(z2), z2 = conv2(t, relu(norm2(z1))), z1 = conv1(t, relu(norm1(y))).
 //
 // Time is a constant input channel, so all it does is shift a convolution's output by t times a map that depends on
-// nothing but which borders a pixel touches; bias and time together are sixteen vectors of channels, one for each kind
-// of pixel.
+// nothing but which borders a pixel touches; bias and time together are sixteen vectors of channels, one for each
+// border class of pixels.
 #pragma once
 
 #include "conv3x3.h"
 #include "kernels.h"
 #include "team.h"
 #include "../groupnorm.h"
-#include "../kinds.h"
+#include "../borders.h"
 #include "../stage.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
@@ -19,23 +19,23 @@ template <class T>
 struct ConvWeights {
   MapShape shape;
   int64_t groups;
-  const int* kinds;   // [pixels]
-  const T* gamma[3];  // [padded channels]
+  const int* borders;  // [pixels]
+  const T* gamma[3];   // [padded channels]
   const T* beta[3];
   struct Layer {
     Filters<T>* forward;
     Filters<T>* backward;  // transposed and flipped: from output cotangents to input cotangents
     const T* bias;         // [padded channels]
-    const T* time;         // [kinds, padded channels]
+    const T* time;         // [border classes, padded channels]
   } layers[2];
 
   ConvWeights(const ConvModel& model, Arena& arena, const Executor& executor, bool with_gradient)
       : shape{model.channels, model.height, model.width}, groups(model.groups) {
     const int64_t c = shape.channels;
-    int* kind = arena.take<int>(shape.pixels());
-    kinds = kind;
+    int* border = arena.take<int>(shape.pixels());
+    borders = border;
     for (int64_t y = 0; y < shape.height; ++y)
-      for (int64_t x = 0; x < shape.width; ++x) *kind++ = kind_of(y, x, shape.height, shape.width);
+      for (int64_t x = 0; x < shape.width; ++x) *border++ = border_class(y, x, shape.height, shape.width);
     const auto parameter = [&](int i) { return static_cast<const T*>(model.parameters[i]); };
     for (int n = 0; n < 3; ++n) {
       gamma[n] = padded_row(parameter(4 * n), arena);
@@ -46,11 +46,11 @@ struct ConvWeights {
       layers[l].forward = new (arena.take<Filters<T>>(1)) Filters<T>(c, arena);
       layers[l].backward = with_gradient ? new (arena.take<Filters<T>>(1)) Filters<T>(c, arena) : nullptr;
       layers[l].bias = padded_row(parameter(4 * l + 3), arena);
-      T* time = arena.zeros<T>(kKinds * padded<T>(c));
-      for (int kind = 0; kind < kKinds; ++kind)
+      T* time = arena.zeros<T>(kBorderClasses * padded<T>(c));
+      for (int border = 0; border < kBorderClasses; ++border)
         for (int64_t o = 0; o < c; ++o)
           for (int tap = 0; tap < 9; ++tap)
-            if (inside(tap, kind)) time[kind * padded<T>(c) + o] += weight[o * (c + 1) * 9 + tap];
+            if (inside(tap, border)) time[border * padded<T>(c) + o] += weight[o * (c + 1) * 9 + tap];
       layers[l].time = time;
     }
     const int64_t vectors = layers[0].forward->vectors(), directions = with_gradient ? 2 : 1;
@@ -79,12 +79,12 @@ struct ConvWeights {
     const int64_t piece = members <= kLanes<T> ? kLanes<T> : members;
     return piece % members == 0 && piece % kLanes<T> == 0 && width % piece == 0 ? width / piece : 1;
   }
-  double cost() const { return 100 + 0.02 * double(parameters() * shape.pixels()); }
+  double cost() const { return 100 + 0.02 * (double(parameters()) * double(shape.pixels())); }
 
  private:
-  const T* padded_row(const T* numbers, Arena& arena) const {
+  const T* padded_row(const T* values, Arena& arena) const {
     T* row = arena.zeros<T>(padded<T>(shape.channels));
-    __builtin_memcpy(row, numbers, shape.channels * sizeof(T));
+    __builtin_memcpy(row, values, shape.channels * sizeof(T));
     return row;
   }
 };
@@ -111,14 +111,14 @@ class ConvDynamics {
         slot.dz[l] = with_gradient ? arena.take<T>(size()) : nullptr;
       }
     }
-    for (int l = 0; l < 2; ++l) shift_[l] = arena.take<T>(kKinds * width_);
+    for (int l = 0; l < 2; ++l) shift_[l] = arena.take<T>(kBorderClasses * width_);
     if (!with_gradient) return;
-    kinds_ = arena.take<T>(kKinds * width_);
+    border_sums_ = arena.take<T>(kBorderClasses * width_);
     norm_gradient_ = arena.zeros<T>(6 * width_);
     for (int l = 0; l < 2; ++l) {
       filter_gradient_[l] = new (arena.take<FilterGradient<T>>(1)) FilterGradient<T>(shape_.channels, arena);
       bias_gradient_[l] = arena.zeros<T>(width_);
-      time_gradient_[l] = arena.zeros<T>(kKinds * width_);
+      time_gradient_[l] = arena.zeros<T>(kBorderClasses * width_);
     }
   }
 
@@ -189,14 +189,14 @@ class ConvDynamics {
       const Vec<T> time = splat(T(t));
       T* shift = shift_[l];
       const typename Weights::Layer& layer = w_.layers[l];
-      for (int kind = 0; kind < kKinds; ++kind)
+      for (int border = 0; border < kBorderClasses; ++border)
         each<T>(width_, [&](int64_t c) {
-          store(shift + kind * width_ + c, fma(time, load(layer.time + kind * width_ + c), load(layer.bias + c)));
+          store(shift + border * width_ + c, fma(time, load(layer.time + border * width_ + c), load(layer.bias + c)));
         });
       together([&](Span channels, T* products) {
         layer.forward->apply(
             channels, shape_, batch.count, inputs_, products, [&](int64_t map, int64_t p, int64_t c, Vec<T> value) {
-              store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.kinds[p] * width_ + c));
+              store(slots_[batch.slot[map]].z[l] + p * width_ + c, value + load(shift + w_.borders[p] * width_ + c));
             });
         for (int i = 0; l == 1 && i < batch.count; ++i) finish(channels, slots_[batch.slot[i]], batch.out[i]);
       });
@@ -251,16 +251,16 @@ class ConvDynamics {
         transform_activations(all(), slot, l, count, s);
         transform_cotangents<T>(shape_, rows, s * shape_.tiles(), outputs_,
                                 [&](int64_t p, int64_t c) { return load(dz + p * width_ + c) * scale; });
-        sum_kinds(dz);
+        sum_borders(dz);
         const T* map = w_.layers[l].time;
-        time_product_ +=
-            h * double(total<T>(kKinds * width_, [&](int64_t i) { return load(kinds_ + i) * load(map + i); }));
+        time_product_ += h * double(total<T>(kBorderClasses * width_,
+                                             [&](int64_t i) { return load(border_sums_ + i) * load(map + i); }));
         T *bias = bias_gradient_[l], *time = time_gradient_[l];
-        for (int kind = 0; kind < kKinds; ++kind)
+        for (int border = 0; border < kBorderClasses; ++border)
           each<T>(width_, [&](int64_t c) {
-            const Vec<T> sum = load(kinds_ + kind * width_ + c);
+            const Vec<T> sum = load(border_sums_ + border * width_ + c);
             store(bias + c, fma(scale, sum, load(bias + c)));
-            store(time + kind * width_ + c, fma(timed, sum, load(time + kind * width_ + c)));
+            store(time + border * width_ + c, fma(timed, sum, load(time + border * width_ + c)));
           });
       }
       filter_gradient_[l]->add(rows, inputs_, outputs_);
@@ -285,14 +285,14 @@ class ConvDynamics {
       for (int64_t o = 0; o < c; ++o)
         for (int tap = 0; tap < 9; ++tap) {
           T sum = 0;
-          for (int kind = 0; kind < kKinds; ++kind)
-            if (inside(tap, kind)) sum += time_gradient_[n][kind * width_ + o];
+          for (int border = 0; border < kBorderClasses; ++border)
+            if (inside(tap, border)) sum += time_gradient_[n][border * width_ + o];
           row[o * (c + 1) * 9 + tap] = sum;
         }
       row += c * (c + 1) * 9;
       for (int64_t o = 0; o < c; ++o) *row++ = bias_gradient_[n][o];
       __builtin_memset(bias_gradient_[n], 0, width_ * sizeof(T));
-      __builtin_memset(time_gradient_[n], 0, kKinds * width_ * sizeof(T));
+      __builtin_memset(time_gradient_[n], 0, kBorderClasses * width_ * sizeof(T));
     }
   }
 
@@ -347,16 +347,16 @@ class ConvDynamics {
       });
   }
 
-  /// kinds_ = sums of dz over the pixels of each kind.
-  void sum_kinds(const T* dz) {
-    __builtin_memset(kinds_, 0, kKinds * width_ * sizeof(T));
+  /// border_sums_ = sums of dz over the pixels of each border class.
+  void sum_borders(const T* dz) {
+    __builtin_memset(border_sums_, 0, kBorderClasses * width_ * sizeof(T));
     const int64_t width = shape_.width;
     for (int64_t y = 0; y < shape_.height; ++y)
       each<T>(width_, [&](int64_t c) {
         const auto at = [&](int64_t x) { return load(dz + (y * width + x) * width_ + c); };
         const auto add = [&](int64_t x, Vec<T> sum) {
-          T* kind = kinds_ + kind_of(y, x, shape_.height, width) * width_ + c;
-          store(kind, load(kind) + sum);
+          T* border = border_sums_ + border_class(y, x, shape_.height, width) * width_ + c;
+          store(border, load(border) + sum);
         };
         add(0, at(0));
         if (width == 1) return;
@@ -377,12 +377,12 @@ class ConvDynamics {
   double time_product_ = 0;
   Team* team_ = nullptr;
   T* products_[Team::kMost];  // as outputs_, of each piece that a team works on
-  T* shift_[2];               // [kinds, padded channels], bias + t time
-  T* kinds_ = nullptr;
+  T* shift_[2];               // [border classes, padded channels], bias + t time
+  T* border_sums_ = nullptr;
   T* norm_gradient_ = nullptr;  // [3, (gamma, beta), padded channels]
   FilterGradient<T>* filter_gradient_[2];
   T* bias_gradient_[2];  // [padded channels]
-  T* time_gradient_[2];  // [kinds, padded channels]
+  T* time_gradient_[2];  // [border classes, padded channels]
 };
 
 }  // namespace nodeshape::NODESHAPE_TARGET

@@ -21,8 +21,8 @@ struct MapShape {
   int64_t tiles() const { return tiles_down() * tiles_across(); }
 };
 
-/// Distance between the 36 products of `rows` by `width` numbers: a cache line more than they need, because a transform
-/// touches all 36 at once and a power of two would put them into the same few places of the cache.
+/// Distance between the 36 products of `rows` by `width` elements: a cache line more than they need, because a
+/// transform touches all 36 at once and a power of two would put them into the same few places of the cache.
 template <class T>
 NODESHAPE_INLINE int64_t product_stride(int64_t rows, int64_t width) {
   return rows * width + 64 / int64_t(sizeof(T));
@@ -44,14 +44,14 @@ class FramedMap {
       : shape_(shape),
         channels_(padded<T>(shape.channels)),
         across_(shape.tiles_across() * winograd::kTile + 2),
-        numbers_(arena.zeros<T>((shape.tiles_down() * winograd::kTile + 2) * across_ * channels_)) {}
+        elements_(arena.zeros<T>((shape.tiles_down() * winograd::kTile + 2) * across_ * channels_)) {}
 
   /// Set some channels of the map: source(pixel, channel vector c) everywhere inside the frame.
   template <class Source>
   void set(Span channels, Source&& source) {
     for (int64_t y = 0, pixel = 0; y < shape_.height; ++y)
       for (int64_t x = 0; x < shape_.width; ++x, ++pixel) {
-        T* to = numbers_ + ((y + 1) * across_ + x + 1) * channels_;
+        T* to = elements_ + ((y + 1) * across_ + x + 1) * channels_;
         each<T>(channels, [&](int64_t c) { store(to + c, source(pixel, c)); });
       }
   }
@@ -59,7 +59,7 @@ class FramedMap {
   /// V = B^T d B for the tiles of the map, which are rows first_row ... of `rows`.
   void transform(Span channels, int64_t rows, int64_t first_row, T* transformed) const {
     each_tile(shape_, first_row, [&](int64_t row, int64_t top, int64_t left) {
-      const T* corner = numbers_ + (top * across_ + left) * channels_;
+      const T* corner = elements_ + (top * across_ + left) * channels_;
       T* to = transformed + row * channels_;
       const int64_t stride = product_stride<T>(rows, channels_);
       each<T>(channels, [&](int64_t c) {
@@ -76,7 +76,7 @@ class FramedMap {
  private:
   MapShape shape_;
   int64_t channels_, across_;
-  T* numbers_;
+  T* elements_;
 };
 
 /// A z A^T for the tiles of one map of output cotangents, the form in which the filter's gradient sums them.

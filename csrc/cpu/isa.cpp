@@ -9,9 +9,12 @@ namespace nodeshape {
 namespace {
 
 struct Candidate {
-  const Kernels* kernels;
+  Kernels kernels;
   bool supported;
 };
+
+#define NODESHAPE_KERNELS(isa) \
+  Kernels { #isa, kernels_##isa##_float, kernels_##isa##_double }
 
 }  // namespace
 
@@ -22,22 +25,23 @@ const Kernels& kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  const Candidate candidates[] = {{&kernels_avx512, avx512}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+  static const Candidate candidates[] = {
+      {NODESHAPE_KERNELS(avx512), avx512}, {NODESHAPE_KERNELS(avx2), avx2}, {NODESHAPE_KERNELS(portable), true}};
 #else
-  const Candidate candidates[] = {{&kernels_portable, true}};
+  static const Candidate candidates[] = {{NODESHAPE_KERNELS(portable), true}};
 #endif
   const char* forced = std::getenv("NODESHAPE_ISA");
   std::string known;
   for (const Candidate& candidate : candidates) {
     if (forced == nullptr || *forced == '\0') {
-      if (candidate.supported) return *candidate.kernels;
+      if (candidate.supported) return candidate.kernels;
       continue;
     }
-    if (candidate.kernels->isa == std::string(forced)) {
-      if (candidate.supported) return *candidate.kernels;
+    if (candidate.kernels.isa == std::string(forced)) {
+      if (candidate.supported) return candidate.kernels;
       throw std::runtime_error(std::string("NODESHAPE_ISA=") + forced + ": this processor does not have it; unset it");
     }
-    known += std::string(known.empty() ? "" : ", ") + candidate.kernels->isa;
+    known += std::string(known.empty() ? "" : ", ") + candidate.kernels.isa;
   }
   throw std::runtime_error(std::string("NODESHAPE_ISA=") + forced + " is not known here: choose one of " + known);
 }

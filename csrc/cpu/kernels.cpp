@@ -1,4 +1,5 @@
-// The solvers of one instruction set; setup.py compiles this file once for each, with its flags and NODESHAPE_TARGET.
+// The solvers of one instruction set and dtype; setup.py compiles this file once for each pair, with the instruction
+// set's flags, NODESHAPE_TARGET and NODESHAPE_SCALAR.
 #include "kernels.h"
 
 #include "conv.h"
@@ -6,28 +7,11 @@
 #include "mlp_tile.h"
 #include "solve.h"
 
-#define NODESHAPE_JOIN_(a, b) a##b
-#define NODESHAPE_JOIN(a, b) NODESHAPE_JOIN_(a, b)
-#define NODESHAPE_STRING_(a) #a
-#define NODESHAPE_STRING(a) NODESHAPE_STRING_(a)
+#define NODESHAPE_JOIN_(a, b, c) a##b##_##c
+#define NODESHAPE_JOIN(a, b, c) NODESHAPE_JOIN_(a, b, c)
 
 namespace nodeshape {
 namespace NODESHAPE_TARGET {
-
-/// Calls body.operator()<A>() for the activation.
-template <class Body>
-void with_activation(Activation activation, Body&& body) {
-  switch (activation) {
-    case Activation::tanh:
-      return body.template operator()<Activation::tanh>();
-    case Activation::relu:
-      return body.template operator()<Activation::relu>();
-    case Activation::softplus:
-      return body.template operator()<Activation::softplus>();
-    case Activation::silu:
-      return body.template operator()<Activation::silu>();
-  }
-}
 
 template <class T>
 void conv_forward(const ConvModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
@@ -46,29 +30,27 @@ void conv_backward(const ConvModel& model, const BackwardProblem<T>& problem, co
 template <class T>
 void mlp_forward(const MlpModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
   const MlpTileWeights<T> tile{model};
-  if (tile.suits(problem.grid.theta))
-    return with_activation(model.activation, [&]<Activation A>() { forward<MlpTile<T, A>>(tile, problem, executor); });
+  if (tile.suits(problem.grid.theta)) return forward<MlpTile<T>>(tile, problem, executor);
   Arena arena;
   const MlpWeights<T> weights(model, arena);
-  with_activation(model.activation, [&]<Activation A>() { forward<MlpDynamics<T, A>>(weights, problem, executor); });
+  forward<MlpDynamics<T>>(weights, problem, executor);
 }
 
 template <class T>
 void mlp_backward(const MlpModel& model, const BackwardProblem<T>& problem, const Executor& executor) {
   const MlpTileWeights<T> tile{model};
   if (tile.suits(problem.grid.theta) && problem.adjoint != Adjoint::reversible)  // which would iterate its stages
-    return with_activation(model.activation, [&]<Activation A>() { backward<MlpTile<T, A>>(tile, problem, executor); });
+    return backward<MlpTile<T>>(tile, problem, executor);
   Arena arena;
   const MlpWeights<T> weights(model, arena);
-  with_activation(model.activation, [&]<Activation A>() { backward<MlpDynamics<T, A>>(weights, problem, executor); });
+  backward<MlpDynamics<T>>(weights, problem, executor);
 }
-
-template <class T>
-inline constexpr KernelsOf<T> kernels_of = {conv_forward<T>, conv_backward<T>, mlp_forward<T>, mlp_backward<T>};
 
 }  // namespace NODESHAPE_TARGET
 
-const Kernels NODESHAPE_JOIN(kernels_, NODESHAPE_TARGET) = {
-    NODESHAPE_STRING(NODESHAPE_TARGET), NODESHAPE_TARGET::kernels_of<float>, NODESHAPE_TARGET::kernels_of<double>};
+using Scalar = NODESHAPE_SCALAR;
+const KernelsOf<Scalar> NODESHAPE_JOIN(kernels_, NODESHAPE_TARGET, NODESHAPE_SCALAR) = {
+    NODESHAPE_TARGET::conv_forward<Scalar>, NODESHAPE_TARGET::conv_backward<Scalar>,
+    NODESHAPE_TARGET::mlp_forward<Scalar>, NODESHAPE_TARGET::mlp_backward<Scalar>};
 
 }  // namespace nodeshape

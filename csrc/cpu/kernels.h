@@ -21,14 +21,17 @@ struct KernelsOf {
 
 struct Kernels {
   const char* isa;
-  KernelsOf<float> float32;
-  KernelsOf<double> float64;
+  const KernelsOf<float>& float32;
+  const KernelsOf<double>& float64;
 };
 
 #if defined(__x86_64__)
-extern const Kernels kernels_avx512;
-extern const Kernels kernels_avx2;
+extern const KernelsOf<float> kernels_avx512_float;
+extern const KernelsOf<double> kernels_avx512_double;
+extern const KernelsOf<float> kernels_avx2_float;
+extern const KernelsOf<double> kernels_avx2_double;
 #endif
-extern const Kernels kernels_portable;
+extern const KernelsOf<float> kernels_portable_float;
+extern const KernelsOf<double> kernels_portable_double;
 
 }  // namespace nodeshape

@@ -20,10 +20,12 @@ struct MlpWeights {
     const T* bias;      // [padded out]
     const T* time;      // [padded out], layer 0 only
   };
-  int64_t dim, count, numbers;
+  int64_t dim, count, parameter_count;
+  Activation activation;
   Layer* layers;  // [count]
 
-  MlpWeights(const MlpModel& model, Arena& arena) : dim(model.dim), count(model.layers), numbers(model.numbers()) {
+  MlpWeights(const MlpModel& model, Arena& arena)
+      : dim(model.dim), count(model.layers), parameter_count(model.parameter_count()), activation(model.activation) {
     layers = arena.take<Layer>(count);
     for (int64_t l = 0; l < count; ++l) {
       const int64_t in = model.in(l), out = model.widths[l], columns = model.columns(l);
@@ -44,12 +46,12 @@ struct MlpWeights {
     }
   }
 
-  int64_t parameters() const { return numbers; }
+  int64_t parameters() const { return parameter_count; }
   int64_t group() const { return kMaxGroup; }
   double cost() const { return 50 + 0.1 * double(parameters()); }
 };
 
-template <class T, Activation A>
+template <class T>
 class MlpDynamics {
  public:
   using Scalar = T;
@@ -94,7 +96,7 @@ class MlpDynamics {
   void keep(int, const T* y, int members, T* row) const { pack(y, members, row); }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
 
-  void eval(double t, const Batch<T>& batch) {
+  NODESHAPE_OUTLINE void eval(double t, const Batch<T>& batch) {
     const Vec<T> time = splat(T(t));
     for (int64_t l = 0; l < w_.count; ++l) {
       T* shift = layers_[l].shift;
@@ -120,7 +122,9 @@ class MlpDynamics {
                       layer.width);
         if (l + 1 == w_.count) break;
         T* activated = layer.a + first * layer.width;
-        each<T>(rows * layer.width, [=](int64_t i) { store(activated + i, activate<A>(load(z + i))); });
+        with_activation(w_.activation, [&]<Activation A>() {
+          each<T>(rows * layer.width, [=](int64_t i) { store(activated + i, activate<A>(load(z + i))); });
+        });
         a = activated;
         a_row = layer.width;
       }
@@ -128,7 +132,7 @@ class MlpDynamics {
     copy_out(batch, layers_[w_.count - 1].z);
   }
 
-  void vjp(const Batch<T>& batch) {
+  NODESHAPE_OUTLINE void vjp(const Batch<T>& batch) {
     T* last = layers_[w_.count - 1].dz;
     for (int i = 0; i < batch.count; ++i) {
       const T* from = batch.in[i];
@@ -142,8 +146,10 @@ class MlpDynamics {
         gemm<T, false>(rows, below.width, w_.layers[l].out, {layer.dz + first * layer.width, layer.width, 1},
                        w_.layers[l].backward, below.width, dz, below.width);
         const T *z = below.z + first * below.width, *a = below.a + first * below.width;
-        each<T>(rows * below.width,
-                [=](int64_t i) { store(dz + i, load(dz + i) * slope_of<A>(load(z + i), load(a + i))); });
+        with_activation(w_.activation, [&]<Activation A>() {
+          each<T>(rows * below.width,
+                  [=](int64_t i) { store(dz + i, load(dz + i) * slope_of<A>(load(z + i), load(a + i))); });
+        });
       }
       const Layer& bottom = layers_[0];
       gemm<T, false>(rows, size(), w_.layers[0].out, {bottom.dz + first * bottom.width, bottom.width, 1},
@@ -152,7 +158,7 @@ class MlpDynamics {
     copy_out(batch, input_gradient_);
   }
 
-  void accumulate(double t, double h, int count) {
+  NODESHAPE_OUTLINE void accumulate(double t, double h, int count) {
     const Vec<T> scale = splat(T(h)), time = splat(T(t));
     for (int64_t l = 0; l < w_.count; ++l) {
       const Layer& layer = layers_[l];

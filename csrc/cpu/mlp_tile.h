@@ -20,7 +20,7 @@ struct MlpTileWeights {
   const T* weight(int64_t l) const { return static_cast<const T*>(model.parameters[2 * l]); }
   const T* bias(int64_t l) const { return static_cast<const T*>(model.parameters[2 * l + 1]); }
 
-  int64_t parameters() const { return model.numbers(); }
+  int64_t parameters() const { return model.parameter_count(); }
   int64_t group() const { return 4; }
   double cost() const { return 2.0 * double(parameters()); }
 
@@ -29,7 +29,7 @@ struct MlpTileWeights {
   bool suits(double theta) const { return theta == 0.0 && parameters() <= 1024; }
 };
 
-template <class T, Activation A>
+template <class T>
 class MlpTile {
   static constexpr int64_t kWidth = kLanes<T>;
 
@@ -86,56 +86,11 @@ class MlpTile {
   }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
 
-  /// Slots one after the other within each layer, so that one's arithmetic hides the latency of another's.
   void eval(double t, const Batch<T>& batch) {
-    const Vec<T> time = splat(T(t));
-    for (int i = 0; i < batch.count; ++i) slots_[batch.slot[i]].y = batch.in[i];
-    for (int64_t l = 0; l < count_; ++l) {
-      const T *weight = w_.weight(l), *bias = w_.bias(l);
-      const int64_t in = w_.model.in(l), columns = w_.model.columns(l);
-      for (int i = 0; i < batch.count; ++i) {
-        const Slot& slot = slots_[batch.slot[i]];
-        const T* a = slot.input(l);
-        T *z = l + 1 < count_ ? slot.layers[l].z : batch.out[i], *activated = slot.layers[l].a;
-        units(w_.out(l), [&]<int N>(int64_t o) {
-          Vec<T> sum[N];
-          for (int n = 0; n < N; ++n) {
-            sum[n] = splat(bias[o + n]);
-            if (l == 0) sum[n] = fma(time, splat(weight[(o + n) * columns + in]), sum[n]);
-          }
-          products<N>(in, sum, [&](int64_t k, int n) { return splat(weight[(o + n) * columns + k]); }, a);
-          for (int n = 0; n < N; ++n) {
-            if (z != nullptr) store(z + (o + n) * kWidth, sum[n]);
-            if (activated != nullptr) store(activated + (o + n) * kWidth, activate<A>(sum[n]));
-          }
-        });
-      }
-    }
+    with_activation(w_.model.activation, [&]<Activation A>() { eval_with<A>(t, batch); });
   }
-
   void vjp(const Batch<T>& batch) {
-    for (int i = 0; i < batch.count; ++i)
-      __builtin_memcpy(slots_[batch.slot[i]].layers[count_ - 1].dz, batch.in[i], size() * sizeof(T));
-    for (int64_t l = count_ - 1; l >= 0; --l) {
-      const T* weight = w_.weight(l);
-      const int64_t out = w_.out(l), columns = w_.model.columns(l);
-      for (int i = 0; i < batch.count; ++i) {
-        const Slot& slot = slots_[batch.slot[i]];
-        T* to = l == 0 ? batch.out[i] : slot.layers[l - 1].dz;
-        units(w_.model.in(l), [&]<int N>(int64_t k) {
-          Vec<T> sum[N] = {};
-          products<N>(
-              out, sum, [&](int64_t o, int n) { return splat(weight[o * columns + k + n]); }, slot.layers[l].dz);
-          for (int n = 0; n < N; ++n) {
-            if (l > 0) {
-              const Layer& below = slot.layers[l - 1];
-              sum[n] *= slope_of<A>(load(below.z + (k + n) * kWidth), load(below.a + (k + n) * kWidth));
-            }
-            store(to + (k + n) * kWidth, sum[n]);
-          }
-        });
-      }
-    }
+    with_activation(w_.model.activation, [&]<Activation A>() { vjp_with<A>(batch); });
   }
 
   void accumulate(double t, double h, int count) {
@@ -166,6 +121,60 @@ class MlpTile {
 
     const T* input(int64_t l) const { return l == 0 ? y : layers[l - 1].a; }
   };
+
+  /// Slots one after the other within each layer, so that one's arithmetic hides the latency of another's.
+  template <Activation A>
+  NODESHAPE_OUTLINE void eval_with(double t, const Batch<T>& batch) {
+    const Vec<T> time = splat(T(t));
+    for (int i = 0; i < batch.count; ++i) slots_[batch.slot[i]].y = batch.in[i];
+    for (int64_t l = 0; l < count_; ++l) {
+      const T *weight = w_.weight(l), *bias = w_.bias(l);
+      const int64_t in = w_.model.in(l), columns = w_.model.columns(l);
+      for (int i = 0; i < batch.count; ++i) {
+        const Slot& slot = slots_[batch.slot[i]];
+        const T* a = slot.input(l);
+        T *z = l + 1 < count_ ? slot.layers[l].z : batch.out[i], *activated = slot.layers[l].a;
+        units(w_.out(l), [&]<int N>(int64_t o) {
+          Vec<T> sum[N];
+          for (int n = 0; n < N; ++n) {
+            sum[n] = splat(bias[o + n]);
+            if (l == 0) sum[n] = fma(time, splat(weight[(o + n) * columns + in]), sum[n]);
+          }
+          products<N>(in, sum, [&](int64_t k, int n) { return splat(weight[(o + n) * columns + k]); }, a);
+          for (int n = 0; n < N; ++n) {
+            if (z != nullptr) store(z + (o + n) * kWidth, sum[n]);
+            if (activated != nullptr) store(activated + (o + n) * kWidth, activate<A>(sum[n]));
+          }
+        });
+      }
+    }
+  }
+
+  template <Activation A>
+  NODESHAPE_OUTLINE void vjp_with(const Batch<T>& batch) {
+    for (int i = 0; i < batch.count; ++i)
+      __builtin_memcpy(slots_[batch.slot[i]].layers[count_ - 1].dz, batch.in[i], size() * sizeof(T));
+    for (int64_t l = count_ - 1; l >= 0; --l) {
+      const T* weight = w_.weight(l);
+      const int64_t out = w_.out(l), columns = w_.model.columns(l);
+      for (int i = 0; i < batch.count; ++i) {
+        const Slot& slot = slots_[batch.slot[i]];
+        T* to = l == 0 ? batch.out[i] : slot.layers[l - 1].dz;
+        units(w_.model.in(l), [&]<int N>(int64_t k) {
+          Vec<T> sum[N] = {};
+          products<N>(
+              out, sum, [&](int64_t o, int n) { return splat(weight[o * columns + k + n]); }, slot.layers[l].dz);
+          for (int n = 0; n < N; ++n) {
+            if (l > 0) {
+              const Layer& below = slot.layers[l - 1];
+              sum[n] *= slope_of<A>(load(below.z + (k + n) * kWidth), load(below.a + (k + n) * kWidth));
+            }
+            store(to + (k + n) * kWidth, sum[n]);
+          }
+        });
+      }
+    }
+  }
 
   /// accumulate() for N slots, which share the reading and writing of each parameter's gradient; returns their part of
   /// the time product.

@@ -7,7 +7,10 @@
 namespace nodeshape {
 namespace {
 
+int64_t element_size(int32_t dtype) { return dtype == aoti_torch_dtype_float32() ? 4 : 8; }
+
 Tensor empty(const Sizes& sizes, int32_t dtype) {
+  checked_bytes("a tensor", sizes, element_size(dtype));
   const Sizes strides = dense_strides(sizes);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
@@ -17,8 +20,8 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
 
 /// As empty(), for what the backward pass needs and nobody else sees; a large one has the memory of the one before it.
 Tensor empty_stored(const Sizes& sizes, int32_t dtype) {
-  size_t bytes = dtype == aoti_torch_dtype_float32() ? 4 : 8, block = 0;
-  for (int64_t extent : sizes) bytes *= size_t(extent);
+  const size_t bytes = size_t(checked_bytes("stages", sizes, element_size(dtype)));
+  size_t block = 0;
   void* data = torch_from_blob != nullptr && Pages::suit(bytes) ? Pages::take(bytes, &block) : nullptr;
   if (data == nullptr) return empty(sizes, dtype);
   const Sizes strides = dense_strides(sizes);
@@ -95,6 +98,9 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
 }
 
 struct Cpu {
+  /// Kernels take less than 2^20 bytes of working memory for each element of a sample.
+  static constexpr int64_t kLargestSample = int64_t(1) << 40;
+
   static void check(const Common& common, const Tensor& y0) {
     NODESHAPE_CHECK(y0.is_cpu(), common.op, "y0 must be on the CPU");
   }

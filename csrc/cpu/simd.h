@@ -33,6 +33,8 @@ inline constexpr int kRegisters = 16;
 #endif
 
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
+/// For what works long enough that a call costs nothing: one copy, however many call it, halves the time to compile.
+#define NODESHAPE_OUTLINE __attribute__((noinline))
 
 /// Samples that are evaluated together, so that weights are fetched once for all of them.
 inline constexpr int kMaxGroup = 16;
@@ -47,7 +49,7 @@ struct VectorOf {
 template <class T>
 using Vec = typename VectorOf<T>::type;
 
-/// Numbers in a vector of T.
+/// Elements of a vector of T.
 template <class T>
 inline constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 
@@ -203,7 +205,7 @@ NODESHAPE_INLINE T total(int64_t size, Body&& body) {
   return sum<T>((s0 + s1) + (s2 + s3));
 }
 
-/// The largest magnitude of the numbers in the vectors body(i); NaN is none.
+/// The largest magnitude of the elements of the vectors body(i); NaN is none.
 template <class T, class Body>
 NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
   Vec<T> most{};

@@ -19,7 +19,8 @@ int64_t worthwhile(const W& weights, double evaluations, int64_t most) {
 template <class D, class T>
 void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all) {
   const int64_t slots = ceil_div(problem.samples, D::kSamples);
-  const Executor executor{worthwhile(weights, double(slots * problem.grid.total_steps()), all.threads), all.run};
+  const Executor executor{worthwhile(weights, double(slots) * double(problem.grid.total_steps()), all.threads),
+                          all.run};
   if constexpr (requires(D f, Team& team, Arena& arena) { f.join(team, arena); }) {
     // What threads pass to each other costs as much as they gain by sharing out a small map.
     constexpr double kWorthATeam = 250e3;
@@ -47,7 +48,7 @@ void backward(const typename D::Weights& weights, const BackwardProblem<T>& prob
   constexpr int64_t kChunks = 64, kWantedChunks = 8;
   const int64_t slots = ceil_div(problem.samples, D::kSamples), parameters = weights.parameters(),
                 times = problem.grid.count;
-  const double evaluations = 3.0 * double(slots * problem.grid.total_steps());
+  const double evaluations = 3.0 * double(slots) * double(problem.grid.total_steps());
   const int64_t group = larger(1, smaller(weights.group(), slots / worthwhile(weights, evaluations, kWantedChunks)));
   const int64_t groups = ceil_div(slots, group), chunks = smaller(groups, kChunks);
   const Executor executor{worthwhile(weights, evaluations, all.threads), all.run};

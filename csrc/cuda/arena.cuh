@@ -16,7 +16,7 @@ class Arena {
   /// One that measures.
   NODESHAPE_FUNCTION explicit Arena(int64_t shared_bytes) : Arena(nullptr, shared_bytes, nullptr) {}
 
-  /// `count` uninitialised numbers, aligned to 16 bytes.
+  /// `count` uninitialised elements, aligned to 16 bytes.
   template <class T>
   NODESHAPE_FUNCTION T* take(int64_t count) {
     const int64_t bytes = (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;

@@ -1,12 +1,12 @@
 // What scheme.h, stage.h and the layers are written in, for a team of threads that carries one sample.
 //
 // Every thread of the team runs the same code with the same scalars; a vector is one number, and a loop over a
-// sample's numbers is shared out to the threads. Each such loop ends in a barrier, so whatever it wrote may be read by
+// sample's elements is shared out to the threads. Each such loop ends in a barrier, so whatever it wrote may be read by
 // any thread in the next one.
 //
 // A team is one block, or for a sample too large for a block's shared memory several: those with the same blockIdx.x,
-// counted by blockIdx.y. They meet in global memory, so all must run at the same time (a cooperative launch). Blocks
-// are whole warps.
+// counted by blockIdx.y. They wait for each other in global memory, so all must run at the same time (a cooperative
+// launch). Blocks are whole warps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,6 +23,7 @@
 #else
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
 #endif
+#define NODESHAPE_OUTLINE  // a GPU's registers do not survive a call
 
 alignas(16) extern __shared__ double nodeshape_shared_memory[];
 
@@ -34,7 +35,7 @@ inline constexpr int kMaxGroup = 1;
 template <class T>
 using Vec = T;
 
-/// Numbers that are loaded and stored together; rows of channels are whole packs.
+/// Elements that are loaded and stored together; rows of channels are whole packs.
 template <class T>
 struct alignas(16) Pack {
   static constexpr int kCount = 4;
@@ -117,19 +118,20 @@ inline constexpr int kWarp = 32;
 inline constexpr int kMostThreads = 256;  // of a block
 inline constexpr int kMostBlocks = 8;     // of a team
 
-/// Where the blocks of a team meet, in global memory; zero before the kernel.
-struct Meeting {
+/// What the blocks of a team wait at, and where they reduce, in global memory; zero before the kernel.
+struct GridBarrier {
   unsigned long long arrived;  // blocks at barriers so far
   alignas(128) double scratch[kMostBlocks * kMostThreads];
 };
 
-/// What begins a block's shared memory; then come numbers of the crew, unless they are at the meeting, and the Arena's.
+/// What begins a block's shared memory; then comes room for a reduction, unless that is in the GridBarrier, then the
+/// Arena's.
 struct alignas(16) Header {
-  Meeting* meeting;  // null for a block alone
-  int crew;
+  GridBarrier* grid_barrier;  // null for a block alone
+  int reduction_width;
 };
 
-NODESHAPE_INLINE int64_t scratch_bytes(int64_t crew) { return crew * int64_t(sizeof(double)); }
+NODESHAPE_INLINE int64_t scratch_bytes(int64_t width) { return width * int64_t(sizeof(double)); }
 
 // Functions that scheme.h calls on the device exist on the host too, where they are compiled and never run.
 #if defined(__CUDA_ARCH__) || !defined(__CUDACC__)
@@ -141,15 +143,15 @@ NODESHAPE_INLINE Header& header() { return *reinterpret_cast<Header*>(nodeshape_
 NODESHAPE_INLINE char* shared_memory() { return reinterpret_cast<char*>(&header() + 1); }
 /// Threads that sums are formed as if by: as many as a sample's size alone decides. A thread of a small team plays
 /// several of them, so that not a bit depends on how many blocks the GPU had to spare.
-NODESHAPE_INLINE int crew() {
+NODESHAPE_INLINE int reduction_width() {
 #ifdef __CUDA_ARCH__
   if (alone() && blockDim.x == kWarp) return kWarp;  // a small sample; only the tests give a large one such blocks
 #endif
-  return header().crew;
+  return header().reduction_width;
 }
-/// Room for a number of each of the crew.
+/// Room for a number of each thread of a reduction.
 NODESHAPE_INLINE char* scratch() {
-  return alone() ? shared_memory() : reinterpret_cast<char*>(header().meeting->scratch);
+  return alone() ? shared_memory() : reinterpret_cast<char*>(header().grid_barrier->scratch);
 }
 
 /// What every kernel written in the loops below begins with.
@@ -163,7 +165,7 @@ NODESHAPE_INLINE void barrier() {
   if (alone()) return;
   if (threadIdx.x == 0) {
     __threadfence();  // what this block has written, before its arrival
-    unsigned long long& arrived = header().meeting->arrived;
+    unsigned long long& arrived = header().grid_barrier->arrived;
     const unsigned long long before = atomicAdd(&arrived, 1ull), all = (before / gridDim.y + 1) * gridDim.y;
     while (*const_cast<volatile unsigned long long*>(&arrived) < all) __nanosleep(20);
     __threadfence();
@@ -178,7 +180,7 @@ NODESHAPE_INLINE T from_lane_xor(T x, int mask) {
 #else
 inline int thread() { return 0; }
 inline int threads() { return 1; }
-inline int crew() { return 1; }
+inline int reduction_width() { return 1; }
 inline char* shared_memory() { return nullptr; }
 inline char* scratch() { return nullptr; }
 inline void join(const Header&) {}
@@ -208,7 +210,7 @@ NODESHAPE_INLINE void spread(int64_t count, Body&& body) {
 /// body(i) for every i, combined in a fixed order: the same bits in every thread.
 template <class T, class Body, class Combine>
 NODESHAPE_INLINE T reduce(int64_t size, Body&& body, Combine&& combine) {
-  const int all = int(min(int64_t(crew()), (max(size, int64_t(1)) + kWarp - 1) / kWarp * kWarp));
+  const int all = int(min(int64_t(reduction_width()), (max(size, int64_t(1)) + kWarp - 1) / kWarp * kWarp));
   T* warps = reinterpret_cast<T*>(scratch());
   T result = 0;
   for (int member = thread(); member < all; member += threads()) {
@@ -242,10 +244,11 @@ NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
 }
 
 /// sink(c, the sum over rows of body(row, c)) for every column c: threads side by side take columns side by side, and
-/// where columns are fewer than the crew, a share of the rows each; as many shares as rows in a share are enough.
+/// where columns are fewer than the reduction is wide, a share of the rows each; as many shares as rows in a share are
+/// enough.
 template <class T, class Body, class Sink>
 NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
-  const int all = crew(), enough = int(std::sqrt(float(rows)));
+  const int all = reduction_width(), enough = int(std::sqrt(float(rows)));
   const int shares = columns < all ? int(max(min(all / int(columns), enough), 1)) : 1;
   const auto sum_of = [&](int64_t c, int share) {
     T s0 = 0, s1 = 0;

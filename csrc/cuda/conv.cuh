@@ -7,7 +7,7 @@
 
 #include "arena.cuh"
 #include "../groupnorm.h"
-#include "../kinds.h"
+#include "../borders.h"
 #include "../model.h"
 #include "../stage.h"
 
@@ -26,14 +26,14 @@ struct ConvWeights {
   const T* forward[2];   // [9 taps, padded channels in, padded channels out]
   const T* backward[2];  // the same, transposed and flipped: from output cotangents to input cotangents
   const T* bias[2];      // [padded channels]
-  const T* time[2];      // [kinds, padded channels]
+  const T* time[2];      // [border classes, padded channels]
 
   NODESHAPE_FUNCTION int64_t padded_channels() const { return padded<T>(channels); }
   NODESHAPE_FUNCTION int64_t pixels() const { return height * width; }
-  NODESHAPE_FUNCTION int64_t filter_numbers() const { return 9 * padded_channels() * padded_channels(); }
-  /// Numbers of the gradient as a team sums it: filters, sums by kind, sums by kind times t, norms.
-  NODESHAPE_FUNCTION int64_t gradient_numbers() const {
-    return 2 * filter_numbers() + (2 * 2 * kKinds + 6) * padded_channels();
+  NODESHAPE_FUNCTION int64_t filter_elements() const { return 9 * padded_channels() * padded_channels(); }
+  /// Elements of the gradient as a team sums it: filters, sums by border class, the same times t, norms.
+  NODESHAPE_FUNCTION int64_t gradient_elements() const {
+    return 2 * filter_elements() + (2 * 2 * kBorderClasses + 6) * padded_channels();
   }
 };
 
@@ -41,18 +41,18 @@ struct ConvWeights {
 template <class T>
 struct ConvGradient {
   T* filters[2];
-  T* kinds[2];        // [kinds, padded channels], h times cotangents summed by kind of pixel: the bias'
-  T* timed_kinds[2];  // the same, times t
-  T* norms;           // [3, (gamma, beta), padded channels]
+  T* borders[2];        // [border classes, padded channels], h times cotangents summed by border class: the bias'
+  T* timed_borders[2];  // the same, times t
+  T* norms;             // [3, (gamma, beta), padded channels]
 
   NODESHAPE_FUNCTION ConvGradient(const ConvWeights<T>& w, T* row) {
     const int64_t width = w.padded_channels();
     for (int l = 0; l < 2; ++l) {
-      filters[l] = row + l * w.filter_numbers();
-      kinds[l] = row + 2 * w.filter_numbers() + 2 * l * kKinds * width;
-      timed_kinds[l] = kinds[l] + kKinds * width;
+      filters[l] = row + l * w.filter_elements();
+      borders[l] = row + 2 * w.filter_elements() + 2 * l * kBorderClasses * width;
+      timed_borders[l] = borders[l] + kBorderClasses * width;
     }
-    norms = row + 2 * w.filter_numbers() + 4 * kKinds * width;
+    norms = row + 2 * w.filter_elements() + 4 * kBorderClasses * width;
   }
 };
 
@@ -66,7 +66,7 @@ class ConvDynamics {
   using Weights = ConvWeights<T>;
   static constexpr int kSamples = 1;
 
-  /// `gradient` is [gradient_numbers()] or null.
+  /// `gradient` is [gradient_elements()] or null.
   NODESHAPE_FUNCTION ConvDynamics(const Weights& weights, Arena& arena, T* gradient, bool with_gradient)
       : w_(weights),
         height_(int(weights.height)),
@@ -80,7 +80,7 @@ class ConvDynamics {
     for (int l = 0; l < 2; ++l) z_[l] = arena.take<T>(size());
     if (!with_gradient) return;
     for (int l = 0; l < 2; ++l) dz_[l] = arena.take<T>(size());
-    kinds_ = arena.take<T>(kKinds * width_);
+    border_sums_ = arena.take<T>(kBorderClasses * width_);
   }
 
   NODESHAPE_FUNCTION int64_t size() const { return w_.pixels() * width_; }
@@ -88,23 +88,23 @@ class ConvDynamics {
   NODESHAPE_FUNCTION int64_t kept() const { return kConvMapsKept * sample(); }
 
   NODESHAPE_FUNCTION void read(const T* tensor, int, T* y) const {
-    each_number([=, this](int p, int c, int64_t i) { y[i] = c < w_.channels ? tensor[c * w_.pixels() + p] : T(0); });
+    each_element([=, this](int p, int c, int64_t i) { y[i] = c < w_.channels ? tensor[c * w_.pixels() + p] : T(0); });
   }
   NODESHAPE_FUNCTION void read_cotangent(const T* tensor, int members, T* lambda) const {
     read(tensor, members, lambda);
   }
   NODESHAPE_FUNCTION void write(const T* y, int, T* tensor) const {
-    each_number([=, this](int p, int c, int64_t i) {
+    each_element([=, this](int p, int c, int64_t i) {
       if (c < w_.channels) tensor[c * w_.pixels() + p] = y[i];
     });
   }
   NODESHAPE_FUNCTION void pack(const T* y, int, T* row) const {
-    each_number([=, this](int p, int c, int64_t i) {
+    each_element([=, this](int p, int c, int64_t i) {
       if (c < w_.channels) row[p * w_.channels + c] = y[i];
     });
   }
   NODESHAPE_FUNCTION void unpack(const T* row, int, T* y) const {
-    each_number([=, this](int p, int c, int64_t i) { y[i] = c < w_.channels ? row[p * w_.channels + c] : T(0); });
+    each_element([=, this](int p, int c, int64_t i) { y[i] = c < w_.channels ? row[p * w_.channels + c] : T(0); });
   }
 
   /// y and both convolutions' outputs: with them a backward step repeats no convolution of the forward solve.
@@ -131,7 +131,7 @@ class ConvDynamics {
       const T at = T(t);
       convolve(in_global(w_.forward[l]), [=, this](int y, int x, int c, Pack<T> value) {
         const int64_t i = int64_t(y * map_width_ + x) * width_ + c;
-        const T* slope = time + kind_of(y, x, height_, map_width_) * width_ + c;
+        const T* slope = time + border_class(y, x, height_, map_width_) * width_ + c;
         for (int k = 0; k < kPack; ++k) value.lanes[k] += fma(at, slope[k], bias[c + k]);
         store_pack(z + i, value);
       });
@@ -171,13 +171,13 @@ class ConvDynamics {
     for (int l = 0; l < 2; ++l) {
       frame_activations(l);
       add_filter_gradient(scale, dz_[l], in_global(gradient_.filters[l]));
-      sum_kinds(dz_[l]);
-      const T *kinds = kinds_, *map = w_.time[l];
-      time_product_ += h * double(total<T>(kKinds * width_, [=](int64_t i) { return kinds[i] * map[i]; }));
-      T *sums = gradient_.kinds[l], *timed_sums = gradient_.timed_kinds[l];
-      each<T>(kKinds * width_, [=](int64_t i) {
-        sums[i] = fma(scale, kinds[i], sums[i]);
-        timed_sums[i] = fma(timed, kinds[i], timed_sums[i]);
+      sum_borders(dz_[l]);
+      const T *borders = border_sums_, *map = w_.time[l];
+      time_product_ += h * double(total<T>(kBorderClasses * width_, [=](int64_t i) { return borders[i] * map[i]; }));
+      T *sums = gradient_.borders[l], *timed_sums = gradient_.timed_borders[l];
+      each<T>(kBorderClasses * width_, [=](int64_t i) {
+        sums[i] = fma(scale, borders[i], sums[i]);
+        timed_sums[i] = fma(timed, borders[i], timed_sums[i]);
       });
     }
   }
@@ -196,9 +196,9 @@ class ConvDynamics {
 
   static NODESHAPE_INLINE T relu(T x) { return T(0) > x ? T(0) : x; }  // keeps NaN
 
-  /// Calls body(pixel, channel, index) for every number of a map.
+  /// Calls body(pixel, channel, index) for every element of a map.
   template <class Body>
-  NODESHAPE_INLINE void each_number(Body&& body) const {
+  NODESHAPE_INLINE void each_element(Body&& body) const {
     const int width = width_;
     each<T>(size(), [=](int64_t i) { body(int(i) / width, int(i) % width, i); });
   }
@@ -207,7 +207,7 @@ class ConvDynamics {
   template <class Source>
   NODESHAPE_INLINE void frame(Source&& source) {
     T* framed = framed_;
-    each_number([=, this](int p, int c, int64_t i) {
+    each_element([=, this](int p, int c, int64_t i) {
       const int y = p / map_width_, x = p % map_width_;
       framed[int64_t((y + 1) * across_ + x + 1) * width_ + c] = source(i, c);
     });
@@ -296,14 +296,14 @@ class ConvDynamics {
     GroupNorm<T>& norm = norms_[2];
     const T* z = z_[1];
     norm.prepare(z);
-    each_number([=, &norm](int, int c, int64_t i) { out[i] = norm.apply(z[i], c); });
+    each_element([=, &norm](int, int c, int64_t i) { out[i] = norm.apply(z[i], c); });
   }
 
   /// dx of norm n at x whose output has the cotangent g; dx may be g.
   NODESHAPE_FUNCTION void pull(int n, const T* x, const T* g, T* dx) {
     GroupNorm<T>& norm = norms_[n];
     norm.prepare_pull(x, g);
-    each_number([=, &norm](int, int c, int64_t i) { dx[i] = norm.pull(x[i], g[i], c); });
+    each_element([=, &norm](int, int c, int64_t i) { dx[i] = norm.pull(x[i], g[i], c); });
   }
 
   struct Span {
@@ -316,16 +316,17 @@ class ConvDynamics {
     return {1, extent - 1};
   }
 
-  /// kinds_ = sums of dz over the pixels of each kind.
-  NODESHAPE_FUNCTION void sum_kinds(const T* dz) {
-    T* kinds = kinds_;
-    spread(kKinds * width_, [=, this](int64_t i) {
-      const int kind = int(i) / width_, c = int(i) % width_;
-      const Span down = touching(kind & 1, kind & 2, height_), across = touching(kind & 4, kind & 8, map_width_);
+  /// border_sums_ = sums of dz over the pixels of each border.
+  NODESHAPE_FUNCTION void sum_borders(const T* dz) {
+    T* borders = border_sums_;
+    spread(kBorderClasses * width_, [=, this](int64_t i) {
+      const int border = int(i) / width_, c = int(i) % width_;
+      const Span down = touching(border & 1, border & 2, height_),
+                 across = touching(border & 4, border & 8, map_width_);
       T sum = 0;
       for (int y = down.first; y < down.end; ++y)
         for (int x = across.first; x < across.end; ++x) sum += dz[int64_t(y * map_width_ + x) * width_ + c];
-      kinds[i] = sum;
+      borders[i] = sum;
     });
   }
 
@@ -335,9 +336,9 @@ class ConvDynamics {
   T* const framed_;
   GroupNorm<T> norms_[3];
   const T* y_ = nullptr;
-  T* z_[2];             // outputs of the convolutions
-  T* dz_[2] = {};       // their cotangents
-  T* kinds_ = nullptr;  // [kinds, padded channels]
+  T* z_[2];                   // outputs of the convolutions
+  T* dz_[2] = {};             // their cotangents
+  T* border_sums_ = nullptr;  // [border classes, padded channels]
   ConvGradient<T> gradient_;
   double time_product_ = 0;
 };

@@ -8,6 +8,7 @@
 
 #include "../model.h"
 #include "../problem.h"
+#include "../sizes.h"
 
 namespace nodeshape::cuda {
 
@@ -27,6 +28,12 @@ struct Launch {
   cudaStream_t stream;
   std::function<void*(int64_t bytes)> scratch;  // device memory, valid for what is launched on the stream by now
   Report* report;
+
+  /// Room for an array of the given sizes.
+  template <class T>
+  T* take(const Sizes& sizes) const {
+    return static_cast<T*>(scratch(checked_bytes("working memory", sizes, sizeof(T))));
+  }
 };
 
 /// The grid of a problem is in host memory, `failures` is ignored, everything else in device memory. Launches kernels

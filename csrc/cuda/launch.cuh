@@ -111,7 +111,7 @@ class Upload {
 
   void* to_device(const Launch& on) const {
     const int64_t count = int64_t(words_.size());
-    int64_t* to = static_cast<int64_t*>(on.scratch(count * sizeof(int64_t)));
+    int64_t* to = on.take<int64_t>({count});
     for (int64_t from = 0; from < count; from += Words::kCount) {
       Words piece;
       const int64_t size = count - from < Words::kCount ? count - from : Words::kCount;

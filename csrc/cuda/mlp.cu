@@ -17,7 +17,7 @@ MlpWeights<T> prepare(const MlpModel& model, const Launch& on) {
   for (int64_t l = 0; l < model.layers; ++l) {
     const int64_t in = model.in(l), out = model.widths[l], columns = model.columns(l);
     const T* weight = static_cast<const T*>(model.parameters[2 * l]);
-    T* forward = static_cast<T*>(on.scratch(in * out * sizeof(T)));
+    T* forward = on.take<T>({in, out});
     launch_over(in * out, transpose<T>, on, in, out, columns, weight, forward);
     const Layer layer{in,           out,    columns, w.units,
                       w.parameters, weight, forward, static_cast<const T*>(model.parameters[2 * l + 1])};
@@ -29,7 +29,7 @@ MlpWeights<T> prepare(const MlpModel& model, const Launch& on) {
   return w;
 }
 
-/// Numbers that a team works on side by side: the products of an average layer, so many to a thread.
+/// Elements that a team works on side by side: the products of an average layer, so many to a thread.
 template <class T>
 int64_t work(const MlpWeights<T>& w) {
   constexpr int64_t kProductsPerThread = 16;

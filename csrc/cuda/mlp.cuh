@@ -28,7 +28,7 @@ struct MlpWeights {
   Activation activation;
   const Layer* layers;  // [count]
 
-  NODESHAPE_FUNCTION int64_t gradient_numbers() const { return parameters; }
+  NODESHAPE_FUNCTION int64_t gradient_elements() const { return parameters; }
 };
 
 template <class T>

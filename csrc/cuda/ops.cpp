@@ -14,6 +14,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -47,6 +48,7 @@ class Device {
   int32_t index() const { return index_; }
 
   Tensor empty(const Sizes& sizes, int32_t dtype) const {
+    checked_bytes("a tensor", sizes, dtype == aoti_torch_dtype_float32() ? 4 : 8);
     const Sizes strides = dense_strides(sizes);
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -161,6 +163,9 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, con
 }
 
 struct Cuda {
+  /// Kernels count the elements of a map in int.
+  static constexpr int64_t kLargestSample = std::numeric_limits<int>::max();
+
   static void check(const Common& common, const Tensor& y0) {
     NODESHAPE_CHECK(Device::has(y0), common.op, "y0 must be on a CUDA device");
     reports.raise();

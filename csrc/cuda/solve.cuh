@@ -8,17 +8,19 @@
 
 namespace nodeshape::cuda {
 
-/// What a team may use: shared memory, as many bytes of global memory as do not fit there, and a place to meet.
+/// What a team may use: shared memory, as many bytes of global memory as do not fit there; and what its blocks wait at.
 struct TeamMemory {
   int64_t shared_bytes;  // of the arena
   char* global;
   int64_t global_bytes;
-  Meeting* meetings;  // null where blocks are alone
-  int crew;
+  GridBarrier* barriers;  // null where blocks are alone
+  int reduction_width;
 
-  NODESHAPE_INLINE Header header(int64_t team) const { return {meetings == nullptr ? nullptr : meetings + team, crew}; }
+  NODESHAPE_INLINE Header header(int64_t team) const {
+    return {barriers == nullptr ? nullptr : barriers + team, reduction_width};
+  }
   NODESHAPE_INLINE Arena arena(int64_t team) const {
-    char* shared = shared_memory() + (meetings == nullptr ? scratch_bytes(crew) : 0);
+    char* shared = shared_memory() + (barriers == nullptr ? scratch_bytes(reduction_width) : 0);
     return Arena(shared, shared_bytes, global + team * global_bytes);
   }
 };
@@ -44,12 +46,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                     const __grid_constant__ BackwardProblem<typename D::Scalar> problem, TeamMemory memory,
                     int64_t chunks, typename D::Scalar* rows, double* time_rows) {
   using T = typename D::Scalar;
-  const int64_t numbers = weights.gradient_numbers(), times = problem.grid.count;
+  const int64_t elements = weights.gradient_elements(), times = problem.grid.count;
   join(memory.header(blockIdx.x));
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    T* row = rows + chunk * numbers;
+    T* row = rows + chunk * elements;
     double* time_row = time_rows + chunk * times;
-    detail::fill(numbers, T(0), row);
+    detail::fill(elements, T(0), row);
     detail::fill(times, 0.0, time_row);
     Arena arena = memory.arena(blockIdx.x);
     D dynamics(weights, arena, row, true);
@@ -66,18 +68,18 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     dynamics.take_gradient(row);
     if (!failed) continue;
-    detail::fill(numbers, T(__builtin_nan("")), row);
+    detail::fill(elements, T(__builtin_nan("")), row);
     detail::fill(times, __builtin_nan(""), time_row);
   }
 }
 
 /// sums[i] = the sum over chunks of rows[chunk][i], in order.
 template <class T>
-__global__ void sum_chunks(int64_t chunks, int64_t numbers, const T* rows, T* sums) {
-  each_of_grid(numbers, [=](int64_t i) {
+__global__ void sum_chunks(int64_t chunks, int64_t elements, const T* rows, T* sums) {
+  each_of_grid(elements, [=](int64_t i) {
     T sum = 0;
 #pragma unroll 4
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += rows[chunk * numbers + i];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += rows[chunk * elements + i];
     sums[i] = sum;
   });
 }
@@ -122,12 +124,12 @@ struct Plan {
   int64_t shared_bytes;
 };
 
-/// How `kernel` runs for `tasks` samples or chunks, with a crew large enough for `work` numbers side by side;
+/// How `kernel` runs for `tasks` samples or chunks, with threads enough for `work` elements side by side;
 /// take(dynamics, arena) takes what a team will take besides its dynamics.
 ///
-/// A team is one block; but where the dynamics do not fit into its shared memory, as many of the crew's blocks as the
-/// GPU has to spare. Where anything lies in global memory, each team has some of its own, so there are as many as run
-/// at a time and take tasks in turn.
+/// A team is one block; but where the dynamics do not fit into its shared memory, as many blocks, up to the reduction
+/// width, as the GPU has to spare. Where anything lies in global memory, each team has some of its own, so there are as
+/// many as run at a time and take tasks in turn.
 template <class D, class Take>
 Plan plan(const void* kernel, const typename D::Weights& weights, bool with_gradient, int64_t tasks, int64_t work,
           const Launch& on, Take&& take) {
@@ -142,12 +144,13 @@ Plan plan(const void* kernel, const typename D::Weights& weights, bool with_grad
     if (whole) take(dynamics, arena);
     return arena;
   };
-  const int64_t crew = threads * min((work + threads - 1) / threads, int64_t(kMostBlocks));
-  int64_t besides = int64_t(sizeof(Header)) + scratch_bytes(crew), blocks = 1;
-  if (crew > threads && attribute(cudaDevAttrCooperativeLaunch) != 0 &&
+  const int64_t reduction_width = threads * min((work + threads - 1) / threads, int64_t(kMostBlocks));
+  int64_t besides = int64_t(sizeof(Header)) + scratch_bytes(reduction_width), blocks = 1;
+  if (reduction_width > threads && attribute(cudaDevAttrCooperativeLaunch) != 0 &&
       measured(most_shared_bytes() - besides, false).global_bytes() > 0) {
     const int64_t resident = resident_blocks(kernel, int(threads), sizeof(Header));
-    const int64_t parts = crew / threads, spare = min(max(resident / max(tasks, int64_t(1)), int64_t(1)), parts);
+    const int64_t parts = reduction_width / threads,
+                  spare = min(max(resident / max(tasks, int64_t(1)), int64_t(1)), parts);
     const int64_t turns = (parts + spare - 1) / spare;
     blocks = (parts + turns - 1) / turns;  // no more than do not shorten the turns
     if (blocks > 1) besides = sizeof(Header);
@@ -156,14 +159,14 @@ Plan plan(const void* kernel, const typename D::Weights& weights, bool with_grad
   const int64_t shared = besides + arena.shared_bytes();
   int64_t teams = min(tasks, kMostTeams);
   if (arena.global_bytes() > 0) teams = min(teams, resident_blocks(kernel, int(threads), shared) / blocks);
-  Meeting* meetings = nullptr;
+  GridBarrier* barriers = nullptr;
   if (blocks > 1) {
-    meetings = static_cast<Meeting*>(on.scratch(teams * int64_t(sizeof(Meeting))));
-    check(cudaMemsetAsync(meetings, 0, size_t(teams) * sizeof(Meeting), on.stream));
+    barriers = on.take<GridBarrier>({teams});
+    check(cudaMemsetAsync(barriers, 0, size_t(teams) * sizeof(GridBarrier), on.stream));
   }
-  char* global = static_cast<char*>(on.scratch(teams * arena.global_bytes()));
+  char* global = on.take<char>({teams, arena.global_bytes()});
   return {{teams, int(blocks), int(threads)},
-          {arena.shared_bytes(), global, arena.global_bytes(), meetings, int(crew)},
+          {arena.shared_bytes(), global, arena.global_bytes(), barriers, int(reduction_width)},
           shared};
 }
 
@@ -177,41 +180,41 @@ void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, cons
     arena.take<T>(dynamics.size());  // the state
   });
   problem.grid = uploaded(problem.grid, on);
-  problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
+  problem.failures = on.take<Failure>({problem.samples});
   launch(forward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory);
   launch_report(problem, false, 0.0, on);
 }
 
-/// Returns the parameters' gradient, [weights.gradient_numbers()] in the kernels' order.
+/// Returns the parameters' gradient, [weights.gradient_elements()] in the kernels' order.
 template <class Weights, class T>
 const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem, const Launch& on) {
   using D = typename Weights::Dynamics;
   // Constants, so that gradients are the same on every GPU; a large one has about kFewestChunks multiprocessors.
   constexpr int64_t kFewestChunks = 128, kMostChunks = 4096, kRowBytes = int64_t(1) << 27;
-  const int64_t numbers = weights.gradient_numbers(), times = problem.grid.count;
-  const int64_t fit = min(max(kRowBytes / (numbers * int64_t(sizeof(T))), kFewestChunks), kMostChunks);
+  const int64_t elements = weights.gradient_elements(), times = problem.grid.count;
+  const int64_t fit = min(max(kRowBytes / (elements * int64_t(sizeof(T))), kFewestChunks), kMostChunks);
   const int64_t chunks = min(problem.samples, fit);
-  T* rows = static_cast<T*>(on.scratch((chunks + 1) * numbers * sizeof(T)));
-  T* sums = rows + chunks * numbers;
-  double* time_rows = static_cast<double*>(on.scratch(chunks * times * sizeof(double)));
+  T* rows = on.take<T>({chunks + 1, elements});
+  T* sums = rows + chunks * elements;
+  double* time_rows = on.take<double>({chunks, times});
   if (chunks > 0) {
     const auto kernel = reinterpret_cast<const void*>(backward_kernel<D>);
     const Plan how = plan<D>(kernel, weights, true, chunks, work, on, [&](D& dynamics, Arena& arena) {
       const BackwardSweep<D, Arena> sweep(dynamics, arena, problem, Group{0, 1}, nullptr);
     });
     problem.grid = uploaded(problem.grid, on);
-    problem.failures = static_cast<Failure*>(on.scratch(problem.samples * sizeof(Failure)));
+    problem.failures = on.take<Failure>({problem.samples});
     launch(backward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory, chunks, rows, time_rows);
     launch_report(problem, true, problem.drift_tolerance, on);
   }
-  launch_over(numbers, sum_chunks<T>, on, chunks, numbers, rows, sums);
+  launch_over(elements, sum_chunks<T>, on, chunks, elements, rows, sums);
   launch_over(times, sum_chunks<double>, on, chunks, times, time_rows, problem.grad_t);
   return sums;
 }
 
 /// A model's file brings
 ///     prepare<T>(model, on)                            its weights as the kernels read them
-///     work(weights)                                    numbers that a team works on side by side
+///     work(weights)                                    elements that a team works on side by side
 ///     finish(weights, row, gradients, model, on)       from solve()'s row to the parameters' gradients
 template <class Model, class T>
 void forward(const Model& model, ForwardProblem<T> problem, const Launch& on) {
