@@ -1,4 +1,4 @@
-"""Builds the fused solver as plain shared libraries: nodeshape/libnodeshape_cpu.so and, for CUDA, libnodeshape_cuda.so.
+"""Builds the fused solver as plain shared libraries in nodeshape/_ode/: libnodeshape_cpu.so and libnodeshape_cuda.so.
 
 The libraries speak to torch through its stable C++ ABI and to Python not at all, so one build serves every Python and
 every torch from 2.10 on. The CPU kernels are compiled once per instruction set; the machine that runs them chooses.
@@ -70,14 +70,14 @@ class BuildLibrary(build_ext):
         self.nvcc = find_nvcc()
         extensions = self.distribution.ext_modules
         # An editable install comes here twice.
-        if self.nvcc is not None and all(ext.name != "nodeshape._cuda" for ext in extensions):
+        if self.nvcc is not None and all(ext.name != "nodeshape._ode._cuda" for ext in extensions):
             sources = [str(path) for path in sorted(CUDA.glob("*.c*")) if path.suffix != ".cuh"]
-            extensions.append(Extension("nodeshape._cuda", sources))
+            extensions.append(Extension("nodeshape._ode._cuda", sources))
         super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:
-        package, name = fullname.split(".") if "." in fullname else ("", fullname)
-        return os.path.join(package, f"libnodeshape{name}.so")
+        *packages, name = fullname.split(".")
+        return os.path.join(*packages, f"libnodeshape{name}.so")
 
     def build_extension(self, ext: Extension) -> None:
         import torch  # only here, so that metadata can be read without it
@@ -87,7 +87,7 @@ class BuildLibrary(build_ext):
         link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if ext.name == "nodeshape._cuda":
+        if ext.name == "nodeshape._ode._cuda":
             if (root / "lib/libtorch_cuda.so").exists():
                 link.append("-ltorch_cuda")
             command = [self.nvcc, *NVCC_FLAGS, *(["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else [])]
@@ -147,7 +147,7 @@ class BinaryDistribution(Distribution):
 
 
 setup(
-    ext_modules=[Extension("nodeshape._cpu", [str(path) for path in sorted(CPU.glob("*.cpp"))])],
+    ext_modules=[Extension("nodeshape._ode._cpu", [str(path) for path in sorted(CPU.glob("*.cpp"))])],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

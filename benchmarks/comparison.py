@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import nodeshape as ns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from memory import PeakMemory
+from nodeshape._benchmarking.memory import PeakMemory
 
 warnings.filterwarnings("ignore")
 STEPS = 20

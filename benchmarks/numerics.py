@@ -21,7 +21,7 @@ import nodeshape as ns
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from memory import STATE_BYTES, bytes_of_training_step
+from nodeshape._benchmarking.memory import STATE_BYTES, bytes_of_training_step
 
 METHODS = ("euler", "implicit_euler", "implicit_midpoint")
 ADJOINTS = ("discrete", "reversible", "continuous")

@@ -1,5 +1,5 @@
 // The stage equation Y = base + c F(Y), for a few samples side by side: Anderson acceleration as in
-// nodeshape/_stage.py.
+// nodeshape/_ode/stage.py.
 //
 // Written in `each` and `total`, the loops over one sample's numbers that the including file brings (cpu/simd.h,
 // cuda/block.cuh), and knowing nothing of what F is. Samples share calls of F and nothing else: each has its own

@@ -9,40 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nodeshape._backend import Backend as Backend
-    from nodeshape._backend import backend as backend
-    from nodeshape._block import ODEBlock as ODEBlock
-    from nodeshape._checkpoint import load_classifier as load_classifier
-    from nodeshape._classifier import ShapeClassifier as ShapeClassifier
-    from nodeshape._dynamics import ConvDynamics as ConvDynamics
-    from nodeshape._dynamics import MLPDynamics as MLPDynamics
-    from nodeshape._error_control import StepSizeError as StepSizeError
-    from nodeshape._fewest_steps import FewestSteps as FewestSteps
-    from nodeshape._fewest_steps import fewest_steps as fewest_steps
-    from nodeshape._odeint import odeint as odeint
-    from nodeshape._odeint import odeint_adjoint as odeint_adjoint
-    from nodeshape._stage import StageSolveError as StageSolveError
-    from nodeshape._stats import SolverStats as SolverStats
-    from nodeshape._sweep import ReversalDriftError as ReversalDriftError
+    from nodeshape._errors import ReversalDriftError as ReversalDriftError
+    from nodeshape._errors import StageSolveError as StageSolveError
+    from nodeshape._errors import StepSizeError as StepSizeError
+    from nodeshape._models.block import ODEBlock as ODEBlock
+    from nodeshape._models.classifier import ShapeClassifier as ShapeClassifier
+    from nodeshape._models.dynamics import ConvDynamics as ConvDynamics
+    from nodeshape._models.dynamics import MLPDynamics as MLPDynamics
+    from nodeshape._models.fewest_steps import FewestSteps as FewestSteps
+    from nodeshape._models.fewest_steps import fewest_steps as fewest_steps
+    from nodeshape._ode.backend import Backend as Backend
+    from nodeshape._ode.backend import backend as backend
+    from nodeshape._ode.odeint import odeint as odeint
+    from nodeshape._ode.odeint import odeint_adjoint as odeint_adjoint
+    from nodeshape._ode.stats import SolverStats as SolverStats
+    from nodeshape._training.checkpoint import load_classifier as load_classifier
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "backend": "_backend",
-    "Backend": "_backend",
-    "odeint": "_odeint",
-    "odeint_adjoint": "_odeint",
-    "ODEBlock": "_block",
-    "FewestSteps": "_fewest_steps",
-    "fewest_steps": "_fewest_steps",
-    "ConvDynamics": "_dynamics",
-    "MLPDynamics": "_dynamics",
-    "ShapeClassifier": "_classifier",
-    "load_classifier": "_checkpoint",
-    "SolverStats": "_stats",
-    "StageSolveError": "_stage",
-    "StepSizeError": "_error_control",
-    "ReversalDriftError": "_sweep",
+    "backend": "_ode.backend",
+    "Backend": "_ode.backend",
+    "odeint": "_ode.odeint",
+    "odeint_adjoint": "_ode.odeint",
+    "ODEBlock": "_models.block",
+    "FewestSteps": "_models.fewest_steps",
+    "fewest_steps": "_models.fewest_steps",
+    "ConvDynamics": "_models.dynamics",
+    "MLPDynamics": "_models.dynamics",
+    "ShapeClassifier": "_models.classifier",
+    "load_classifier": "_training.checkpoint",
+    "SolverStats": "_ode.stats",
+    "StageSolveError": "_errors",
+    "StepSizeError": "_errors",
+    "ReversalDriftError": "_errors",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

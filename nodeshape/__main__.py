@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from nodeshape._cli import UserError, run
+from nodeshape._cli import run
+from nodeshape._errors import UserError
 
 COMMANDS = {
     "train": "train a classifier of drawn shapes, or of your own images",

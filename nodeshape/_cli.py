@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-
-class UserError(ValueError):
-    """A mistake of the user, told in one line that says what to change. Anything else that is raised is a bug."""
+from nodeshape._errors import UserError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -69,6 +67,15 @@ def user_input() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+@contextmanager
+def picture(path: Path) -> Iterator[None]:
+    """Around code that draws ``path`` from finished results: what fails is one line on stderr, and they stand."""
+    try:
+        yield
+    except Exception as error:  # matplotlib, fonts, memory, the disk: nothing here may fail what was computed
+        print(f"{path} could not be drawn: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

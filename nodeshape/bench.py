@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nodeshape import _bench_deploy, _bench_report, _bench_solver, _bench_train
-from nodeshape._bench_cases import Result, run_case
-from nodeshape._bench_timing import FULL, QUICK, machine
-from nodeshape._cli import Parser, UserError, run
+from nodeshape._benchmarking import deploy, report, solver, train
+from nodeshape._benchmarking.cases import Result, run_case
+from nodeshape._benchmarking.timing import FULL, QUICK, machine
+from nodeshape._cli import Parser, picture, run
+from nodeshape._errors import UserError
 
-SUITES = {"solver": _bench_solver, "train": _bench_train, "deploy": _bench_deploy}
+SUITES = {"solver": solver, "train": train, "deploy": deploy}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     suite, effort = SUITES[args.suite], QUICK if args.quick else FULL
     here = machine(effort, device)
-    print(_bench_report.describe_machine(here))
+    print(report.describe_machine(here))
     print(f"Medians of {effort.rounds} alternating rounds, and times the first column", flush=True)
     results: list[Result] = []
     with tqdm(desc="preparing", unit="case", disable=None, leave=False) as bar:
@@ -51,17 +52,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done.append(run_case(case, effort))
                 bar.update()
             bar.clear()
-            print(f"\n{_bench_report.table(section, done)}", flush=True)
+            print(f"\n{report.table(section, done)}", flush=True)
             results += done
-    lines = [] if args.quick or args.device != "cpu" else _bench_report.targets(suite.TARGETS, results)
+    lines = [] if args.quick or args.device != "cpu" else report.targets(suite.TARGETS, results)
     if lines:
-        print(f"\nTargets\n{_bench_report.target_table(lines)}")
+        print(f"\nTargets\n{report.target_table(lines)}")
     if args.json is not None:
-        _bench_report.write_json(args.json, args.suite, args.quick, here, results, lines)
+        report.write_json(args.json, args.suite, args.quick, here, results, lines)
         name = here.get("gpu", f"{here['cpu']}, {here['threads']} threads, {here['isa']}")
-        picture = args.json.with_suffix(".png")
-        _bench_report.plot(picture, suite.PLOTS, results, name)
-        print(f"\nWrote {args.json} and {picture}")
+        plot = args.json.with_suffix(".png")
+        print(f"\nWrote {args.json}, and its plot {plot}")
+        with picture(plot):
+            report.plot(plot, suite.PLOTS, results, name)
 
 
 def _check(path: Path | None) -> None:

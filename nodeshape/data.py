@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ._cli import Parser, UserError, positive_int, run, seed, whole
-from ._images import CONTACT_SHEET
-from ._shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
+from nodeshape._cli import Parser, positive_int, run, seed, whole
+from nodeshape._data.images import CONTACT_SHEET
+from nodeshape._data.shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, draw
+from nodeshape._errors import UserError
+from nodeshape._files import partial_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,13 +52,10 @@ def write_folder(out: Path, task: str, count: int, seed: int, image_size: int) -
         raise UserError(f"--out {out}: is a file; name a new folder")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; name a new folder")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with partial_folder(out) as partial:
         counts = _write(partial, task, count, seed, image_size)
         _move(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import warnings
@@ -21,12 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._checkpoint import load_checkpoint, load_classifier
-from nodeshape._classifier import ShapeClassifier
-from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, user_input
-from nodeshape._method import METHODS, get_method
-from nodeshape._onnx import OPSET, to_onnx
-from nodeshape._proof import (
+from nodeshape._cli import Parser, positive_float, positive_int, run, user_input
+from nodeshape._errors import StageSolveError, UserError
+from nodeshape._exporting.onnx import OPSET, to_onnx
+from nodeshape._exporting.unrolled import UnrolledClassifier, UnrolledTrajectory
+from nodeshape._exporting.verify import (
     BATCH_SIZES,
     Agreement,
     check_images,
@@ -36,8 +34,10 @@ from nodeshape._proof import (
     load_torchscript,
     milliseconds,
 )
-from nodeshape._stage import StageSolveError
-from nodeshape._unrolled import UnrolledClassifier, UnrolledTrajectory
+from nodeshape._files import partial_folder, partial_path
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._ode.method import METHODS, get_method
+from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 
 TOLERANCE = 1e-4
 ONNX, TORCHSCRIPT, REPORT, EXAMPLE = "model.onnx", "model.ts", "report.json", "example.png"
@@ -120,9 +120,7 @@ def export(
     with user_input():
         model = model.with_solver(method, steps)
     home = next(folder for folder in out.parents if folder.is_dir())
-    partial = home / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    with partial_folder(home / out.name) as partial:
         try:
             report = _write(partial, model, classes, state, tolerance, trajectory)
         except StageSolveError as error:
@@ -130,8 +128,6 @@ def export(
         report["seconds"]["total"] = perf_counter() - start
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         _move(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
@@ -263,7 +259,7 @@ def _free(out: Path) -> Path:
 
 def _move(folder: Path, out: Path) -> None:
     """Put a finished folder in the place of ``out``."""
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    old = partial_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         out.rename(old)

@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._checkpoint import write_atomically
-from nodeshape._cli import Parser, UserError, run
-from nodeshape._paper_jobs import Job, Result, Store, compute
-from nodeshape._paper_plan import FULL, QUICK, Plan
-from nodeshape._paper_results import collect
-from nodeshape._paper_training import slowness
+from nodeshape._cli import Parser, picture, run
+from nodeshape._errors import UserError
+from nodeshape._experiments.jobs import Job, Result, Store, compute
+from nodeshape._experiments.plan import FULL, QUICK, Plan
+from nodeshape._experiments.results import collect
+from nodeshape._experiments.training import slowness
+from nodeshape._files import write_atomically
 
 #: A run takes so many times as long while every core has one as it does alone.
 CROWDED = 1.25
@@ -73,8 +74,7 @@ def _compute_missing(plan: Plan, store: Store) -> None:
 
 
 def _write(plan: Plan, store: Store, out: Path, quick: bool) -> None:
-    from nodeshape._paper_page import headline, page
-    from nodeshape._paper_plots import draw  # matplotlib takes a second to import
+    from nodeshape._experiments.page import headline, page
 
     def get(job: Job) -> Result:
         result = store.get(job)
@@ -82,9 +82,12 @@ def _write(plan: Plan, store: Store, out: Path, quick: bool) -> None:
         return result
 
     paper = {"nodeshape_version": __version__, "quick": quick, **collect(plan, get)}
-    draw(paper, out)
     write_atomically(out / "results.json", (json.dumps(paper, indent=1, ensure_ascii=False) + "\n").encode())
     write_atomically(out / "README.md", page(paper).encode())
+    with picture(out):
+        from nodeshape._experiments.plots import draw  # matplotlib takes a second to import
+
+        draw(paper, out)
     print(f"{headline(paper)}; open {out / 'README.md'}")
 
 

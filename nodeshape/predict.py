@@ -16,8 +16,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ._cli import Parser, UserError, run
-from ._images import CHANNELS, CONTACT_SHEET, SUFFIXES, ImageError, load_image
+from nodeshape._cli import Parser, run
+from nodeshape._data.images import CHANNELS, CONTACT_SHEET, SUFFIXES, ImageError, load_image
+from nodeshape._errors import UserError
 
 #: Images, and values in them, that are in memory at a time.
 BATCH, BATCH_VALUES = 64, 2**22

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from nodeshape._augment import AUGMENTATIONS
-from nodeshape._checkpoint import PARTIAL, load_checkpoint
-from nodeshape._classifier import MIN_IMAGE_SIZE, ShapeClassifier
-from nodeshape._cli import Parser, UserError, positive_float, positive_int, run, seed, user_input, whole
-from nodeshape._datasets import (
+from nodeshape._cli import Parser, positive_float, positive_int, run, seed, user_input, whole
+from nodeshape._data.augment import AUGMENTATIONS
+from nodeshape._data.datasets import (
     DRAWN_TEST_SIZE,
     DRAWN_TRAIN_SIZE,
     MEMORY_BYTES,
@@ -29,17 +27,18 @@ from nodeshape._datasets import (
     drawn_data,
     folder_data,
 )
-from nodeshape._error_control import StepSizeError
-from nodeshape._images import CHANNELS
-from nodeshape._method import METHODS
-from nodeshape._processes import Processes, ending_at_once, is_lost_contact
-from nodeshape._run_folder import RunFolder
-from nodeshape._shapes import CLASSES
-from nodeshape._solve import ADJOINTS
-from nodeshape._stage import StageSolveError
-from nodeshape._streaming import StreamedSplit
-from nodeshape._sweep import ReversalDriftError
-from nodeshape._training import CLASS_WEIGHTS, RECIPES, Diverged, Interrupted, Recipe, Trainer
+from nodeshape._data.images import CHANNELS
+from nodeshape._data.shapes import CLASSES
+from nodeshape._data.streaming import StreamedSplit
+from nodeshape._errors import ReversalDriftError, StageSolveError, StepSizeError, UserError
+from nodeshape._files import PARTIAL
+from nodeshape._models.classifier import MIN_IMAGE_SIZE, ShapeClassifier
+from nodeshape._ode.method import METHODS
+from nodeshape._ode.problem import ADJOINTS
+from nodeshape._training.checkpoint import load_checkpoint
+from nodeshape._training.processes import Processes, ending_at_once, is_lost_contact
+from nodeshape._training.run_folder import RunFolder
+from nodeshape._training.trainer import CLASS_WEIGHTS, RECIPES, Diverged, Interrupted, Recipe, Trainer
 
 RUNS = Path("runs")
 MIN_STEP_SIZE = 1e-4

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     library = config.getoption("--cuda-on-host")
     if library:
-        import nodeshape._fused  # noqa: F401  (its library defines the ops that this one overrides)
+        import nodeshape._ode.fused  # noqa: F401  (its library defines the ops that this one overrides)
 
         torch.ops.load_library(library)
         os.environ.setdefault("NODESHAPE_TEST_ISAS", "cuda")  # read by fused_reference.py

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nodeshape as ns
-from nodeshape import _fused
+from nodeshape._ode import fused
 
 METHODS = ("euler", "implicit_euler", "implicit_midpoint")
 ADJOINTS = ("discrete", "reversible", "continuous")
@@ -24,7 +24,7 @@ ON_HOST = os.environ.get("NODESHAPE_TEST_ISAS", "").split()
 
 def instruction_sets() -> list[str]:
     """The instruction sets this machine can run."""
-    if _fused._missing or ON_HOST:
+    if fused._missing or ON_HOST:
         return ON_HOST
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,7 @@ def instruction_sets() -> list[str]:
 
 def most_threads() -> int:
     """The most threads that shared a fused solve's work since the last call."""
-    return ctypes.CDLL(str(_fused._LIBRARY)).nodeshape_most_threads()
+    return ctypes.CDLL(str(fused._LIBRARY)).nodeshape_most_threads()
 
 
 def pairwise(*axes: Sequence[object]) -> list[object]:

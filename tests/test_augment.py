@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nodeshape._augment import apply_maps, random_maps
-from nodeshape._classifier import ShapeClassifier
-from nodeshape._datasets import drawn_data
-from nodeshape._training import RECIPES, Recipe, Trainer
+from nodeshape._data.augment import apply_maps, random_maps
+from nodeshape._data.datasets import drawn_data
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._training.trainer import RECIPES, Recipe, Trainer
 from nodeshape.train import main
 
 

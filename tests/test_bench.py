@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from nodeshape import _cli
-from nodeshape._bench_cases import AGREEMENT, Case, Contender, run_case
-from nodeshape._bench_contenders import Problem, Unavailable, nodeshape, plain_loop
-from nodeshape._bench_targets import AtLeast
-from nodeshape._bench_timing import QUICK, Effort, measure
-from nodeshape._dynamics import MLPDynamics
+from nodeshape._benchmarking.cases import AGREEMENT, Case, Contender, run_case
+from nodeshape._benchmarking.contenders import Problem, Unavailable, nodeshape, plain_loop
+from nodeshape._benchmarking.targets import AtLeast
+from nodeshape._benchmarking.timing import QUICK, Effort, measure
+from nodeshape._models.dynamics import MLPDynamics
 from nodeshape.bench import main
 
 

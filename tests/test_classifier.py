@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import nodeshape as ns
-from nodeshape._checkpoint import load_classifier, save_checkpoint
-from nodeshape._training import calibrate_batch_norm
+from nodeshape._training.checkpoint import load_classifier, save_checkpoint
+from nodeshape._training.trainer import calibrate_batch_norm
 
 
 def warm_classifier(**settings: object) -> ns.ShapeClassifier:
@@ -138,3 +138,49 @@ def test_backend_names_the_path_and_the_reason() -> None:
     assert ns.backend(f, y).reason == "error control chooses the steps"
     assert ns.backend(lambda t, y: y, y, steps=3).name == "plain"
     assert "NODESHAPE_FUSED" in ns.backend(f, y, steps=3).reason or ns.backend(f, y, steps=3).name == "fused"
+
+
+class Normalised(torch.nn.Module):
+    """A dynamics with all that makes copying hard: batch norm, a parametrisation, a module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(3, 3))
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.again = self.layer
+
+    def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(y))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_solver_shares_weights_and_nothing_else(compiled: bool) -> None:
+    f = Normalised()
+    block = ns.ODEBlock(torch.compile(f, backend="eager") if compiled else f, steps=2)
+    other = block.with_solver(steps=3)
+    g = other.dynamics._orig_mod if compiled else other.dynamics
+    assert all(a is b for a, b in zip(f.parameters(), g.parameters()))
+    assert all(a is b for a, b in zip(f.buffers(), g.buffers()))
+    assert block.state_dict().keys() == other.state_dict().keys() and g.again is g.layer
+
+    other.eval()
+    assert f.training and f.norm.training and not g.norm.training
+    seen = int(f.norm.num_batches_tracked)
+    other(torch.randn(5, 3))
+    assert int(f.norm.num_batches_tracked) == seen, "the copy's evaluation mode did not reach its batch norm"
+    block(torch.randn(5, 3))
+    assert int(f.norm.num_batches_tracked) > seen, "the original's training mode was lost"
+
+    g.norm = torch.nn.Identity()
+    g.register_forward_hook(lambda *_: None)
+    assert isinstance(f.norm, torch.nn.BatchNorm1d) and not f._forward_hooks
+    block.dynamics = torch.nn.Identity()
+    assert other.dynamics is not block.dynamics
+
+
+def test_a_classifier_under_another_solver_keeps_its_own_mode() -> None:
+    model = ns.ShapeClassifier(3, 16, width=32, steps=2)
+    other = model.with_solver(method="implicit_euler").eval()
+    assert all(module.training for module in model.modules()) and not any(m.training for m in other.modules())
+    other.head = torch.nn.Identity()
+    assert model(torch.rand(2, 1, 16, 16)).shape == (2, 3)

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from nodeshape import ShapeClassifier, export
-from nodeshape._images import load_image
-from nodeshape._onnx import to_onnx
-from nodeshape._shapes import CLASSES, draw
-from nodeshape._unrolled import UnrolledClassifier
+from nodeshape._data.images import load_image
+from nodeshape._data.shapes import CLASSES, draw
+from nodeshape._exporting.onnx import to_onnx
+from nodeshape._exporting.unrolled import UnrolledClassifier
 
 ROOT = Path(__file__).parents[1] / "export"
 MODULES = ROOT / "web" / "node_modules"

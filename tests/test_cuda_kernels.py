@@ -23,7 +23,7 @@ from filelock import FileLock
 from fused_reference import ADJOINTS, METHODS, random_conv, solve
 
 import nodeshape as ns
-from nodeshape import _fused
+from nodeshape._ode import fused
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
@@ -50,7 +50,7 @@ OF_THE_CPU = [
     *("unknown_instruction_set", "unsolved_stage_is_an_error", "trajectory_is_an_error", "float32_activations"),
 ]
 
-pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
+pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 on_host = pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("g++") is None,
     reason="the shim needs g++ on x86-64 Linux",

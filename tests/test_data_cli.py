@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from nodeshape import __main__, _cli, data
-from nodeshape._images import scan_folder
-from nodeshape._shapes import CLASSES, draw
+from nodeshape._data.images import scan_folder
+from nodeshape._data.shapes import CLASSES, draw
 
 
 def command(*arguments, cwd=None):

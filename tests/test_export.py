@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape import ShapeClassifier, _cli, _proof, export, odeint
-from nodeshape._checkpoint import save_checkpoint
-from nodeshape._cli import UserError
-from nodeshape._method import METHODS
-from nodeshape._proof import check_images, compare, load_onnx, load_torchscript
-from nodeshape._shapes import CLASSES, draw_set
-from nodeshape._unrolled import UnrolledClassifier
+from nodeshape import ShapeClassifier, _cli, export, odeint
+from nodeshape._data.shapes import CLASSES, draw_set
+from nodeshape._errors import UserError
+from nodeshape._exporting import verify
+from nodeshape._exporting.unrolled import UnrolledClassifier
+from nodeshape._exporting.verify import check_images, compare, load_onnx, load_torchscript
+from nodeshape._ode.method import METHODS
+from nodeshape._training.checkpoint import save_checkpoint
 
 STEPS = 4
 
@@ -54,7 +55,7 @@ def checkpoint(folder, **settings):
 @pytest.fixture
 def few_images(monkeypatch):
     """Prove with fewer images where the proof is not the subject."""
-    monkeypatch.setattr(_proof, "IMAGES", 20)
+    monkeypatch.setattr(verify, "IMAGES", 20)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -66,7 +67,7 @@ def exported(request, tmp_path_factory):
     path, model = checkpoint(tmp_path_factory.mktemp("run"), method=request.param)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(_proof, "IMAGES", 1000 if request.param == "euler" else 100)
+        patch.setattr(verify, "IMAGES", 1000 if request.param == "euler" else 100)
         export.main([str(path), "--trajectory"])
     return model, path.parent / "export", printed.getvalue()
 

@@ -14,10 +14,10 @@ from fused_reference import ADJOINTS, random_conv
 from torch import nn
 
 import nodeshape as ns
-from nodeshape import _fused
-from nodeshape._method import METHODS
+from nodeshape._ode import fused
+from nodeshape._ode.method import METHODS
 
-pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
+pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
 
 
@@ -75,8 +75,8 @@ def network(dynamics):
             self.register_buffer("t", torch.tensor([0.0, 1.0], dtype=torch.float64))
 
         def forward(self, y):
-            weights = _fused.weights_for(self.block, y)
-            ys, *_ = _fused.solve(
+            weights = fused.weights_for(self.block, y)
+            ys, *_ = fused.solve(
                 self.block, weights, y, self.t, [4], METHODS["implicit_midpoint"], "discrete", 1e-5, 50, None, 1e-2
             )
             return ys[-1].relu()
@@ -243,7 +243,7 @@ def test_unknown_instruction_set_is_an_error(monkeypatch):
 
 def test_altered_modules_take_the_plain_path():
     y0 = torch.randn(2, 4, 5, 5)
-    assert len(_fused.weights_for(ns.ConvDynamics(4), y0)) == 10
+    assert len(fused.weights_for(ns.ConvDynamics(4), y0)) == 10
     hooked = ns.ConvDynamics(4)
     hooked.norm2.register_forward_hook(lambda *_: None)
     replaced = ns.ConvDynamics(4)
@@ -253,4 +253,4 @@ def test_altered_modules_take_the_plain_path():
         pass
 
     for f in (hooked, replaced, Derived(4)):
-        assert isinstance(_fused.weights_for(f, y0), str)
+        assert isinstance(fused.weights_for(f, y0), str)

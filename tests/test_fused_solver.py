@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import nodeshape as ns
-from nodeshape import _fused
+from nodeshape._ode import fused
 
-pytestmark = pytest.mark.skipif(_fused._missing is not None, reason=str(_fused._missing))
+pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 ISAS = instruction_sets()
 TIMES = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-12, 1e-11)}  # forward, gradients
@@ -194,8 +194,8 @@ def test_evaluations_are_no_more_than_those_of_the_plain_loop(isa, monkeypatch):
     torch.manual_seed(0)
     f, y0 = random_conv(8).double(), torch.randn(4, 8, 8, 8, dtype=torch.float64)
     counts = []
-    for fused in ("1", "0"):
-        monkeypatch.setenv("NODESHAPE_FUSED", fused)
+    for switch in ("1", "0"):
+        monkeypatch.setenv("NODESHAPE_FUSED", switch)
         y = y0.clone().requires_grad_()
         ys, stats = ns.odeint(
             f, y, TIMES, method="implicit_midpoint", steps=5, options={"stage_tolerance": 1e-8}, return_stats=True

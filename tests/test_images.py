@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nodeshape._cli import UserError
-from nodeshape._images import ImageError, load_folder, load_image, scan_folder
+from nodeshape._data.images import ImageError, load_folder, load_image, scan_folder
+from nodeshape._errors import UserError
 
 
 def png(width, height, bits=8, colour=0, rows=b""):

@@ -145,6 +145,32 @@ def test_times_that_do_not_move_one_way_are_refused(t: list[float]) -> None:
         ns.odeint(lambda t, y: y, torch.ones(1), torch.tensor(t))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("t", "arguments", "message"),
+    [
+        ([-1e308, 1e308], {"steps": 1}, "finite intervals"),
+        ([0.0, 1e308, -1e308], {"steps": 1}, "increasing or decreasing"),
+        ([1e308, -1e308], {"step_size": 1.0}, "finite intervals"),
+        ([0.0, 1.0, 2.0, 3.0, 4.0], {"steps": 2**62}, "steps must be at most 10000000"),
+        ([0.0, 1.0], {"steps": 10**400}, "steps must be at most 10000000|too large"),
+        ([0.0, 1.0], {"steps": float("inf")}, "steps must be a whole number"),
+        ([0.0, 1.0], {"steps": float("nan")}, "steps must be a whole number"),
+        ([0.0, 1.0], {"step_size": 1e-308}, "step_size 1e-308 cuts an interval"),
+        ([0.0, 1.0], {"steps": 2, "options": {"checkpoint_every": 2**62}}, "'checkpoint_every' must be at most"),
+        ([0.0, 1.0], {"steps": 2, "options": {"max_stage_iterations": 2**63}}, "'max_stage_iterations' must be at"),
+    ],
+    ids=str,
+)
+def test_times_and_counts_beyond_all_bounds_are_refused(
+    t: list[float], arguments: dict[str, object], message: str, fused: bool
+) -> None:
+    func = ns.MLPDynamics(8) if fused else torch.nn.Linear(8, 8)
+    f = func if fused else lambda t, y: func(y)
+    with pytest.raises(ValueError, match=message):
+        ns.odeint(f, torch.randn(2, 8), t, method="euler", **arguments)
+
+
 def test_a_wrong_state_or_slope_is_refused() -> None:
     for y0 in (
         torch.ones(2, dtype=torch.int64),

@@ -15,18 +15,20 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from nodeshape import _cli, _paper_jobs
-from nodeshape._method import METHODS
-from nodeshape._paper_depth import Depth
-from nodeshape._paper_jobs import Job, Result, Store
-from nodeshape._paper_networks import RESIDUAL_BLOCKS, build
-from nodeshape._paper_page import _answer, headline, page
-from nodeshape._paper_plan import FULL
-from nodeshape._paper_plots import draw
-from nodeshape._paper_results import collect
-from nodeshape._paper_solvers import Evaluations, OtherSolvers
-from nodeshape._paper_source import EXPERIMENTS
-from nodeshape._paper_training import Epoch, Training
+import nodeshape
+from nodeshape import _cli
+from nodeshape._experiments import jobs
+from nodeshape._experiments.depth import Depth
+from nodeshape._experiments.jobs import Job, Result, Store
+from nodeshape._experiments.networks import RESIDUAL_BLOCKS, build
+from nodeshape._experiments.page import _answer, headline, page
+from nodeshape._experiments.plan import FULL
+from nodeshape._experiments.plots import draw
+from nodeshape._experiments.results import collect
+from nodeshape._experiments.solvers import Evaluations, OtherSolvers
+from nodeshape._experiments.source import EXPERIMENTS
+from nodeshape._experiments.training import Epoch, Training
+from nodeshape._ode.method import METHODS
 from nodeshape.paper import main
 
 
@@ -176,19 +178,28 @@ def test_a_result_is_kept_for_its_job_and_its_code_alone(tmp_path: Path) -> None
 
 
 def test_every_module_that_a_job_runs_decides_whether_its_result_is_kept() -> None:
-    folder = Path(_paper_jobs.__file__).parent
+    package = Path(nodeshape.__path__[0])
 
     def imported(name: str) -> Iterator[str]:
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nodeshape"):
-                yield from (node.module.split(".")[1:] or [alias.name for alias in node.names])
+        for node in ast.walk(ast.parse((package / f"{name.replace('.', '/')}.py").read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nodeshape."):
+                module = (node.module or "").removeprefix("nodeshape.")
+                yield from [module, *(f"{module}.{alias.name}" for alias in node.names)]
 
-    found, left = set(), {"_paper_training", "_paper_solvers", "_paper_depth"}
+    found, left = set(), {"_experiments.training", "_experiments.solvers", "_experiments.depth"}
     while left:
         found |= left
-        left = {name for module in left for name in imported(module) if (folder / f"{name}.py").exists()} - found
-    deciding_nothing = {"_bench_timing", "_checkpoint", "_cli", "_images", "_paper_jobs"}
-    assert found == {*_paper_jobs.SOURCES, *deciding_nothing}
+        names = {name for module in left for name in imported(module)}
+        left = {name for name in names if (package / f"{name.replace('.', '/')}.py").exists()} - found
+    deciding_nothing = {
+        "_benchmarking.timing",
+        "_cli",
+        "_data.images",
+        "_experiments.jobs",
+        "_files",
+        "_training.checkpoint",
+    }
+    assert found == {*jobs.SOURCES, *deciding_nothing}
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from nodeshape import ShapeClassifier, _cli, predict
-from nodeshape._images import load_image
-from nodeshape._onnx import to_onnx
-from nodeshape._shapes import draw
-from nodeshape._unrolled import UnrolledClassifier
+from nodeshape._data.images import load_image
+from nodeshape._data.shapes import draw
+from nodeshape._exporting.onnx import to_onnx
+from nodeshape._exporting.unrolled import UnrolledClassifier
 
 CLASSES = ["circle", "a longer name", "Dreieck ∆"]
 

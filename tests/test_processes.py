@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape._processes import Processes
-from nodeshape._shapes import draw
+from nodeshape._data.shapes import draw
+from nodeshape._training.processes import Processes
 
 # 33 images in batches of 16: the last batch holds one, so that a process gets none of it.
 SMALL = ["--train-size", "33", "--test-size", "31", "--batch-size", "16", "--step-size", "0.5", "--image-size", "16"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory import STATE_BYTES, bytes_of_training_step
 from problems import METHODS, dynamics_and_state, gradients, relative_error
 
 import nodeshape as ns
+from nodeshape._benchmarking.memory import STATE_BYTES, bytes_of_training_step
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeshape import _shapes
-from nodeshape._shapes import CLASSES, SPLITS, draw, draw_set
+from nodeshape._data import shapes as _shapes
+from nodeshape._data.shapes import CLASSES, SPLITS, draw, draw_set
 
 TASKS = tuple(CLASSES)
 
@@ -151,7 +151,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_drawing_never_imports_torch():
-    code = "import sys, nodeshape._shapes, nodeshape._images, nodeshape.data; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, nodeshape._data.shapes, nodeshape._data.images, nodeshape.data; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nodeshape as ns
-from nodeshape._stage import STAGE_TOLERANCE, anderson_stage, newton_stage
+from nodeshape._ode.stage import STAGE_TOLERANCE, anderson_stage, newton_stage
 
 IMPLICIT = ("implicit_euler", "implicit_midpoint")
 

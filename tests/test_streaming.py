@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape import _datasets
-from nodeshape._classifier import ShapeClassifier
-from nodeshape._cli import UserError
-from nodeshape._datasets import Data, Split, folder_data
-from nodeshape._images import ImageError
-from nodeshape._shapes import draw
-from nodeshape._streaming import AHEAD, StreamedSplit
-from nodeshape._training import Recipe, Trainer
+from nodeshape._data import datasets
+from nodeshape._data.datasets import Data, Split, folder_data
+from nodeshape._data.images import ImageError
+from nodeshape._data.shapes import draw
+from nodeshape._data.streaming import AHEAD, StreamedSplit
+from nodeshape._errors import UserError
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._training.trainer import Recipe, Trainer
 from nodeshape.train import main
 
 CPU = torch.device("cpu")
@@ -57,9 +57,9 @@ def test_streamed_and_in_memory_training_give_identical_weights(folder: Path) ->
 def test_a_large_folder_is_streamed_unasked(
     folder: Path, limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_datasets, limit, value + 1)
+    monkeypatch.setattr(datasets, limit, value + 1)
     assert isinstance(read(folder, stream=False).train, Split)
-    monkeypatch.setattr(_datasets, limit, value)
+    monkeypatch.setattr(datasets, limit, value)
     assert isinstance(read(folder, stream=False).train, StreamedSplit)
 
 

@@ -16,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape import _cli, _fused, _run_folder
-from nodeshape._checkpoint import load_checkpoint, load_classifier
-from nodeshape._classifier import ShapeClassifier
-from nodeshape._cli import UserError
-from nodeshape._datasets import drawn_data
-from nodeshape._shapes import draw
-from nodeshape._training import Interrupted, Recipe, Trainer, balanced
+from nodeshape import _cli
+from nodeshape._data.datasets import drawn_data
+from nodeshape._data.shapes import draw
+from nodeshape._errors import UserError
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._ode import fused
+from nodeshape._training import plots, run_folder
+from nodeshape._training.checkpoint import load_checkpoint, load_classifier
+from nodeshape._training.trainer import EpochMetrics, Interrupted, Recipe, Trainer, balanced
 from nodeshape.train import main
 
 SMALL = ["--train-size", "40", "--test-size", "30", "--batch-size", "16", "--step-size", "0.5", "--epochs", "2"]
@@ -256,13 +258,13 @@ def test_autocast_leaves_the_ode_in_float32_and_fused(monkeypatch: pytest.Monkey
     record("ode", run.model.ode)
     record("head", next(m for m in run.model.head.modules() if isinstance(m, torch.nn.Linear)))
     solves: list[torch.dtype] = []
-    solve = _fused.solve
+    solve = fused.solve
 
     def recorded(dynamics: object, weights: list[torch.Tensor], y0: torch.Tensor, *rest: object) -> object:
         solves.append(y0.dtype)
         return solve(dynamics, weights, y0, *rest)
 
-    monkeypatch.setattr(_fused, "solve", recorded)
+    monkeypatch.setattr(fused, "solve", recorded)
     run._step(*run.data.train.batch(slice(16), torch.device("cpu")), 16)
     assert kinds == {"stem": torch.bfloat16, "ode": torch.float32, "head": torch.bfloat16}
     assert solves == [torch.float32]
@@ -287,9 +289,9 @@ def test_missing_tensorboard_is_told_before_any_work(tmp_path: Path, monkeypatch
 
 
 def test_last_is_written_within_an_epoch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_run_folder, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "SAVE_SECONDS", 0.0)
     saved: list[tuple[int, int]] = []
-    save = _run_folder.save_checkpoint
+    save = run_folder.save_checkpoint
 
     def record(path: Path, state: dict[str, Any]) -> None:
         save(path, state)
@@ -297,7 +299,7 @@ def test_last_is_written_within_an_epoch_too(tmp_path: Path, monkeypatch: pytest
             progress = load_checkpoint(path)["progress"]
             saved.append((progress["epoch"], progress["batch"]))
 
-    monkeypatch.setattr(_run_folder, "save_checkpoint", record)
+    monkeypatch.setattr(run_folder, "save_checkpoint", record)
     main([*SMALL, "--out", str(tmp_path / "run")])
     assert saved == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
 
@@ -309,8 +311,8 @@ def test_kill_at_any_moment_leaves_a_run_that_resumes_to_identical_weights(tmp_p
     assert whole.returncode == 0, whole.stderr
     # as `python -m nodeshape.train` does, but saving after every batch, so that many kills meet a save
     code = (
-        "import sys; from nodeshape import _cli, _run_folder, train\n"
-        "_run_folder.SAVE_SECONDS = 0; _cli.run(lambda: train.main(sys.argv[1:]))"
+        "import sys; from nodeshape import _cli, run_folder, train\n"
+        "run_folder.SAVE_SECONDS = 0; _cli.run(lambda: train.main(sys.argv[1:]))"
     )
     random = Random(0)
     last = tmp_path / "run" / "last.pt"
@@ -428,6 +430,37 @@ def test_resuming_a_finished_run_says_that_it_is(
     main(["--resume", "--out", str(run)])
     output = capsys.readouterr().out
     assert "this run is finished" in output and "resuming in" not in output and "best: " in output
+
+
+def test_a_run_of_more_than_twenty_epochs_has_a_learning_curve(tmp_path: Path) -> None:
+    history = [EpochMetrics(k, 1 / k, 1 - 0.5 / k, 1.0, 0.1, 20.0, 20.0) for k in range(1, 31)]
+    plots.learning_curve(history, "thirty", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        picture.verify()
+
+
+def test_pictures_that_fail_do_not_fail_the_run(
+    finished_run: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    for name in ("learning_curve", "confusion_matrix", "samples"):
+        monkeypatch.setattr(plots, name, fail)
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    main(["--resume", "--out", str(run)])
+    output, errors = capsys.readouterr()
+    assert errors.count("could not be drawn: RuntimeError: no fonts") == 3
+    assert "best: " in output and output.endswith(f"python -m nodeshape.export {run / 'best.pt'}\n")
+
+
+def test_what_a_killed_export_left_does_not_stop_a_resumed_run(finished_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run[0], tmp_path / "run")
+    (run / ".export.partial-123").mkdir()
+    (run / ".export.partial-123" / "model.onnx").touch()
+    (run / ".last.pt.partial-123").touch()
+    main(["--resume", "--out", str(run)])
+    assert [path.name for path in run.glob(".*")] == [".export.partial-123"]
 
 
 def test_other_drawn_images_than_the_run_began_with_are_named(finished_run: tuple[Path, str], tmp_path: Path) -> None:

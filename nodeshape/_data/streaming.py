@@ -1,0 +1,133 @@
+"""Images read from disk while they are trained on, some batches ahead: a folder need not fit into memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from nodeshape._data.images import Files, ImageError, load_image
+from nodeshape._errors import UserError
+from nodeshape._training.processes import Processes
+
+#: Batches that are being read while one is trained on.
+AHEAD = 4
+#: Unreadable files that are named as they are met; the rest are counted.
+NAMED = 10
+
+
+class StreamedSplit:
+    """Files as images uint8 ``[n, channels, size, size]`` and labels int64 ``[n]``, read when they are asked for.
+
+    A file that cannot be read is named on stderr and passed over: the next readable one of its class, in the order of
+    names and round to the first, takes its place, so that every batch is full and the same in every run.
+
+    Args:
+        files: to read.
+        image_size: side in pixels.
+        channels: ``"grey"`` or ``"rgb"``.
+        strict: raise the ImageError of an unreadable file instead.
+
+    Attributes:
+        unreadable: paths of the files passed over so far.
+    """
+
+    def __init__(self, files: Files, image_size: int, channels: str, strict: bool = False) -> None:
+        self.files, self.image_size, self.channels, self.strict = files, image_size, channels, strict
+        self.labels = torch.from_numpy(files.labels)
+        self.unreadable: set[Path] = set()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def pixels(self, index: Sequence[int]) -> Tensor:
+        """Images uint8 ``[len(index), channels, size, size]``."""
+        return torch.from_numpy(np.stack(self._read_all(index)))
+
+    def batch(self, index: Tensor | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images as float32 in [0, 1], and labels."""
+        return next(self.batches([torch.arange(len(self))[index]], device))
+
+    def batches(self, indices: Iterable[Tensor], device: torch.device) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """For each of the index tensors, its images as float32 in [0, 1], and its labels; threads read ahead.
+
+        Processes of one machine share its cores among their threads.
+        """
+        workers = max(1, (os.cpu_count() or 1) // Processes.from_environment().local_count)
+        pool = ThreadPoolExecutor(workers)  # Pillow decodes without holding Python's lock
+        waiting: deque[tuple[Tensor, list[Future[list[NDArray[np.uint8]]]]]] = deque()
+
+        def take() -> tuple[Tensor, Tensor]:
+            index, parts = waiting.popleft()
+            images = [image for part in parts for image in part.result()]
+            pixels = torch.from_numpy(np.stack(images) if images else self._nothing())
+            return as_float(pixels, device), self.labels[index].to(device)
+
+        try:
+            for index in indices:
+                parts = [pool.submit(self._read_all, part.tolist()) for part in index.tensor_split(workers)]
+                waiting.append((index, parts))
+                if len(waiting) > AHEAD:
+                    yield take()
+            while waiting:
+                yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def digest(self, digest: Any) -> None:
+        """Update a hash with every name and label; the files themselves are not read."""
+        digest.update("/".join(self.files.names).encode(errors="surrogateescape"))
+        digest.update(self.files.labels.data)
+
+    def _nothing(self) -> NDArray[np.uint8]:
+        return np.empty((0, 1 if self.channels == "grey" else 3, self.image_size, self.image_size), np.uint8)
+
+    def _read_all(self, index: Sequence[int]) -> list[NDArray[np.uint8]]:
+        return [self._read(i) for i in index]
+
+    def _read(self, index: int) -> NDArray[np.uint8]:
+        """The image at ``index``, or the next readable one of its class.
+
+        Raises:
+            ImageError: the file is unreadable and ``strict`` is set.
+            UserError: no file of the class is readable.
+        """
+        for i in self._own_class_from(index):
+            try:
+                return load_image(self.files[i][0], self.image_size, self.channels)
+            except ImageError as error:
+                if self.strict:
+                    raise
+                self._report(error)
+        folder = self.files.folders[self.files.labels[index]]
+        raise UserError(f"{folder}: none of its images is readable")
+
+    def _own_class_from(self, index: int) -> Iterator[int]:
+        label = self.files.labels[index]
+        first, end = np.searchsorted(self.files.labels, [label, label + 1]).tolist()
+        yield from range(index, end)
+        yield from range(first, index)
+
+    def _report(self, error: ImageError) -> None:
+        with self._lock:
+            new = error.path not in self.unreadable
+            self.unreadable.add(error.path)
+            if new and len(self.unreadable) <= NAMED:
+                tqdm.write(f"skipped {error}", file=sys.stderr)
+
+
+def as_float(images: Tensor, device: torch.device) -> Tensor:
+    """Images uint8 as float32 in [0, 1] on ``device``."""
+    return images.to(device, non_blocking=True).to(torch.float32) / 255

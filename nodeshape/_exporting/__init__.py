@@ -1,0 +1,1 @@
+"""A classifier as files that need no solver, verified. Imports models, data and the solver."""

@@ -1,0 +1,1 @@
+"""Modules with an ODE in them. Imports the solver only."""

@@ -1,0 +1,163 @@
+"""``ODEBlock``: an ODE solve as a layer, features in, features at the final time out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from nodeshape._ode.odeint import odeint
+from nodeshape._ode.stats import SolverStats
+
+DEFAULT_STEP_SIZE = 0.05
+
+
+class ODEBlock(nn.Module):
+    """Carry features from t=0 to t=1 along dy/dt = dynamics(t, y).
+
+    Args:
+        dynamics: module ``dynamics(t, y)``.
+        method: ``"euler"``, ``"implicit_euler"`` or ``"implicit_midpoint"``.
+        step_size: of equal steps (default 0.05 if neither steps nor tolerances are given).
+        steps: number of equal steps, instead of ``step_size``.
+        adjoint: ``"discrete"``, ``"reversible"`` or ``"continuous"``, see :func:`nodeshape.odeint`.
+        rtol, atol: choose steps by error control instead.
+        eval_rtol, eval_atol: other tolerances for evaluation mode.
+        options: of :func:`nodeshape.odeint`.
+
+    Attributes:
+        stats: of the latest forward pass, with its backward pass once that has run; None before.
+    """
+
+    def __init__(
+        self,
+        dynamics: nn.Module,
+        method: str = "euler",
+        step_size: float | None = None,
+        steps: int | None = None,
+        adjoint: str = "discrete",
+        rtol: float | None = None,
+        atol: float | None = None,
+        eval_rtol: float | None = None,
+        eval_atol: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        given = (step_size, steps, rtol, atol, eval_rtol, eval_atol, (options or {}).get("step_size"))
+        if all(x is None for x in given):
+            step_size = DEFAULT_STEP_SIZE
+        self.dynamics = dynamics
+        self.method = method
+        self.step_size = step_size
+        self.steps = steps
+        self.adjoint = adjoint
+        self.rtol, self.atol = rtol, atol
+        self.eval_rtol, self.eval_atol = eval_rtol, eval_atol
+        self.options = dict(options or {})
+        self.stats: SolverStats | None = None
+        self._check()
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Map features ``y`` at t=0 to features of the same shape at t=1.
+
+        Under autocast the solve stays in float32: rounding to 16 bits in every step would add up over the steps.
+        """
+        if torch.is_autocast_enabled(y.device.type):
+            with torch.autocast(y.device.type, enabled=False):
+                return self.forward(y.float())
+        rtol, atol = self.rtol, self.atol
+        if not self.training:
+            rtol = rtol if self.eval_rtol is None else self.eval_rtol
+            atol = atol if self.eval_atol is None else self.eval_atol
+        ys, self.stats = odeint(
+            self.dynamics,
+            y,
+            (0.0, 1.0),
+            method=self.method,
+            steps=self.steps,
+            step_size=self.step_size,
+            rtol=rtol,
+            atol=atol,
+            adjoint=self.adjoint,
+            options=self.options,
+            return_stats=True,
+        )
+        final: Tensor = ys[-1]
+        return final
+
+    def with_solver(
+        self, method: str | None = None, steps: int | None = None, step_size: float | None = None
+    ) -> ODEBlock:
+        """The same dynamics, weights shared, under another method or number of steps."""
+        block = sharing_weights(self)
+        if method is not None:
+            block.method = method
+        if steps is not None or step_size is not None:
+            block.steps, block.step_size = steps, step_size
+        block.stats = None
+        block._check()
+        return block
+
+    def extra_repr(self) -> str:
+        """The solver, for ``print(model)``."""
+        size = f"steps={self.steps}" if self.steps is not None else f"step_size={self.step_size}"
+        return f"method={self.method!r}, {size}, adjoint={self.adjoint!r}"
+
+    def _check(self) -> None:
+        """Let odeint judge the settings now rather than in the first forward pass."""
+        zero = torch.zeros(1)
+        odeint(
+            lambda t, y: y,
+            zero,
+            zero,
+            method=self.method,
+            steps=self.steps,
+            step_size=self.step_size,
+            rtol=self.rtol,
+            atol=self.atol,
+            adjoint=self.adjoint,
+            options=self.options,
+        )
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sharing_weights(module: Module) -> Module:
+    """A copy of a module and all modules in it that holds the very parameters and buffers of the original.
+
+    ``train()``, ``eval()``, hooks and replaced submodules concern one of the two only; a weight that changes in place
+    changes in both. Scripted modules, which cannot be taken apart, are shared as they are.
+    """
+    copies: dict[nn.Module, nn.Module] = {}  # a module under two names stays one
+
+    def of(original: nn.Module) -> nn.Module:
+        if isinstance(original, torch.jit.ScriptModule):
+            return original
+        if original not in copies:
+            if "dynamo_ctx" in original.__dict__:  # torch.compile's module, which calls the one that it was made with
+                kind: Any = type(original)
+                copies[original] = kind(of(original.__dict__["_modules"]["_orig_mod"]), original.dynamo_ctx)
+                return copies[original]
+            copies[original] = _own_dictionaries(original)
+            children = copies[original].__dict__["_modules"]
+            children.update({name: of(child) for name, child in children.items() if child is not None})
+        return copies[original]
+
+    return cast("Module", of(module))
+
+
+def _own_dictionaries(original: nn.Module) -> nn.Module:
+    """A module whose attributes are the original's, but for dictionaries and sets, which are copies.
+
+    Not ``copy.copy``, which a parametrised module refuses.
+    """
+    copied = type(original).__new__(type(original))
+    copied.__dict__.update(
+        {name: copy(x) if isinstance(x, (dict, set)) else x for name, x in original.__dict__.items()}
+    )
+    copied.__dict__["_compiled_call_impl"] = None  # of module.compile(), bound to the original
+    return copied

@@ -1,0 +1,405 @@
+"""The fused solver: its ops, their shapes and gradients, and one function that calls them.
+
+The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` and again by ``libnodeshape_cuda.so`` for
+tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
+``weights``):
+
+    conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance, int max_iterations,
+               str adjoint, int checkpoint_every, float drift_tolerance)
+        -> (Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)
+    conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights, ...the same...)
+        -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)
+
+- ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
+  module's ``state_dict()``; ``t`` ``[times]``, float32 or float64 too; ``steps[j]`` equal steps between ``t[j]`` and
+  ``t[j + 1]``.
+- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
+  after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
+- ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``: the stages of ``discrete``, the checkpoints of
+  ``reversible``, otherwise empty; how its numbers lie is between an op and its backward op, of the same instruction
+  set. Feature maps are ``[maps, height, width, channels]``: a stage is kept with the outputs of both convolutions, so
+  that the backward sweep repeats none of them, a checkpoint is one map.
+- ``evaluations`` int64 ``[batch]``: of f in the forward solve; in the backward sweep of f, where the trajectory is
+  found again, and of its vector–Jacobian product. ``residual`` float64 ``[batch]``: the largest relative residual of a
+  stage.
+- ``t`` is a CPU tensor on every device; ``grad_t`` is float64, on the device of ``ys``.
+- On the CPU, a sample that fails raises from its op. On CUDA, where nothing waits for the device, it gives NaN, and the
+  same error comes from the next op that finds it; ``torch.ops.nodeshape.raise_failures()`` does nothing but look, and
+  raises a RuntimeError whose message begins with the error's name, as all ops do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodeshape._errors import ReversalDriftError, StageSolveError
+from nodeshape._models.dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics, _TimeConv
+from nodeshape._ode.method import Method
+
+_LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
+_CUDA_LIBRARY = Path(__file__).with_name("libnodeshape_cuda.so")
+_CONV_MAPS_KEPT = 3  # as in csrc/problem.h
+# Why a library is not there:
+_missing: str | None = None
+_cuda_missing: str | None = None
+
+
+def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
+    """The parameters to solve with, in state_dict order; or why the fused solver does not take this solve."""
+    compiling = torch.compiler.is_compiling()
+    if _turned_off(compiling):
+        return "NODESHAPE_FUSED=0"
+    kind = type(dynamics)
+    if kind is not ConvDynamics and kind is not MLPDynamics:
+        return f"{kind.__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
+    if not isinstance(y0, Tensor):
+        return "the state is a tuple"
+    if not (y0.is_cpu or y0.is_cuda):
+        return f"the state is on {y0.device}"
+    if y0.dtype not in (torch.float32, torch.float64):
+        return f"the state is {y0.dtype}"
+    expected = 4 if kind is ConvDynamics else 2
+    if y0.dim() != expected:
+        return f"the state has {y0.dim()} dimensions, the kernel takes {expected}"
+    if not compiling:
+        if type(y0) not in (Tensor, nn.Parameter):
+            return f"the state is a {type(y0).__name__}"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return "a torch.func transform or forward-mode differentiation is active"
+    missing = _missing or (_cuda_missing if y0.is_cuda else None)
+    return missing or _weights(dynamics, compiling)
+
+
+def _turned_off(compiling: bool) -> bool:
+    """Whether NODESHAPE_FUSED is 0: of os.environ's dictionary, as its own lookup takes a tenth of a small solve."""
+    # Compilers know os.environ alone, and a test may have put a plain dictionary in its place.
+    environment = None if compiling else getattr(os.environ, "_data", None)
+    if environment is None:
+        return os.environ.get("NODESHAPE_FUSED") == "0"
+    return bool(environment.get(b"NODESHAPE_FUSED") == b"0")
+
+
+def _weights(dynamics: nn.Module, compiling: bool) -> list[Tensor] | str:
+    """The parameters in state_dict order; or why the module may not compute what its class does.
+
+    Looks into the modules' dictionaries, because this is most of what a small solve costs in Python.
+    """
+    modules = dynamics.__dict__["_modules"]
+    layers: list[tuple[Any, type[nn.Module]]]
+    if type(dynamics) is ConvDynamics:
+        layers = [(modules[name], kind) for name, kind in _CONV_LAYERS]
+    else:
+        activation = modules["_activate"]
+        if type(activation) is not ACTIVATIONS.get(dynamics.__dict__["activation"]) or _is_altered(activation):
+            return "its activation was replaced"
+        if type(activation) is nn.Softplus and (activation.beta, activation.threshold) != (1, 20):
+            return "its activation was replaced"
+        layers = [(layer, nn.Linear) for layer in modules["layers"]._modules.values()]
+    if _is_altered(dynamics):
+        return f"{type(dynamics).__name__} has hooks or a forward of its own"
+    weights: list[Tensor] = []
+    for layer, kind in layers:
+        if type(layer) is not kind or _is_altered(layer):
+            return f"a {kind.__name__} was replaced or has hooks"
+        if kind is _TimeConv:
+            layer, kind = layer._modules["_layer"], nn.Conv2d
+            if type(layer) is not kind or _is_altered(layer):
+                return f"a {kind.__name__} was replaced or has hooks"
+        attributes = layer.__dict__
+        for name, value in _SETTINGS[kind]:
+            if attributes[name] != value:
+                return f"the settings of a {kind.__name__} were changed"
+        if kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
+            return f"the settings of a {kind.__name__} were changed"
+        parameters = attributes["_parameters"]
+        for name in ("weight", "bias"):
+            x = parameters.get(name)
+            if type(x) is not nn.Parameter and type(x) is not Tensor and not compiling:
+                return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
+            weights.append(x)
+    return weights
+
+
+_CONV_LAYERS = (
+    ("norm1", nn.GroupNorm),
+    ("conv1", _TimeConv),
+    ("norm2", nn.GroupNorm),
+    ("conv2", _TimeConv),
+    ("norm3", nn.GroupNorm),
+)
+
+
+_SETTINGS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
+    nn.GroupNorm: (("eps", 1e-5),),
+    nn.Conv2d: (
+        ("stride", (1, 1)),
+        ("padding", (1, 1)),
+        ("dilation", (1, 1)),
+        ("groups", 1),
+        ("padding_mode", "zeros"),
+    ),
+    nn.Linear: (),
+}
+"""What a layer is set to where the kernel computes it."""
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks or a forward of its own may change what the module's class computes."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
+
+
+def solve(
+    dynamics: Any,
+    weights: list[Tensor],
+    y0: Tensor,
+    t: Tensor,
+    steps: list[int],
+    method: Method,
+    adjoint: str,
+    tolerance: float,
+    max_iterations: int,
+    checkpoint_every: int | None,
+    drift_tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve from ``t[0]`` through all of ``t``.
+
+    Args:
+        dynamics: f, a ConvDynamics or an MLPDynamics.
+        weights: what :func:`weights_for` gave.
+        y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
+        t: observation times, ``[times]``; differentiable.
+        steps: equal steps in each interval between them.
+        method: which gives theta.
+        adjoint: ``"discrete"``, ``"reversible"`` or ``"continuous"``; nothing is stored where no gradient is recorded.
+        tolerance: relative residual of a solved stage.
+        max_iterations: evaluations a stage may take.
+        checkpoint_every: for ``"reversible"``; None or 0 for no checkpoints within an interval.
+        drift_tolerance: for ``"reversible"``.
+
+    Returns:
+        ``ys`` ``[times, *y0.shape]``, the evaluations of the forward pass, int64 ``[batch]``, and ``residual`` float64
+        ``[batch]``.
+
+    Raises:
+        StageSolveError: a stage was not solved; in the backward pass too.
+        ReversalDriftError: in the backward pass of ``"reversible"``.
+    """
+    if not (t.is_cpu and (t.dtype == torch.float32 or t.dtype == torch.float64)):
+        t = t.to(device="cpu", dtype=torch.float64)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *weights))
+    scheme: tuple[Any, ...] = (
+        steps,
+        method.theta,
+        tolerance,
+        int(max_iterations),
+        adjoint if recorded else "none",
+        int(checkpoint_every or 0),
+        drift_tolerance,
+    )
+    name = "conv_solve"
+    if type(dynamics) is MLPDynamics:
+        name, scheme = "mlp_solve", (dynamics.activation, *scheme)
+    op = getattr(torch.ops.nodeshape, name).default
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    try:
+        if traced:
+            ys, _, forward, residual = op(y0, t, weights, *scheme)
+        elif recorded:
+            ys, _, forward, residual = _Recorded.apply(name, scheme, y0, t, *weights)
+        else:
+            ys, _, forward, residual = _below_autograd(op, y0, t, weights, *scheme)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    return ys, forward, residual
+
+
+def backward_evaluations(ys: Tensor) -> Tensor | None:
+    """Evaluations in the backward pass of a solution, int64 ``[batch]``, zero until it has run; in eager mode only."""
+    if torch.compiler.is_compiling():
+        return None
+    node: Any = ys.grad_fn
+    if getattr(node, "_forward_cls", None) is not _Recorded:
+        return None
+    evaluations = torch.zeros(ys.shape[1], dtype=torch.int64, device=ys.device)
+    node.backward_evaluations = evaluations
+    return evaluations
+
+
+def _translated(error: RuntimeError) -> RuntimeError:
+    """The kernel's error as the class its message names."""
+    message = str(error).split("\n")[0]
+    for kind in (StageSolveError, ReversalDriftError):
+        if message.startswith(f"{kind.__name__}: "):
+            return kind(message.removeprefix(f"{kind.__name__}: "))
+    return error
+
+
+# ---- shapes and gradients of the ops ---------------------------------------------------------------------------------
+
+
+def _stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> int:
+    if adjoint == "discrete":
+        return sum(steps)
+    if adjoint == "reversible" and checkpoint_every > 0:
+        return sum((count - 1) // checkpoint_every for count in steps)
+    return 0
+
+
+def _fake_solve(
+    y0: Tensor, t: Tensor, steps: Sequence[int], adjoint: str, checkpoint_every: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _stored_rows(steps, adjoint, checkpoint_every)
+    batch, *shape = y0.shape
+    if len(shape) == 3:
+        shape = [_CONV_MAPS_KEPT if adjoint == "discrete" else 1, *shape[1:], shape[0]]
+    return (
+        y0.new_empty((t.shape[0], *y0.shape)),
+        y0.new_empty((rows, batch, *shape)),
+        y0.new_empty((batch,), dtype=torch.int64),
+        y0.new_empty((batch,), dtype=torch.float64),
+    )
+
+
+def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    return (
+        ys.new_empty(ys.shape[1:]),
+        ys.new_empty(t.shape, dtype=torch.float64),
+        [x.new_empty(x.shape) for x in weights],
+        ys.new_empty((ys.shape[1],), dtype=torch.int64),
+    )
+
+
+def _save(ctx: Any, t: Tensor, weights: Sequence[Tensor], scheme: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    """Keep in ``ctx`` what :func:`_gradient` needs."""
+    ys, stages, evaluations, residual = output
+    ctx.mark_non_differentiable(stages, evaluations, residual)
+    ctx.save_for_backward(ys, stages, t, *weights)
+    ctx.scheme = scheme
+
+
+def _gradient(
+    ctx: Any, op: Callable[..., Any], grad_ys: Tensor, timed: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The gradients of y0, of t if ``timed`` (which waits for a GPU), and of the weights, by ``op``."""
+    ys, stages, t, *weights = ctx.saved_tensors
+    try:
+        grad_y0, grad_t, grad_weights, evaluations = op(grad_ys, ys, stages, t, weights, *ctx.scheme)
+    except RuntimeError as error:
+        raise _translated(error) from None
+    wanted = getattr(ctx, "backward_evaluations", None)  # the function of that name leaves it there
+    if wanted is not None:
+        wanted.copy_(evaluations)
+    return grad_y0, grad_t.to(t.device, t.dtype) if timed else None, grad_weights
+
+
+def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Call an op whose gradient nobody records, without the detour through Python that its registered formula is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+class _Recorded(torch.autograd.Function):
+    """An op and its gradient in eager mode: what the registered formula does, without its cost to a small solve."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, scheme: tuple[Any, ...], y0: Tensor, t: Tensor, *weights: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.name = name
+        output = _below_autograd(getattr(torch.ops.nodeshape, name).default, y0, t, weights, *scheme)
+        _save(ctx, t, weights, scheme, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
+        op = getattr(torch.ops.nodeshape, f"{ctx.name}_backward").default
+        if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
+            op = partial(_below_autograd, op)
+        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys, timed=ctx.needs_input_grad[3])
+        grads = (None, None, grad_y0, grad_t, *grad_weights)
+        return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, t, weights, *scheme = inputs
+    _save(ctx, t, weights, scheme, output)
+
+
+def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
+        # An empty list of steps passes for a list of tensors, whose gradient is a list.
+        return *_gradient(ctx, op, grad_ys, timed=ctx.needs_input_grad[1]), *(
+            [] if x == [] else None for x in ctx.scheme
+        )
+
+    return backward
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "the fused solver has no second derivatives: set NODESHAPE_FUSED=0 to differentiate twice (adjoint='discrete')"
+    )
+
+
+def _register(name: str) -> None:
+    library = torch.library
+    ops = torch.ops.nodeshape
+
+    # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
+    def solve(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+        *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
+        return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
+
+    def solve_backward(
+        grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any
+    ) -> Any:
+        return _fake_backward(ys, t, weights)
+
+    library.register_fake(f"nodeshape::{name}", solve)
+    library.register_fake(f"nodeshape::{name}_backward", solve_backward)
+    backward = getattr(ops, f"{name}_backward")
+    library.register_autograd(f"nodeshape::{name}", _formula(backward), setup_context=_setup_context)
+    library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return f"{_LIBRARY.name} is not built: reinstall with a C++ compiler"
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load: {error}"
+    for name in ("conv_solve", "mlp_solve"):
+        _register(name)
+    return None
+
+
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not _CUDA_LIBRARY.exists():
+        return f"{_CUDA_LIBRARY.name} is not built: reinstall with FORCE_CUDA=1 where nvcc is"
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        return f"{_CUDA_LIBRARY.name} does not load: {error}"
+    return None
+
+
+_missing = _load()
+_cuda_missing = _missing or _load_cuda()

@@ -1,0 +1,63 @@
+"""Checkpoints: plain tensors, numbers and strings, written atomically and loaded without executing anything."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nodeshape._errors import UserError
+from nodeshape._files import write_atomically
+from nodeshape._models.classifier import ShapeClassifier
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors and plain Python values) to ``path`` atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; it can hold data only, never code.
+
+    Raises:
+        UserError: there is no such file, or it is not a nodeshape checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with: python -m nodeshape.train")
+    data = path.read_bytes()  # an OSError of its own, apart from those that damage leads to
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's doubts about a damaged file, which the error tells
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damage can make unpickling raise anything
+        raise UserError(f"{path}: not a readable checkpoint") from error
+    if not isinstance(state, dict) or not {"model", "architecture", "classes"} <= state.keys():
+        raise UserError(f"{path}: not a nodeshape checkpoint")
+    return state
+
+
+def load_classifier(path: Path | str) -> tuple[ShapeClassifier, list[str]]:
+    """Load the classifier of a checkpoint, in evaluation mode, and the names of its classes.
+
+    Args:
+        path: ``best.pt`` or ``last.pt`` of a run folder.
+
+    Raises:
+        UserError: there is no such file, or it is not a nodeshape checkpoint.
+    """
+    path = Path(path)
+    state = load_checkpoint(path)
+    try:
+        model = ShapeClassifier(**state["architecture"])
+        model.load_state_dict(state["model"])
+        classes = [str(name) for name in state["classes"]]
+    except Exception as error:  # they may be anything, of any type
+        raise UserError(f"{path}: its weights do not fit its architecture") from error
+    if len(classes) != model.num_classes:
+        raise UserError(f"{path}: names {len(classes)} classes, its network has {model.num_classes}")
+    return model.eval(), classes
