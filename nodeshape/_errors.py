@@ -10,10 +10,16 @@ class UserError(ValueError):
 class StageSolveError(RuntimeError):
     """An implicit stage was not solved to its tolerance."""
 
+    __module__ = "nodeshape"
+
 
 class StepSizeError(RuntimeError):
     """Error control could not reach the end of the interval."""
 
+    __module__ = "nodeshape"
+
 
 class ReversalDriftError(RuntimeError):
     """The trajectory rebuilt for a ``reversible`` gradient left the one that was solved."""
+
+    __module__ = "nodeshape"

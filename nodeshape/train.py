@@ -125,7 +125,7 @@ def _prepare(argv: list[str] | None, processes: Processes) -> tuple[Trainer, Run
     if config["amp"] and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(f"--amp: {torch.cuda.get_device_name(device)} has no bfloat16; leave it out")
     with user_input():
-        data = _load(config)
+        data = _load(config, processes)
     fingerprint = data.fingerprint()
     torch.manual_seed(config["seed"])
     architecture = {
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(config: dict[str, Any]) -> Data:
+def _load(config: dict[str, Any], processes: Processes) -> Data:
     image_size, channels, seed = config["image_size"], config["channels"], config["seed"]
     train_size, test_size = config["train_size"], config["test_size"]
     if config["data"] is None:
@@ -278,7 +278,8 @@ def _load(config: dict[str, Any]) -> Data:
             config["task"], train_size or DRAWN_TRAIN_SIZE, test_size or DRAWN_TEST_SIZE, image_size, channels, seed
         )
     strict, stream = config["strict"], config["stream"]
-    data = folder_data(Path(config["data"]), train_size, test_size, image_size, channels, seed, strict, stream)
+    readers = max(1, (os.cpu_count() or 1) // processes.local_count)  # processes of one machine share its cores
+    data = folder_data(Path(config["data"]), train_size, test_size, image_size, channels, seed, strict, stream, readers)
     for error in data.unreadable[:10]:
         print(f"skipped {error}", file=sys.stderr)
     if data.unreadable:

@@ -85,10 +85,12 @@ def folder_data(
     seed: int,
     strict: bool,
     stream: bool = False,
+    readers: int | None = None,
 ) -> Data:
     """Read a folder of images, at most ``train_size`` and ``test_size`` of them (a choice that ``seed`` fixes).
 
-    With ``stream``, or if there are many (``MEMORY_FILES``, ``MEMORY_BYTES``), they are read while training.
+    With ``stream``, or if there are many (``MEMORY_FILES``, ``MEMORY_BYTES``), they are read while training,
+    by ``readers`` threads (default: one per core).
 
     Raises:
         UserError: the folder has no usable classes, or with ``strict`` a file is unreadable.
@@ -99,7 +101,7 @@ def folder_data(
         raise UserError(f"{root}: the training images are all of one class; raise --train-size")
     count = sum(map(len, chosen))
     if stream or count > MEMORY_FILES or count * CHANNELS[channels] * image_size**2 > MEMORY_BYTES:
-        train, test = (StreamedSplit(files, image_size, channels, strict) for files in chosen)
+        train, test = (StreamedSplit(files, image_size, channels, strict, readers) for files in chosen)
         return Data(list(folder.classes), train, test, unreadable=[])
     loaded = [load_folder(files, image_size, channels, strict) for files in chosen]
     own, other = (Split(torch.from_numpy(x.images), torch.from_numpy(x.labels)) for x in loaded)

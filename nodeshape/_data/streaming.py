@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from nodeshape._data.images import Files, ImageError, load_image
 from nodeshape._errors import UserError
-from nodeshape._training.processes import Processes
 
 #: Batches that are being read while one is trained on.
 AHEAD = 4
@@ -38,12 +37,16 @@ class StreamedSplit:
         image_size: side in pixels.
         channels: ``"grey"`` or ``"rgb"``.
         strict: raise the ImageError of an unreadable file instead.
+        readers: threads that read ahead (default: one per core).
 
     Attributes:
         unreadable: paths of the files passed over so far.
     """
 
-    def __init__(self, files: Files, image_size: int, channels: str, strict: bool = False) -> None:
+    def __init__(
+        self, files: Files, image_size: int, channels: str, strict: bool = False, readers: int | None = None
+    ) -> None:
+        self.readers = readers or os.cpu_count() or 1
         self.files, self.image_size, self.channels, self.strict = files, image_size, channels, strict
         self.labels = torch.from_numpy(files.labels)
         self.unreadable: set[Path] = set()
@@ -61,12 +64,8 @@ class StreamedSplit:
         return next(self.batches([torch.arange(len(self))[index]], device))
 
     def batches(self, indices: Iterable[Tensor], device: torch.device) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """For each of the index tensors, its images as float32 in [0, 1], and its labels; threads read ahead.
-
-        Processes of one machine share its cores among their threads.
-        """
-        workers = max(1, (os.cpu_count() or 1) // Processes.from_environment().local_count)
-        pool = ThreadPoolExecutor(workers)  # Pillow decodes without holding Python's lock
+        """For each of the index tensors, its images as float32 in [0, 1], and its labels; threads read ahead."""
+        pool = ThreadPoolExecutor(self.readers)  # Pillow decodes without holding Python's lock
         waiting: deque[tuple[Tensor, list[Future[list[NDArray[np.uint8]]]]]] = deque()
 
         def take() -> tuple[Tensor, Tensor]:
@@ -77,7 +76,7 @@ class StreamedSplit:
 
         try:
             for index in indices:
-                parts = [pool.submit(self._read_all, part.tolist()) for part in index.tensor_split(workers)]
+                parts = [pool.submit(self._read_all, part.tolist()) for part in index.tensor_split(self.readers)]
                 waiting.append((index, parts))
                 if len(waiting) > AHEAD:
                     yield take()

@@ -32,6 +32,8 @@ class ODEBlock(nn.Module):
         stats: of the latest forward pass, with its backward pass once that has run; None before.
     """
 
+    __module__ = "nodeshape"
+
     def __init__(
         self,
         dynamics: nn.Module,

@@ -38,6 +38,8 @@ class ShapeClassifier(nn.Module):
     Shapes: images ``[batch, in_channels, image_size, image_size]`` in [0, 1] to logits ``[batch, num_classes]``.
     """
 
+    __module__ = "nodeshape"
+
     def __init__(
         self, num_classes: int, image_size: int = 32, in_channels: int = 1, width: int = 64, **solver: Any
     ) -> None:

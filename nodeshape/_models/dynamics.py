@@ -6,8 +6,12 @@ the layers keep their usual shapes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from nodeshape._ode.fused import KERNELS, Kernel
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU}
 
@@ -37,6 +41,8 @@ class ConvDynamics(nn.Module):
 
     Shapes: ``t`` is a scalar, ``y`` and the result are ``[batch, channels, height, width]``.
     """
+
+    __module__ = "nodeshape"
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,6 +75,8 @@ class MLPDynamics(nn.Module):
     Shapes: ``t`` is a scalar, ``y`` and the result are ``[batch, dim]`` (or ``[dim]``).
     """
 
+    __module__ = "nodeshape"
+
     def __init__(self, dim: int, hidden: tuple[int, ...] = (64,), activation: str = "tanh") -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -88,3 +96,90 @@ class MLPDynamics(nn.Module):
         for i, layer in enumerate(self.layers):
             y = layer(y if i == 0 else self._activate(y))
         return y
+
+
+# ---- what the kernels take of them -----------------------------------------------------------------------------------
+# These look into the modules' dictionaries, because this is most of what a small solve costs in Python.
+
+#: What a layer is set to where a kernel computes it.
+_SETTINGS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
+    nn.GroupNorm: (("eps", 1e-5),),
+    nn.Conv2d: (
+        ("stride", (1, 1)),
+        ("padding", (1, 1)),
+        ("dilation", (1, 1)),
+        ("groups", 1),
+        ("padding_mode", "zeros"),
+    ),
+    nn.Linear: (),
+}
+
+
+def _conv_weights(dynamics: ConvDynamics, compiling: bool) -> list[Tensor] | str:
+    modules = dynamics.__dict__["_modules"]
+    if _is_altered(dynamics):
+        return "ConvDynamics has hooks or a forward of its own"
+    weights: list[Tensor] = []
+    for name in ("norm1", "conv1", "norm2", "conv2", "norm3"):
+        layer: Any = modules[name]
+        kind: type[nn.Module] = nn.GroupNorm
+        if name.startswith("conv"):
+            if type(layer) is not _TimeConv or _is_altered(layer):
+                return "a _TimeConv was replaced or has hooks"
+            layer, kind = layer._modules["_layer"], nn.Conv2d
+        own = _layer_weights(layer, kind, compiling)
+        if isinstance(own, str):
+            return own
+        if kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
+            return "the settings of a GroupNorm were changed"
+        weights += own
+    return weights
+
+
+def _mlp_weights(dynamics: MLPDynamics, compiling: bool) -> list[Tensor] | str:
+    modules = dynamics.__dict__["_modules"]
+    activation = modules["_activate"]
+    if type(activation) is not ACTIVATIONS.get(dynamics.__dict__["activation"]) or _is_altered(activation):
+        return "its activation was replaced"
+    if type(activation) is nn.Softplus and (activation.beta, activation.threshold) != (1, 20):
+        return "its activation was replaced"
+    if _is_altered(dynamics):
+        return "MLPDynamics has hooks or a forward of its own"
+    weights: list[Tensor] = []
+    for layer in modules["layers"]._modules.values():
+        own = _layer_weights(layer, nn.Linear, compiling)
+        if isinstance(own, str):
+            return own
+        weights += own
+    return weights
+
+
+def _layer_weights(layer: Any, kind: type[nn.Module], compiling: bool) -> list[Tensor] | str:
+    """Weight and bias of a layer of ``kind``; or why it may not compute what its class does."""
+    if type(layer) is not kind or _is_altered(layer):
+        return f"a {kind.__name__} was replaced or has hooks"
+    attributes = layer.__dict__
+    for name, value in _SETTINGS[kind]:
+        if attributes[name] != value:
+            return f"the settings of a {kind.__name__} were changed"
+    weights = [attributes["_parameters"].get(name) for name in ("weight", "bias")]
+    for name, x in zip(("weight", "bias"), weights):
+        if type(x) is not nn.Parameter and type(x) is not Tensor and not compiling:
+            return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
+    return weights
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether hooks or a forward of its own may change what the module's class computes."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
+
+
+KERNELS[ConvDynamics] = Kernel("conv_solve", 4, _conv_weights, lambda dynamics: ())
+KERNELS[MLPDynamics] = Kernel("mlp_solve", 2, _mlp_weights, lambda dynamics: (dynamics.activation,))

@@ -28,6 +28,8 @@ class FewestSteps:
         error: largest absolute difference of an output from the converged solve.
     """
 
+    __module__ = "nodeshape"
+
     method: str
     steps: int
     evaluations: float
@@ -55,6 +57,9 @@ def fewest_steps(model: nn.Module, images: Tensor, tolerance: float) -> FewestSt
         best = _fewest_of_method(model, images, exact, tolerance, method.name, best)
     assert best is not None  # the midpoint rule comes first and has converged
     return best
+
+
+fewest_steps.__module__ = "nodeshape"
 
 
 def _run(model: Any, images: Tensor, method: str, steps: int) -> tuple[Tensor, float]:

@@ -20,6 +20,8 @@ class Backend:
         reason: one line.
     """
 
+    __module__ = "nodeshape"
+
     name: str
     reason: str
 
@@ -43,6 +45,9 @@ def backend(
     if isinstance(weights, str):
         return Backend("plain", weights)
     return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
+
+
+backend.__module__ = "nodeshape"
 
 
 def fused_weights(

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 from nodeshape._errors import ReversalDriftError, StageSolveError
-from nodeshape._models.dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics, _TimeConv
 from nodeshape._ode.method import Method
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
@@ -51,30 +51,51 @@ _missing: str | None = None
 _cuda_missing: str | None = None
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """What the fused solver must know of a class of dynamics that it has a kernel for.
+
+    Attributes:
+        op: ``"conv_solve"`` or ``"mlp_solve"``; its backward op has ``_backward`` behind.
+        dimensions: of the state.
+        weights: the parameters of a module in state_dict order; or why it may not compute what its class does. Called
+            with the module and whether torch.compile is tracing.
+        arguments: what the op takes behind the weights, before the scheme.
+    """
+
+    op: str
+    dimensions: int
+    weights: Callable[[Any, bool], list[Tensor] | str]
+    arguments: Callable[[Any], tuple[Any, ...]]
+
+
+#: By the exact class of a dynamics, which registers itself.
+KERNELS: dict[type, Kernel] = {}
+
+
 def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
     """The parameters to solve with, in state_dict order; or why the fused solver does not take this solve."""
     compiling = torch.compiler.is_compiling()
     if _turned_off(compiling):
         return "NODESHAPE_FUSED=0"
-    kind = type(dynamics)
-    if kind is not ConvDynamics and kind is not MLPDynamics:
-        return f"{kind.__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
+    kernel = KERNELS.get(type(dynamics))
+    if kernel is None:
+        return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics and MLPDynamics have)"
     if not isinstance(y0, Tensor):
         return "the state is a tuple"
     if not (y0.is_cpu or y0.is_cuda):
         return f"the state is on {y0.device}"
     if y0.dtype not in (torch.float32, torch.float64):
         return f"the state is {y0.dtype}"
-    expected = 4 if kind is ConvDynamics else 2
-    if y0.dim() != expected:
-        return f"the state has {y0.dim()} dimensions, the kernel takes {expected}"
+    if y0.dim() != kernel.dimensions:
+        return f"the state has {y0.dim()} dimensions, the kernel takes {kernel.dimensions}"
     if not compiling:
         if type(y0) not in (Tensor, nn.Parameter):
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
     missing = _missing or (_cuda_missing if y0.is_cuda else None)
-    return missing or _weights(dynamics, compiling)
+    return missing or kernel.weights(dynamics, compiling)
 
 
 def _turned_off(compiling: bool) -> bool:
@@ -84,82 +105,6 @@ def _turned_off(compiling: bool) -> bool:
     if environment is None:
         return os.environ.get("NODESHAPE_FUSED") == "0"
     return bool(environment.get(b"NODESHAPE_FUSED") == b"0")
-
-
-def _weights(dynamics: nn.Module, compiling: bool) -> list[Tensor] | str:
-    """The parameters in state_dict order; or why the module may not compute what its class does.
-
-    Looks into the modules' dictionaries, because this is most of what a small solve costs in Python.
-    """
-    modules = dynamics.__dict__["_modules"]
-    layers: list[tuple[Any, type[nn.Module]]]
-    if type(dynamics) is ConvDynamics:
-        layers = [(modules[name], kind) for name, kind in _CONV_LAYERS]
-    else:
-        activation = modules["_activate"]
-        if type(activation) is not ACTIVATIONS.get(dynamics.__dict__["activation"]) or _is_altered(activation):
-            return "its activation was replaced"
-        if type(activation) is nn.Softplus and (activation.beta, activation.threshold) != (1, 20):
-            return "its activation was replaced"
-        layers = [(layer, nn.Linear) for layer in modules["layers"]._modules.values()]
-    if _is_altered(dynamics):
-        return f"{type(dynamics).__name__} has hooks or a forward of its own"
-    weights: list[Tensor] = []
-    for layer, kind in layers:
-        if type(layer) is not kind or _is_altered(layer):
-            return f"a {kind.__name__} was replaced or has hooks"
-        if kind is _TimeConv:
-            layer, kind = layer._modules["_layer"], nn.Conv2d
-            if type(layer) is not kind or _is_altered(layer):
-                return f"a {kind.__name__} was replaced or has hooks"
-        attributes = layer.__dict__
-        for name, value in _SETTINGS[kind]:
-            if attributes[name] != value:
-                return f"the settings of a {kind.__name__} were changed"
-        if kind is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
-            return f"the settings of a {kind.__name__} were changed"
-        parameters = attributes["_parameters"]
-        for name in ("weight", "bias"):
-            x = parameters.get(name)
-            if type(x) is not nn.Parameter and type(x) is not Tensor and not compiling:
-                return f"the {name} of a {kind.__name__} is a {type(x).__name__}"
-            weights.append(x)
-    return weights
-
-
-_CONV_LAYERS = (
-    ("norm1", nn.GroupNorm),
-    ("conv1", _TimeConv),
-    ("norm2", nn.GroupNorm),
-    ("conv2", _TimeConv),
-    ("norm3", nn.GroupNorm),
-)
-
-
-_SETTINGS: dict[type[nn.Module], tuple[tuple[str, Any], ...]] = {
-    nn.GroupNorm: (("eps", 1e-5),),
-    nn.Conv2d: (
-        ("stride", (1, 1)),
-        ("padding", (1, 1)),
-        ("dilation", (1, 1)),
-        ("groups", 1),
-        ("padding_mode", "zeros"),
-    ),
-    nn.Linear: (),
-}
-"""What a layer is set to where the kernel computes it."""
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Whether hooks or a forward of its own may change what the module's class computes."""
-    d = module.__dict__
-    return bool(
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "forward" in d
-    )
 
 
 def solve(
@@ -178,7 +123,7 @@ def solve(
     """Solve from ``t[0]`` through all of ``t``.
 
     Args:
-        dynamics: f, a ConvDynamics or an MLPDynamics.
+        dynamics: f, of a class with a kernel.
         weights: what :func:`weights_for` gave.
         y0: ``[batch, channels, height, width]`` or ``[batch, dim]``.
         t: observation times, ``[times]``; differentiable.
@@ -210,9 +155,8 @@ def solve(
         int(checkpoint_every or 0),
         drift_tolerance,
     )
-    name = "conv_solve"
-    if type(dynamics) is MLPDynamics:
-        name, scheme = "mlp_solve", (dynamics.activation, *scheme)
+    kernel = KERNELS[type(dynamics)]
+    name, scheme = kernel.op, (*kernel.arguments(dynamics), *scheme)
     op = getattr(torch.ops.nodeshape, name).default
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     try:

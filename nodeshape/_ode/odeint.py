@@ -178,6 +178,9 @@ def odeint(
     return (solution, stats) if return_stats else solution
 
 
+odeint.__module__ = "nodeshape"
+
+
 def odeint_adjoint(
     func: Callable[[Tensor, Any], Any],
     y0: State,
@@ -211,6 +214,9 @@ def odeint_adjoint(
     options.update((name, value) for name, value in given if value is not None)
     arguments.setdefault("adjoint", "continuous")
     return odeint(func, y0, t, options=options, **arguments)
+
+
+odeint_adjoint.__module__ = "nodeshape"
 
 
 def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor | None, residual: Tensor) -> SolverStats:

@@ -23,6 +23,8 @@ class SolverStats:
             because f cannot be evaluated sample by sample).
     """
 
+    __module__ = "nodeshape"
+
     nfe_forward: Tensor
     nfe_backward: Tensor
     accepted: Tensor

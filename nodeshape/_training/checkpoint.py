@@ -61,3 +61,6 @@ def load_classifier(path: Path | str) -> tuple[ShapeClassifier, list[str]]:
     if len(classes) != model.num_classes:
         raise UserError(f"{path}: names {len(classes)} classes, its network has {model.num_classes}")
     return model.eval(), classes
+
+
+load_classifier.__module__ = "nodeshape"
