@@ -1,66 +1,105 @@
-"""Check the documentation: links lead somewhere, Python examples run, and commands shown exist with their options."""
+"""Check the documentation: links and named files exist, Python examples run, commands know the options shown.
+
+And every public name is in the reference. That the site builds without a warning is Sphinx's to check.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "export/README.md"]
+REFERENCE = ROOT / "docs/reference.rst"
+#: A file or folder of the repository as text names it, `csrc/cpu/simd.h`; no patterns and no placeholders.
+FILE = r"`((?:\.ci|\.github|benchmarks|csrc|docs|export|nodeshape|tests)/[\w./-]*)`"
 
 
-def broken_links(page: Path) -> list[str]:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    return [t for t in targets if not t.startswith(("http:", "https:")) and not (page.parent / t).exists()]
+def broken_links(text: str, folder: Path) -> list[str]:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    return [
+        f"link to {t}, which is not there"
+        for t in targets
+        if not t.startswith(("http:", "https:")) and not (folder / t).exists()
+    ]
 
 
-def unknown_options(page: Path) -> list[str]:
-    """Options of ``python -m nodeshape.X`` commands that its --help does not know."""
-    wrong = []
-    for module, rest in re.findall(r"python -m (nodeshape\.\w+)([^`\n]*)", page.read_text()):
-        if not (ROOT / (module.replace(".", "/") + ".py")).exists():
-            wrong.append(f"no command {module}")
+def missing_files(text: str) -> list[str]:
+    return [f"names {path}, which is not there" for path in re.findall(FILE, text) if not (ROOT / path).exists()]
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Modules and options of the ``python -m nodeshape.X`` commands on a page."""
+    found = re.findall(r"-m (nodeshape\.\w+)([^`\n]*)", text)
+    return [
+        (module, [w.split("=")[0] for w in shlex.split(rest, comments=True) if w.startswith("--")])
+        for module, rest in found
+    ]
+
+
+def unknown_options(text: str, helps: dict[str, str]) -> Iterator[str]:
+    for module, options in commands(text):
+        if module not in helps:
+            yield f"no command {module}"
             continue
-        shown = help_of(module)
-        options = [w.split("=")[0] for w in shlex.split(rest, comments=True) if w.startswith("--")]
-        wrong += [f"{module} has no option {o}" for o in options if not re.search(rf"{re.escape(o)}\b", shown)]
-    return wrong
+        for option in options:
+            if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", helps[module]):
+                yield f"{module} has no option {option}"
 
 
-_helps: dict[str, str] = {}
+def examples(text: str) -> list[str]:
+    """Python blocks; a line that reads a run's file is left out."""
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return ["\n".join(line for line in block.splitlines() if "runs/" not in line) for block in blocks]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 def help_of(module: str) -> str:
-    if module not in _helps:
-        done = subprocess.run(
-            [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT, check=True
-        )
-        _helps[module] = done.stdout
-    return _helps[module]
+    done = python("-m", module, "--help")
+    if done.returncode:
+        sys.exit(f"python -m {module} --help fails:\n{done.stderr}")
+    return done.stdout
 
 
-def failing_examples(page: Path) -> list[str]:
-    """Python blocks that raise; a line that reads a run's file is left out."""
-    wrong = []
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
-        code = "\n".join(line for line in block.splitlines() if "runs/" not in line)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-        if done.returncode:
-            wrong.append(f"example fails: {done.stderr.strip().splitlines()[-1]}")
-    return wrong
+def failure(example: str) -> str | None:
+    done = python("-c", example)
+    return f"example fails: {done.stderr.strip().splitlines()[-1]}" if done.returncode else None
+
+
+def names_without_reference() -> list[str]:
+    """Public names that the reference does not have."""
+    public = ast.literal_eval(python("-c", "import nodeshape; print(nodeshape.__all__)").stdout)
+    reference = REFERENCE.read_text()
+    return [f"lacks nodeshape.{name}" for name in public if not re.search(rf"nodeshape\.{name}\b", reference)]
 
 
 def main() -> None:
-    problems = [
-        f"{page.relative_to(ROOT)}: {problem}"
-        for page in PAGES
-        for problem in [*broken_links(page), *unknown_options(page), *failing_examples(page)]
-    ]
-    print("\n".join(problems) or f"{len(PAGES)} pages checked")
-    sys.exit(bool(problems))
+    texts = {page: page.read_text() for page in PAGES}
+    modules = sorted({module for text in texts.values() for module, _ in commands(text)})
+    modules = [module for module in modules if (ROOT / (module.replace(".", "/") + ".py")).exists()]
+    shown = [(page, example) for page, text in texts.items() for example in examples(text)]
+    with ThreadPoolExecutor() as pool:  # each in a process of its own, most of whose time is importing torch
+        failures = pool.map(failure, [example for _, example in shown])
+        helps = dict(zip(modules, pool.map(help_of, modules)))
+        problems = [(page, problem) for (page, _), problem in zip(shown, failures) if problem]
+    problems += [(REFERENCE, problem) for problem in names_without_reference()]
+    for page, text in texts.items():
+        found = [*broken_links(text, page.parent), *missing_files(text), *unknown_options(text, helps)]
+        problems += [(page, problem) for problem in found]
+    for page, problem in problems:
+        print(f"{page.relative_to(ROOT)}: {problem}")
+    if problems:
+        sys.exit(1)
+    print(f"{len(PAGES)} pages checked: {len(shown)} examples run, {len(modules)} commands asked for their options")
 
 
 if __name__ == "__main__":
