@@ -2,7 +2,7 @@
 
 Hot are all kernels but the float64 backward ones, which check gradients and need all the registers that a thread has.
 
-    python .ci/compile_cuda.py [--json FILE]
+    python .ci/compile_cuda.py [--json FILE] [ARCHITECTURE ...]
 
 FILE gets the report, for ``benchmarks/cuda_roofline.py``.
 """
@@ -66,9 +66,10 @@ def is_hot(kernel: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, help="of sm_80 and sm_90, the default")
     arguments = parser.parse_args()
     nvcc = find_nvcc()
-    jobs = [(source, name) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for name in ARCHITECTURES]
+    jobs = [(source, name) for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) for name in arguments.architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(lambda job: compile(nvcc, *job), jobs) for kernel in found]
     if not any("forward_kernel" in str(kernel["kernel"]) for kernel in kernels):

@@ -1,15 +1,33 @@
+"""How the tests run: on every core, the slow ones apart, hypothesis without chance, and no test skipped unseen."""
+
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many and small: threads would only wait for each other
 
+import re
+from pathlib import Path
+
+import hypothesis
 import pytest
 import torch
 
+#: Why a run with --strict-skips may skip a test, by the reason that the skip gives (a regular expression).
+ALLOWED_SKIPS = {
+    r"needs a GPU: ": "machines of CI have none; the same kernels run in tests/test_cuda_kernels.py, on the CPU",
+    r"run by tests/test_cuda_kernels\.py": "and is run there, in a process of its own",
+}
+
+# The same examples in every run, so that a run fails for what has changed and for nothing else. The nightly profile
+# looks further: `pytest --hypothesis-profile=nightly --hypothesis-seed=SEED` repeats one of its runs.
+hypothesis.settings.register_profile("quick", max_examples=25, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=400, derandomize=False, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("quick")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--strict-skips", action="store_true", help="fail if a test is skipped that ALLOWED_SKIPS lacks")
     parser.addoption(
         "--cuda-on-host", metavar="LIBRARY", help="run the CUDA kernels' build for the CPU as the fused solver"
     )
@@ -24,11 +42,36 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("NODESHAPE_TEST_ISAS", "cuda")  # read by fused_reference.py
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skip_slow = pytest.mark.skip(reason="slow: run with --slow")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """None of its own for a run of named files, which would end before other processes have imported torch."""
+    named_files = all(Path(argument.split("::")[0]).suffix == ".py" for argument in config.args)
+    return 0 if named_files else None  # as many as there are cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_cuda = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
     for item in items:
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(skip_slow)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(skip_cuda)
+
+
+def unexpected_skips(config: pytest.Config) -> list[str]:
+    """What --strict-skips objects to, a line per test."""
+    if not config.getoption("--strict-skips") or hasattr(config, "workerinput"):  # workers report to the controller
+        return []
+    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    reasons = [(report.nodeid, report.longrepr[2].removeprefix("Skipped: ")) for report in reports]
+    return [f"{test}: {why}" for test, why in reasons if not any(re.match(allowed, why) for allowed in ALLOWED_SKIPS)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.exitstatus == pytest.ExitCode.OK and unexpected_skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := unexpected_skips(config):
+        terminalreporter.section("skipped, and not in ALLOWED_SKIPS of tests/conftest.py", red=True)
+        for line in lines:
+            terminalreporter.line(line)

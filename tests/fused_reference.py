@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -33,6 +36,29 @@ def instruction_sets() -> list[str]:
                 continue
             found.append(isa)
     return found
+
+
+def most_threads() -> int:
+    """The most threads that shared a fused solve's work since the last call."""
+    return ctypes.CDLL(str(fused._LIBRARY)).nodeshape_most_threads()
+
+
+def pairwise(*axes: Sequence[object]) -> list[object]:
+    """The product of the axes, as pytest's parameters.
+
+    Slow tests are those that are not needed for each value to meet once each value of every other axis.
+    """
+    rows = list(product(*(range(len(axis)) for axis in axes)))
+    pairs = {row: set(combinations(enumerate(row), 2)) for row in rows}
+    missing, needed = set().union(*pairs.values()), set()
+    while missing:
+        best = max(rows, key=lambda row: len(pairs[row] & missing))
+        needed.add(best)
+        missing -= pairs[best]
+    return [
+        pytest.param(*(axis[i] for axis, i in zip(axes, row)), marks=[] if row in needed else pytest.mark.slow)
+        for row in rows
+    ]
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
-from fused_reference import ADJOINTS, METHODS, ON_HOST, instruction_sets, random_conv, solve
-from hypothesis import assume, given, settings
+from fused_reference import ADJOINTS, METHODS, ON_HOST, instruction_sets, most_threads, pairwise, random_conv, solve
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import nodeshape as ns
@@ -25,9 +27,9 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def assert_agrees(f, y0, t, dtypes=tuple(LIMITS), isas=tuple(ISAS), **arguments):
+def assert_agrees(f, y0, t, dtypes=tuple(LIMITS), isas=tuple(ISAS), plain=None, **arguments):
     """On every instruction set and in every dtype the fused solve is the plain float64 one."""
-    plain = solve(f, y0, t, fused=False, dtype=torch.float64, **arguments)
+    plain = plain or solve(f, y0, t, fused=False, dtype=torch.float64, **arguments)
     for isa in isas:
         for dtype in dtypes:
             with pytest.MonkeyPatch.context() as patch:
@@ -41,22 +43,37 @@ def assert_agrees(f, y0, t, dtypes=tuple(LIMITS), isas=tuple(ISAS), **arguments)
             assert to_t < 10 * gradients, (isa, dtype)  # a small difference of large sums
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(3, 16, 8, 8), (2, 24, 8, 8), (2, 5, 7, 9)], ids=str)
-def test_conv_agrees_with_the_plain_loop(shape, method, adjoint):
-    torch.manual_seed(0)
-    f, y0 = random_conv(shape[1]), torch.randn(shape, dtype=torch.float64)
-    assert_agrees(f, y0, TIMES, method=method, adjoint=adjoint, steps=3, options=OPTIONS)
+def small_mlp(hidden):
+    return ns.MLPDynamics(3, hidden)
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("hidden", [(), (16,), (33, 7)], ids=str)
-def test_mlp_agrees_with_the_plain_loop(hidden, method, adjoint):
+@cache
+def problem(dynamics, width, shape, method, adjoint, steps):
+    """f and y0 with their plain solve, which takes longer than the fused ones that are compared with it."""
     torch.manual_seed(0)
-    f, y0 = ns.MLPDynamics(3, hidden), torch.randn(19, 3, dtype=torch.float64)
-    assert_agrees(f, y0, TIMES, method=method, adjoint=adjoint, steps=5, options=OPTIONS)
+    f, y0 = dynamics(width), torch.randn(shape, dtype=torch.float64)
+    arguments = {"method": method, "adjoint": adjoint, "steps": steps, "options": OPTIONS}
+    return f, y0, arguments | {"plain": solve(f, y0, TIMES, fused=False, dtype=torch.float64, **arguments)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "adjoint", "isa", "dtype"),
+    pairwise([(3, 16, 8, 8), (2, 24, 8, 8), (2, 5, 7, 9)], METHODS, ADJOINTS, ISAS, [*LIMITS]),
+    ids=str,
+)
+def test_conv_agrees_with_the_plain_loop(shape, method, adjoint, isa, dtype):
+    f, y0, arguments = problem(random_conv, shape[1], shape, method, adjoint, steps=3)
+    assert_agrees(f, y0, TIMES, (dtype,), (isa,), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "method", "adjoint", "isa", "dtype"),
+    pairwise([(), (16,), (33, 7)], METHODS, ADJOINTS, ISAS, [*LIMITS]),
+    ids=str,
+)
+def test_mlp_agrees_with_the_plain_loop(hidden, method, adjoint, isa, dtype):
+    f, y0, arguments = problem(small_mlp, hidden, (19, 3), method, adjoint, steps=5)
+    assert_agrees(f, y0, TIMES, (dtype,), (isa,), **arguments)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "softplus", "silu"])
@@ -77,7 +94,6 @@ def test_wide_conv_agrees_after_twenty_steps(shape, method):
         assert_agrees(f, y0, TIMES[[0, 2]], dtypes=(torch.float32,), **arguments)
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 6),
     channels=st.sampled_from(CHANNELS),
@@ -106,7 +122,6 @@ def test_any_feature_map_agrees_with_the_plain_loop(batch, channels, height, wid
     assert single or max(to_y0, to_parameters) < 1e-8
 
 
-@settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 40),
     dim=st.integers(1, 20),
@@ -217,21 +232,12 @@ def test_threads_do_not_change_a_bit(isa, adjoint):
             (ns.MLPDynamics(3, (20,)), torch.randn(3001, 3), "euler"),
         ):
             results = []
+            arguments = {"method": method, "adjoint": adjoint, "steps": 3, "options": OPTIONS}
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(
-                    solve(
-                        f,
-                        y0,
-                        TIMES,
-                        fused=True,
-                        dtype=torch.float32,
-                        method=method,
-                        adjoint=adjoint,
-                        steps=3,
-                        options=OPTIONS,
-                    )
-                )
+                most_threads()  # of what came before
+                results.append(solve(f, y0, TIMES, fused=True, dtype=torch.float32, **arguments))
+                assert most_threads() == threads
             for other in results[1:]:
                 assert other.distance(results[0]) == (0.0, 0.0, 0.0, 0.0)
     finally:
@@ -249,8 +255,10 @@ def test_threads_that_share_a_lone_wide_sample_do_not_change_a_bit(isa, channels
             together = ns.odeint(f, y0, TIMES, method=method, steps=1)
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
+                most_threads()  # of what came before
                 for _ in range(3):  # who takes which piece of the work is a matter of chance
                     assert torch.equal(ns.odeint(f, y0[:1], TIMES, method=method, steps=1), together[:, :1])
+                assert ON_HOST or most_threads() == threads
     finally:
         torch.set_num_threads(before)
 

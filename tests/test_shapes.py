@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeshape._data import shapes as _shapes
@@ -79,7 +79,6 @@ def test_a_larger_image_shows_the_same_scene(task):
         assert abs(means - small).mean() < 10  # two draws of noise, nothing else
 
 
-@settings(deadline=None, max_examples=150)
 @given(st.sampled_from(TASKS), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_an_image_shows_the_shapes_of_its_class_whole_and_apart(task, seed, index):
     label, scene = scene_of(task, seed, index)
@@ -94,7 +93,6 @@ def test_an_image_shows_the_shapes_of_its_class_whole_and_apart(task, seed, inde
     assert count_components(sum(finely, np.zeros((128, 128))) > 0) == len(finely)
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_every_shape_stands_out_from_its_background(seed, index):
     _, scene = scene_of("compound", seed, index)
@@ -103,7 +101,6 @@ def test_every_shape_stands_out_from_its_background(seed, index):
         assert abs(shape.level - scene.background) >= 100 > 10 * scene.noise
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32 - 1))
 def test_triangles_are_no_slivers_and_rectangles_have_right_angles(seed):
     stream = _shapes._Stream(seed)

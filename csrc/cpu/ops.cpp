@@ -1,6 +1,8 @@
 // The ops on the CPU, and all ops' schemas.
 #include "../ops.h"
 
+#include <atomic>
+
 #include "isa.h"
 #include "pages.h"
 
@@ -8,6 +10,8 @@ namespace nodeshape {
 namespace {
 
 int64_t element_size(int32_t dtype) { return dtype == aoti_torch_dtype_float32() ? 4 : 8; }
+
+std::atomic<int64_t> most_threads = 1;  // that shared a solve's work since tests last asked
 
 Tensor empty(const Sizes& sizes, int32_t dtype) {
   checked_bytes("a tensor", sizes, element_size(dtype));
@@ -39,9 +43,14 @@ Tensor empty_stored(const Sizes& sizes, int32_t dtype) {
 /// Torch's intra-op threads.
 Executor executor() {
   return {int64_t(torch::stable::get_num_threads()), [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
-            torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
+            std::atomic<int64_t> threads = 0;
+            torch::stable::parallel_for(0, tasks, 1, [&threads, task, context](int64_t begin, int64_t end) {
+              ++threads;  // each gets one piece of the range
               for (int64_t i = begin; i < end; ++i) task(i, context);
             });
+            int64_t most = most_threads;
+            while (most < threads && !most_threads.compare_exchange_weak(most, threads)) {
+            }
           }};
 }
 
@@ -133,6 +142,11 @@ struct Cpu {
 };
 
 }  // namespace
+
+/// For tests: the most threads that shared a solve's work since the last call.
+extern "C" __attribute__((visibility("default"))) int64_t nodeshape_most_threads() {
+  return nodeshape::most_threads.exchange(1);
+}
 
 STABLE_TORCH_LIBRARY(nodeshape, m) {
   m.def(
