@@ -61,7 +61,7 @@ class Job:
     """What a subclass's fields describe.
 
     Attributes:
-        alone: to be run by itself with a thread a core; others run side by side with one thread each.
+        alone: to be run by itself with one thread per core; others run side by side with one thread each.
         compiled: whether another build of the compiled library may give another result, as a time.
     """
 
