@@ -32,7 +32,7 @@ class Gpu:
     clock: float  # Hz
     fma: int  # float32, a cycle and multiprocessor
     l1_bytes: int  # shared memory and first-level cache, a cycle and multiprocessor
-    l2_rate: float  # bytes a second, all together
+    l2_rate: float  # bytes per second, all together
     memory_rate: float
     shared_per_block: int  # most bytes
     shared: int  # bytes a multiprocessor
@@ -141,7 +141,7 @@ class Conv:
         """One 3x3 convolution.
 
         Per warp, pack of input channels and row of taps: 6 loads from shared memory that all threads of a segment
-        share, 12 of weights, 192 multiply-adds a thread.
+        share, 12 of weights, 192 multiply-adds per thread.
         """
         packs = self.width // PACK
         warps = ceil(self.segments * packs / WARP)

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 when done, 2 after a user's mistake or a failed file operation, 130 after Ctrl-C."""
-    # Pillow's warning about a large image; _images refuses such images with an error of its own.
+    # Pillow's warning about a large image; _data.images refuses such images with an error of its own.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

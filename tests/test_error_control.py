@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import pi
+from math import e, pi
 
 import pytest
 import torch
@@ -134,6 +134,14 @@ def test_batch_norm_shares_one_step_in_training_and_not_in_evaluation(training: 
     torch.testing.assert_close(ys, expected, rtol=1e-2, atol=1e-3)
 
 
+def test_f_that_mixes_its_samples_shares_one_step_although_it_takes_one_alone() -> None:
+    y0 = torch.tensor([[1.0, 2.0], [0.0, -3.0], [0.5, 0.1]], dtype=torch.float64)
+    ys, stats = ns.odeint(lambda t, y: y - y.mean(dim=0), y0, [0.0, 1.0], return_stats=True)
+    assert stats.step_control == "shared" and len(set(stats.accepted.tolist())) == 1
+    mean = y0.mean(dim=0)
+    torch.testing.assert_close(ys[-1], mean + e * (y0 - mean), rtol=1e-2, atol=0.0)
+
+
 def test_a_solution_that_blows_up_raises_instead_of_hanging() -> None:
     y0 = torch.tensor([[0.1], [2.0]], dtype=torch.float64)  # y' = y² ends at t = 1 / y0
     for method in METHODS:
@@ -151,15 +159,17 @@ def test_too_many_steps_raise_with_the_remedy() -> None:
 def test_a_rejected_attempt_is_counted_and_does_not_touch_the_solution(method: str) -> None:
     calls = 0
 
-    def func(t: Tensor, y: Tensor) -> Tensor:
+    def func(t: Tensor, y: Tensor) -> Tensor:  # a bump, where the second column says, that long steps run into
         nonlocal calls
         calls += 1
-        return 10 * torch.exp(-((10 * t - 5) ** 2)) * torch.ones_like(y)  # a bump that long steps run into
+        return torch.cat([10 * torch.exp(-((10 * (t - y[:, 1:])) ** 2)), torch.zeros_like(y[:, 1:])], dim=1)
 
-    ys, stats = ns.odeint(func, torch.ones(1, dtype=torch.float64), [0.0, 1.0], method=method, return_stats=True)
-    assert int(stats.rejected) > 0
-    assert int(stats.nfe_forward) == calls
-    assert float(ys[-1]) == pytest.approx(1 + pi**0.5, rel=2e-3)
+    y0 = torch.tensor([[1.0, 0.5], [1.0, 0.4]], dtype=torch.float64)
+    _, alone = ns.odeint(func, y0[:1], [0.0, 1.0], method=method, return_stats=True)
+    assert int(alone.nfe_forward) == calls
+    ys, stats = ns.odeint(func, y0, [0.0, 1.0], method=method, return_stats=True)
+    assert stats.step_control == "per sample" and (stats.rejected > 0).all() and stats.rejected[0] == alone.rejected[0]
+    torch.testing.assert_close(ys[-1, :, 0], torch.full((2,), 1 + pi**0.5, dtype=torch.float64), rtol=2e-3, atol=0.0)
 
 
 def test_tolerances_work_in_float32_and_for_an_empty_batch() -> None:

@@ -11,7 +11,7 @@ from nodeshape._benchmarking.memory import STATE_BYTES, bytes_of_training_step
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_of_reversible_does_not_grow_with_steps_and_discrete_grows_by_a_state_a_step(method: str) -> None:
+def test_memory_of_reversible_does_not_grow_with_steps_and_discrete_grows_by_a_state_per_step(method: str) -> None:
     for adjoint in ("reversible", "continuous"):
         few, many = (bytes_of_training_step(method, adjoint, steps) for steps in (3, 9))
         assert many[0] <= 1.1 * few[0] and many[1] == few[1]

@@ -73,7 +73,7 @@ def sgemm(effort: Effort, device: torch.device = CPU) -> tuple[Callable[[], obje
 
 
 def machine(effort: Effort, device: torch.device = CPU) -> dict[str, Any]:
-    """What the figures depend on; the rates of sgemm in operations a second."""
+    """What the figures depend on; the rates of sgemm in operations per second."""
     threads = torch.get_num_threads()
     rates = {}
     product, operations = sgemm(effort)

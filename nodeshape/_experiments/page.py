@@ -86,9 +86,9 @@ def _experiments(paper: dict[str, Any]) -> Iterator[str]:
     threads = paper["machine"]["threads"]
     yield (
         f"Percent of the {paper['test_size']:,} test images, mean of {_seeds(paper)}{spread}. ✓: the mean is at least"
-        " the report's figure (in brackets); ✗: it is below. Seconds an epoch are of training alone, with one thread a"
-        f" run while {threads} runs share the machine, and rough: whatever else ran then is in them. The report's are"
-        " those of a hosted notebook.\n"
+        " the report's figure (in brackets); ✗: it is below. Seconds per epoch are of training alone, with one thread"
+        f" per run while {threads} runs share the machine, and rough: whatever else ran then is in them. The report's"
+        " are those of a hosted notebook.\n"
     )
     for experiment in paper["experiments"]:
         columns = experiment["methods"]
