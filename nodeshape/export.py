@@ -10,7 +10,7 @@ from typing import Any
 from nodeshape._cli import Parser, positive_float, positive_int, run, user_input
 from nodeshape._errors import UserError
 from nodeshape._exporting.export_folder import EXAMPLE, FILES, ONNX, TOLERANCE, write_export_folder
-from nodeshape._ode.method import METHODS, get_method
+from nodeshape._ode.method import SOURCE_METHODS, get_method
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 
 
@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: export/ in the run folder)")
-    parser.add_argument("--method", choices=tuple(METHODS), help="solve the ODE by another method than in training")
+    parser.add_argument(
+        "--method", choices=tuple(SOURCE_METHODS), help="solve the ODE by another method than in training"
+    )
     parser.add_argument("--steps", type=positive_int, metavar="N", help="solve it in another number of equal steps")
     parser.add_argument(
         "--tolerance",

@@ -18,7 +18,7 @@ from nodeshape._errors import UserError
 from nodeshape._exporting import export_folder, verify
 from nodeshape._exporting.unrolled import UnrolledClassifier
 from nodeshape._exporting.verify import check_images, compare, load_onnx, load_torchscript
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._training.checkpoint import save_checkpoint
 
 STEPS = 4
@@ -58,7 +58,7 @@ def few_images(monkeypatch):
     monkeypatch.setattr(verify, "IMAGES", 20)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=SOURCE_METHODS)
 def exported(request, tmp_path_factory):
     """A classifier of each method, its export folder, and what the command printed.
 
@@ -117,7 +117,7 @@ def test_the_trajectory_holds_every_state(exported):
         torch.testing.assert_close(trajectory, states.transpose(0, 1), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOURCE_METHODS)
 def test_an_images_logits_do_not_depend_on_its_batch(method):
     model, _ = untrained(method=method)
     unrolled = UnrolledClassifier(model, 1 if method == "euler" else 8)
@@ -277,7 +277,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SOURCE_METHODS)
 def test_a_hundred_steps_of_the_full_width_export(tmp_path, method):
     path, _ = checkpoint(tmp_path, method=method, width=64, image_size=32)
     report = export.export(path, tmp_path / "out", steps=100)

@@ -15,7 +15,7 @@ from torch import nn
 
 import nodeshape as ns
 from nodeshape._ode import fused
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
@@ -77,7 +77,17 @@ def network(dynamics):
         def forward(self, y):
             weights = fused.weights_for(self.block, y)
             ys, *_ = fused.solve(
-                self.block, weights, y, self.t, [4], METHODS["implicit_midpoint"], "discrete", 1e-5, 50, None, 1e-2
+                self.block,
+                weights,
+                y,
+                self.t,
+                [4],
+                SOURCE_METHODS["implicit_midpoint"],
+                "discrete",
+                1e-5,
+                50,
+                None,
+                1e-2,
             )
             return ys[-1].relu()
 

@@ -28,14 +28,14 @@ from nodeshape._experiments.results import collect
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS
 from nodeshape._experiments.training import Epoch, Training
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape.paper import main
 
 
 def test_the_report_gives_sixty_accuracies() -> None:
     curves = [curve for experiment in EXPERIMENTS for curve in experiment.accuracy.values()]
     assert sum(map(len, curves)) == 60 and all(0 < x <= 100 for curve in curves for x in curve)
-    assert all(set(experiment.accuracy) == set(METHODS) for experiment in EXPERIMENTS)
+    assert all(set(experiment.accuracy) == set(SOURCE_METHODS) for experiment in EXPERIMENTS)
 
 
 def test_rk_net_is_the_ode_net_differentiated_by_autograd() -> None:
@@ -125,7 +125,7 @@ def test_a_training_that_failed_is_said_in_the_sweep_and_an_error_in_an_experime
 
 def sweep_cell(images: int, step: float, *means: float | None) -> dict[str, Any]:
     columns = [{"mean": mean, "spread": None if mean is None else 1.0} for mean in means]
-    return {"train_size": images, "step_size": step, "methods": dict(zip(METHODS, columns))}
+    return {"train_size": images, "step_size": step, "methods": dict(zip(SOURCE_METHODS, columns))}
 
 
 def test_the_closing_question_is_answered_from_few_images_and_smaller_steps_alone() -> None:

@@ -13,7 +13,7 @@ from nodeshape._benchmarking.contenders import Problem
 from nodeshape._benchmarking.targets import AtLeast, AtMost, Limit, Target
 from nodeshape._benchmarking.trained import trained_dynamics
 from nodeshape._models.dynamics import ConvDynamics, MLPDynamics
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.odeint import odeint
 from nodeshape._ode.problem import ADJOINTS
 
@@ -117,8 +117,10 @@ def _methods(quick: bool, device: torch.device) -> list[Case]:
     batch, steps = 4 if quick else 120, 20
     dynamics, y0 = trained_dynamics(batch, quick, device)
     problems = {
-        name: Problem(dynamics, y0, steps, method=name, tolerance=STAGE_TOLERANCE if METHODS[name].theta else None)
-        for name in METHODS
+        name: Problem(
+            dynamics, y0, steps, method=name, tolerance=STAGE_TOLERANCE if SOURCE_METHODS[name].theta else None
+        )
+        for name in SOURCE_METHODS
     }
 
     def evaluations() -> dict[str, float]:
@@ -127,7 +129,7 @@ def _methods(quick: bool, device: torch.device) -> list[Case]:
     fused = {name: Contender(partial(contenders.nodeshape, problem)) for name, problem in problems.items()}
     plain = {name: Contender(partial(contenders.plain_loop, problem)) for name, problem in problems.items()}
     found = [Case(METHOD, NODESHAPE, fused, describe=evaluations), Case(METHOD, PLAIN, plain)]
-    for name in METHODS:
+    for name in SOURCE_METHODS:
         training = Problem(dynamics, y0, steps, training=True, method=name)
         modes = {
             adjoint: Contender(

@@ -13,7 +13,7 @@ from nodeshape._benchmarking.contenders import Call, without_fused
 from nodeshape._benchmarking.targets import AtLeast, Target
 from nodeshape._benchmarking.trained import images_of, trained_classifier
 from nodeshape._data.datasets import DRAWN_TRAIN_SIZE
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._training.recipe import Recipe
 
 NODESHAPE, PLAIN = "nodeshape", "plain loop"
@@ -36,14 +36,14 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
             },
             scale=step_size,
         )
-        for method in METHODS
+        for method in SOURCE_METHODS
         for step_size in step_sizes
     ]
 
 
 TARGETS: list[Target] = [
     AtLeast(f"{method}: faster than NODESHAPE_FUSED=0", 3, SECTION, f"{method}, h={STEP_SIZE:g}", PLAIN, NODESHAPE)
-    for method in METHODS
+    for method in SOURCE_METHODS
 ]
 
 

@@ -11,7 +11,7 @@ from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
 from nodeshape._experiments.training import Epoch, Training
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.problem import ADJOINTS
 
 
@@ -107,7 +107,7 @@ class Plan:
 
     def other_solvers(self) -> list[OtherSolvers]:
         """The tests of models trained on 500 images: of cells of the sweep, and under error control."""
-        cells = [self.sweep(500, step_size, method) for method in METHODS for step_size in self.sweep_steps]
+        cells = [self.sweep(500, step_size, method) for method in SOURCE_METHODS for step_size in self.sweep_steps]
         trained = [*(cell[0] for cell in cells if cell), *self.controlled()]
         return [OtherSolvers(run, self.solver_images, self.solver_steps, self.rtols) for run in trained]
 
@@ -122,19 +122,19 @@ class Plan:
     def analyses(self) -> list[Job]:
         """What is measured on trained models."""
         return [
-            *(self.evaluations(method) for method in METHODS),
+            *(self.evaluations(method) for method in SOURCE_METHODS),
             *self.other_solvers(),
         ]
 
     def timings(self) -> list[Job]:
         """What is measured with the machine to itself."""
         return [
-            *(self.epoch(method) for method in METHODS),
+            *(self.epoch(method) for method in SOURCE_METHODS),
             *(self.depth(*line, depth) for line in self.depth_lines() for depth in self.depths),
         ]
 
     def _trainings(self) -> Iterator[Training]:
-        for method in METHODS:
+        for method in SOURCE_METHODS:
             for experiment in EXPERIMENTS:
                 yield from self.experiment(experiment, method)
             for size in self.sweep_sizes:

@@ -15,7 +15,7 @@ from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.plan import Plan
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
 from nodeshape._experiments.training import Training
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 
 Get = Callable[[Job], Result]
 #: Accuracy after the last epoch that every method should reach, by experiment.
@@ -31,13 +31,13 @@ FLAT = 1.2
 def collect(plan: Plan, get: Get) -> dict[str, Any]:
     """All tables."""
     experiments = [_experiment(plan, get, experiment) for experiment in EXPERIMENTS]
-    small = {method: _curve(get, plan.small(method)) for method in METHODS}
+    small = {method: _curve(get, plan.small(method)) for method in SOURCE_METHODS}
     networks = {
         task: {network: _final(get, plan.network(network, task)) for network in compared}
         for task, compared in plan.networks().items()
     }
     depth = [_depth(plan, get, *line) for line in plan.depth_lines()]
-    epoch = {method: get(plan.epoch(method)) for method in METHODS}
+    epoch = {method: get(plan.epoch(method)) for method in SOURCE_METHODS}
     return {
         "machine": epoch["euler"]["machine"],
         "seeds": len(plan.seeds),
@@ -50,7 +50,7 @@ def collect(plan: Plan, get: Get) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "depth": depth,
         "count_images": plan.count_images,
-        "evaluations": {method: get(plan.evaluations(method))["counts"] for method in METHODS},
+        "evaluations": {method: get(plan.evaluations(method))["counts"] for method in SOURCE_METHODS},
         "solver_images": plan.solver_images,
         "other_solvers": _other_solvers(plan, get),
         "sweep_test_size": plan.sweep_test_size,
@@ -60,7 +60,7 @@ def collect(plan: Plan, get: Get) -> dict[str, Any]:
 
 def _experiment(plan: Plan, get: Get, experiment: Experiment) -> dict[str, Any]:
     methods = {}
-    for method in METHODS:
+    for method in SOURCE_METHODS:
         curve = _curve(get, plan.experiment(experiment, method))
         methods[method] = {
             **curve,
@@ -130,7 +130,7 @@ def _sweep(plan: Plan, get: Get) -> list[dict[str, Any]]:
     cells = []
     for size in plan.sweep_sizes:
         for step in plan.sweep_steps:
-            runs = {method: plan.sweep(size, step, method) for method in METHODS}
+            runs = {method: plan.sweep(size, step, method) for method in SOURCE_METHODS}
             methods = {
                 method: {"mean": None, "spread": None}
                 if any("failed" in get(run) for run in cell)

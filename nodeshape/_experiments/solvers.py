@@ -19,7 +19,7 @@ from nodeshape._experiments.training import (
     drawn_test_images,
     euler_steps,
 )
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.problem import ADJOINTS
 
 
@@ -86,7 +86,9 @@ class OtherSolvers(Job):
 
     @property
     def seconds(self) -> float:
-        steps = sum(euler_steps(method, n) for n in self.steps for method in METHODS) + CONTROLLED * len(self.rtols)
+        steps = sum(euler_steps(method, n) for n in self.steps for method in SOURCE_METHODS) + CONTROLLED * len(
+            self.rtols
+        )
         return self.images * (TEST_IMAGE + TEST_STEP * steps)
 
     def compute(self, store: Store) -> Result:
@@ -108,5 +110,5 @@ class OtherSolvers(Job):
 
     def settings(self) -> list[dict[str, Any]]:
         """Solvers it is tested under: equal steps by method, then error control."""
-        equal: list[dict[str, Any]] = [{"method": method, "steps": n} for method in METHODS for n in self.steps]
+        equal: list[dict[str, Any]] = [{"method": method, "steps": n} for method in SOURCE_METHODS for n in self.steps]
         return equal + [{"method": "implicit_midpoint", "rtol": rtol} for rtol in self.rtols]

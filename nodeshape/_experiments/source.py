@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 
-METHOD_TITLES = dict(zip(METHODS, ("explicit Euler", "implicit Euler", "implicit midpoint")))
+METHOD_TITLES = dict(zip(SOURCE_METHODS, ("explicit Euler", "implicit Euler", "implicit midpoint")))
 
 
 def solver_title(solver: Mapping[str, Any]) -> str:
@@ -54,7 +54,9 @@ class Experiment:
 def _experiment(
     task: str, train_size: int, step_size: float, columns: tuple[tuple[float, ...], ...], seconds: tuple[float, ...]
 ) -> Experiment:
-    return Experiment(task, train_size, step_size, dict(zip(METHODS, columns)), dict(zip(METHODS, seconds)))
+    return Experiment(
+        task, train_size, step_size, dict(zip(SOURCE_METHODS, columns)), dict(zip(SOURCE_METHODS, seconds))
+    )
 
 
 EXPERIMENTS = (

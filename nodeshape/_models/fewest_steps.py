@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nodeshape._errors import StageSolveError
 from nodeshape._models.block import ODEBlock
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 
 #: Steps of the midpoint rule the converged solve starts from, and at most takes.
 FIRST_STEPS, MAX_STEPS = 32, 2048
@@ -57,7 +57,7 @@ def fewest_steps(model: nn.Module, images: Tensor, tolerance: float) -> FewestSt
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")
     exact = _converged(model, images, tolerance)
     best: FewestSteps | None = None
-    for method in sorted(METHODS.values(), key=lambda method: -method.order):
+    for method in sorted(SOURCE_METHODS.values(), key=lambda method: -method.order):
         best = _fewest_of_method(model, images, exact, tolerance, method.name, best)
     assert best is not None  # the midpoint rule comes first and has converged
     return best

@@ -16,7 +16,7 @@ from nodeshape._data.images import CHANNELS
 from nodeshape._data.shapes import CLASSES
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import MIN_IMAGE_SIZE
-from nodeshape._ode.method import METHODS
+from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.problem import ADJOINTS
 from nodeshape._training.recipe import CLASS_WEIGHTS, RECIPES, Recipe
 
@@ -52,7 +52,7 @@ class RunSettings:
 
     task: str | None = _setting("single", one_of(CLASSES), optional=True)
     data: str | None = _setting(None, FOLDER)
-    method: str = _setting("euler", one_of(METHODS))
+    method: str = _setting("euler", one_of(SOURCE_METHODS))
     step_size: float = _setting(0.05, STEP_SIZE)
     adjoint: str = _setting("discrete", one_of(ADJOINTS))
     train_size: int | None = _setting(None, whole(2))
