@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from nodeshape._models.fewest_steps import fewest_steps as fewest_steps
     from nodeshape._ode.backend import Backend as Backend
     from nodeshape._ode.backend import backend as backend
+    from nodeshape._ode.interpolation import DenseSolution as DenseSolution
     from nodeshape._ode.odeint import odeint as odeint
     from nodeshape._ode.odeint import odeint_adjoint as odeint_adjoint
+    from nodeshape._ode.odeint_event import odeint_event as odeint_event
     from nodeshape._ode.stats import SolverStats as SolverStats
     from nodeshape._training.checkpoint import load_classifier as load_classifier
 
@@ -31,6 +33,8 @@ _HOME = {
     "backend": "_ode.backend",
     "Backend": "_ode.backend",
     "odeint": "_ode.odeint",
+    "odeint_event": "_ode.odeint_event",
+    "DenseSolution": "_ode.interpolation",
     "odeint_adjoint": "_ode.odeint",
     "ODEBlock": "_models.block",
     "FewestSteps": "_models.fewest_steps",

@@ -27,10 +27,10 @@ def test_a_type_checker_finds_the_types_asserted_in_this_file() -> None:
 
 
 def test_the_typed_arguments_are_those_of_the_functions() -> None:
-    own = {"func", "y0", "t", "return_stats"}
+    own = {"func", "y0", "t", "event_fn", "return_stats", "return_dense"}
     assert {*inspect.signature(ns.odeint).parameters} == {*get_type_hints(Arguments)} | own
     adjoint_only = {*get_type_hints(AdjointArguments)} - {*get_type_hints(Arguments)}
-    assert {*inspect.signature(ns.odeint_adjoint).parameters} - {"arguments"} == adjoint_only | own - {"return_stats"}
+    assert {*inspect.signature(ns.odeint_adjoint).parameters} - {"arguments"} == adjoint_only | {"func", "y0", "t"}
 
 
 @pytest.mark.parametrize("solve", [ns.odeint, ns.odeint_adjoint])
@@ -54,6 +54,11 @@ def test_the_type_of_a_solution_follows_the_state_and_return_stats() -> None:
     assert_type(ns.odeint(pair, (y, y), t, steps=2), tuple[Tensor, ...])
     assert_type(ns.odeint(f, y, t, steps=2, return_stats=True), tuple[Tensor, ns.SolverStats])
     assert_type(ns.odeint(pair, (y, y), t, steps=2, return_stats=True), tuple[tuple[Tensor, ...], ns.SolverStats])
+    dense = ns.odeint(f, y, t, method="rk4", steps=2, return_dense=True)
+    assert_type(dense, ns.DenseSolution)
+    event = ns.odeint(f, y, t, method="dopri5", event_fn=lambda t, y: t - 0.5)
+    assert_type(event, tuple[Tensor, Tensor])
+    assert type(dense) is ns.DenseSolution and [type(x) for x in event] == [Tensor, Tensor]
     assert_type(ns.odeint_adjoint(f, y, t, steps=2, adjoint_rtol=1e-3), Tensor)
     assert_type(ns.odeint_adjoint(f, y, t, steps=2, return_stats=True), tuple[Tensor, ns.SolverStats])
     with pytest.raises(TypeError):

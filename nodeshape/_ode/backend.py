@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from nodeshape._ode import fused
+from nodeshape._ode.method import Method, get_method
+from nodeshape._ode.options import read_options
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,31 @@ def backend(
     y0: Any,
     t: Any = None,
     *,
+    method: str | None = None,
     steps: int | None = None,
     step_size: float | None = None,
+    rtol: Any = None,
+    atol: Any = None,
+    adjoint: str = "discrete",
     options: Mapping[str, Any] | None = None,
+    event_fn: Any = None,
+    return_stats: bool = False,
+    return_dense: bool = False,
     adjoint_params: Any = None,
-    **others: Any,
 ) -> Backend:
     """Say which path :func:`odeint` takes for these arguments, and why, without solving.
 
-    Args:
-        func, y0, t, steps, step_size, options, adjoint_params, others: those of :func:`odeint`; times, and others that
-            are not named here, do not matter.
+    All arguments are those of :func:`odeint`, which says what they mean; times, tolerances and results do not matter.
+
+    Raises:
+        ValueError: an unknown method or option.
     """
-    weights = fused_weights(func, y0, steps, step_size, options or {}, adjoint_params)
+    settings = read_options(options)
+    step_size = settings.get("step_size", step_size)
+    scheme = get_method(method or "implicit_midpoint")
+    weights: list[Tensor] | str = "events and dense output take the plain loop"
+    if event_fn is None and not return_dense:
+        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params)
     if isinstance(weights, str):
         return Backend("plain", weights)
     return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
@@ -56,10 +70,20 @@ backend.__module__ = "nodeshape"
 
 
 def fused_weights(
-    func: Any, y0: Any, steps: int | None, step_size: float | None, options: Mapping[str, Any], adjoint_params: Any
+    func: Any,
+    y0: Any,
+    method: Method,
+    steps: int | None,
+    step_size: float | None,
+    options: Mapping[str, Any],
+    adjoint_params: Any,
 ) -> list[Tensor] | str:
     """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason."""
-    if steps is None and step_size is None and "step_size" not in options:
+    if not method.one_stage:
+        return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
+    if options.get("fused") is False:
+        return "options={'fused': False}"
+    if steps is None and step_size is None:
         return "error control chooses the steps"
     if options:
         if options.get("stage_solver", "anderson") != "anderson":

@@ -101,14 +101,14 @@ class _Stage(torch.autograd.Function):
         passed, closed = (y, *inputs[: ctx.count]), inputs[ctx.count :]
 
         def transposed(w: Tensor, *passed: Tensor) -> Tensor:
-            return _products(ctx.function, w, passed, closed)[0]
+            return products_of(ctx.function, w, passed, closed)[0]
 
         w = differentiable_stage(transposed, ctx.solver, ctx.where, grads[0], c, passed, closed)
         to_c = (w * ctx.function(*passed)).sum_to_size(c.shape) if ctx.needs_input_grad[5] else None
-        return (None, None, None, None, w, to_c, *_products(ctx.function, c * w, passed, closed)[1:])
+        return (None, None, None, None, w, to_c, *products_of(ctx.function, c * w, passed, closed)[1:])
 
 
-def _products(
+def products_of(
     function: Differentiable, w: Tensor, passed: Sequence[Tensor], closed: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """(∂F/∂x)ᵀ w for each x passed and closed over, all taken for independent, as often differentiable as F is."""
@@ -138,7 +138,7 @@ class _Products(torch.autograd.Function):
             return torch.stack([(x * y).sum() for x, y in zip(products, cotangents)]).sum()
 
         arguments = (w, *inputs[:count], *grads)
-        found = _products(paired, torch.ones_like(w.sum()), arguments, closed)
+        found = products_of(paired, torch.ones_like(w.sum()), arguments, closed)
         return None, None, *found[: 1 + count], *found[len(arguments) :]
 
 

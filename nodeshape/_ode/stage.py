@@ -88,6 +88,9 @@ def anderson_stage(
     this is GMRES, which is why stiff but small problems converge where plain iteration diverges. What lies outside the
     span is mixed in whole, and by half as much each time the residual has more than doubled.
 
+    F is evaluated for all samples at once, and every residual is that of the latest evaluation: a sample that has come
+    to rest stays where it is, and wakes when F, coupling samples, moves its residual again.
+
     Args:
         function: F, on ``[samples, size]``.
         base: ``[samples, size]``.
@@ -100,26 +103,25 @@ def anderson_stage(
     slope = function(value)
     residual = base + c * slope - value
     broken = ~torch.isfinite(base).all(dim=1)  # propagates like any NaN; no iteration can help
-    active = ~broken
-    evaluations = torch.ones_like(active, dtype=torch.long)
-    relative = torch.zeros_like(base[:, 0])
+    evaluations = torch.ones_like(broken, dtype=torch.long)
     mixing = torch.ones_like(base[:, :1])
     history: list[tuple[Tensor, Tensor]] = []  # (residual difference, iterate difference), the newest first
     while True:
-        relative = torch.where(active, _relative(residual, value, base), relative)
-        active = active & ~(relative <= tolerance) & ~torch.isnan(relative) & (evaluations < max_iterations)
+        relative = torch.where(broken, 0.0, _relative(residual, value, base))
+        lost = torch.isnan(relative) | (evaluations >= max_iterations)
+        active = ~(broken | lost) & ~(relative <= tolerance)
         if not bool(active.any()):
             break
         rows = active[:, None]
         new_value = torch.where(rows, value + _anderson_step(residual, history, mixing), value)
-        new_slope = torch.where(rows, function(new_value), slope)
-        new_residual = base + c * new_slope - new_value
+        slope = function(new_value)
+        new_residual = base + c * slope - new_value
         evaluations = evaluations + active
         # What the secants do not predict is mixed in more carefully once that has made things worse.
         worse = _norm(new_residual) > 2.0 * _norm(residual)
         mixing = torch.where(worse, 0.5 * mixing, mixing)
         history = [(new_residual - residual, new_value - value), *history[: ANDERSON_MEMORY - 1]]
-        value, slope, residual = new_value, new_slope, new_residual
+        value, residual = new_value, new_residual
     return Stage(value, slope, evaluations, relative, solved=(relative <= tolerance) | broken)
 
 
@@ -131,11 +133,12 @@ def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]], mixin
     if not history:
         return mixing * residual
     differences, moves = (torch.stack(x) for x in zip(*history))
-    whole = _norm(differences)
+    whole, moved = _norm(differences), (moves != 0).any(dim=-1, keepdim=True)
     step = torch.zeros_like(residual)
     for k in range(len(history)):
         length = _norm(differences[k])
-        usable = (length > DEPENDENT * whole[k]) & torch.isfinite(length)
+        # A sample that rested learnt nothing: its residual moved by its neighbours' doing.
+        usable = (length > DEPENDENT * whole[k]) & torch.isfinite(length) & moved[k]
         q = torch.where(usable, differences[k] / length, 0.0)
         x = torch.where(usable, moves[k] / length, 0.0)
         along = _dot(q, residual)
@@ -149,7 +152,7 @@ def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]], mixin
 
 def newton_stage(
     function: Function,
-    jacobian: Callable[[Tensor], Tensor],
+    jacobian: Function,
     base: Tensor,
     c: Tensor | float,
     guess: Tensor,
@@ -158,34 +161,141 @@ def newton_stage(
 ) -> Stage:
     """Solve Y = base + c F(Y) by Newton's method with a dense Jacobian per sample, for small stiff systems.
 
-    Stops on the size of the correction, which stays meaningful where c F is so large that the residual drowns in
-    rounding.
+    The Jacobian is kept while it serves and renewed when convergence slows (Hairer & Wanner II, IV.8). Where F couples
+    samples it is a part of the true one, which slows convergence but never changes the result: every residual is that
+    of the whole. Stops on the error that the corrections let expect, rate/(1 − rate) times the latest, which stays
+    meaningful where c F is so large that the residual drowns in rounding.
 
     Args:
         function, base, c, guess, tolerance, max_iterations: as for :func:`anderson_stage`.
-        jacobian: ∂F/∂Y, ``[samples, size, size]``.
+        jacobian: ∂F/∂Y of each sample, ``[samples, size, size]``.
     """
-    samples, size = base.shape
-    identity = torch.eye(size, dtype=base.dtype, device=base.device)
+    identity = torch.eye(base.shape[1], dtype=base.dtype, device=base.device)
     factor = c[:, :, None] if isinstance(c, Tensor) else c
     value, slope = guess, function(guess)
     broken = ~torch.isfinite(base).all(dim=1)
-    evaluations = torch.ones(samples, dtype=torch.long, device=base.device)
-    relative = torch.zeros_like(base[:, 0])
-    active = ~broken
-    while bool(active.any()):
-        matrix = identity - factor * jacobian(value)
-        healthy = active & torch.isfinite(matrix).all(dim=(1, 2)) & torch.isfinite(slope).all(dim=1)
-        matrix = torch.where(healthy[:, None, None], matrix, identity)
-        correction = torch.linalg.solve_ex(matrix, (base + c * slope - value)[..., None])[0][..., 0]
-        rows = healthy[:, None]
-        value = torch.where(rows, value + correction, value)
-        slope = torch.where(rows, function(value), slope)
-        evaluations = evaluations + healthy
-        latest = torch.where(healthy, _relative(correction, value, base), torch.inf)
-        relative = torch.where(active, latest, relative)
-        active = healthy & ~(latest <= tolerance) & torch.isfinite(latest) & (evaluations < max_iterations)
+    evaluations = torch.ones_like(broken, dtype=torch.long)
+    relative = torch.where(broken, 0.0, torch.full_like(base[:, 0], torch.inf))
+    before = torch.full_like(relative, torch.inf)
+    renew, pivots = True, None
+    while True:
+        if renew:
+            matrix = identity - factor * jacobian(value)
+            matrix = torch.where(torch.isfinite(matrix).all(dim=(1, 2), keepdim=True), matrix, identity)
+            pivots, fresh = torch.linalg.lu_factor_ex(matrix)[:2], True
+        assert pivots is not None
+        correction = torch.linalg.lu_solve(*pivots, (base + c * slope - value)[..., None])[..., 0]
+        size = _relative(correction, value, base)
+        # No rate is known of the first correction; a Jacobian of the place is taken to converge at least by half.
+        rate = torch.where(torch.isinf(before), 0.5, size / before).clamp(max=0.999)
+        error = torch.where(size == 0, size, size * torch.maximum(rate / (1 - rate), torch.full_like(rate, 1e-3)))
+        lost = ~torch.isfinite(size) | (evaluations >= max_iterations)
+        relative = torch.where(broken, 0.0, torch.where(torch.isfinite(size), error, torch.inf))
+        active = ~(broken | lost)
+        value = torch.where(active[:, None], value + correction, value)
+        slope = function(value)
+        evaluations = evaluations + active
+        if not bool((active & ~(relative <= tolerance)).any()):
+            break
+        slow = active & (relative > tolerance) & (rate > 0.3)
+        renew = bool(slow.any()) and not fresh
+        before, fresh = (torch.full_like(size, torch.inf) if renew else size), False
     return Stage(value, slope, evaluations, relative, solved=(relative <= tolerance) | broken)
+
+
+#: Of the residual, by which each linear system of Newton–Krylov is solved; dimensions of its largest Krylov space.
+FORCING, KRYLOV_DIMENSIONS = 1e-4, 60
+#: Corrections of Newton–Krylov where another stage solver failed.
+RESCUE_CORRECTIONS = 10
+
+
+def krylov_stage(
+    function: Function, base: Tensor, c: Tensor | float, guess: Tensor, tolerance: float, max_iterations: int
+) -> Stage:
+    """Solve Y = base + c F(Y) by Newton's method whose linear systems GMRES solves (Knoll & Keyes 2004).
+
+    No Jacobian is formed: its products with vectors are differences of F, so that any F will do, image-sized and stiff.
+    All samples together are one system, whether F couples them or not.
+
+    Args:
+        function, base, c, guess, tolerance: as for :func:`anderson_stage`.
+        max_iterations: corrections; each takes up to ``KRYLOV_DIMENSIONS`` evaluations of F.
+    """
+    broken = ~torch.isfinite(base).all(dim=1)
+    alive = ~broken[:, None]
+    value, slope = guess, function(guess)
+    evaluations = 1
+    epsilon = torch.finfo(base.dtype).eps ** 0.5
+    relative = torch.full_like(base[:, 0], torch.inf)
+    for _ in range(max_iterations):
+        residual = torch.where(alive, base + c * slope - value, 0.0)
+        relative = _together(residual, value, base, alive)
+        if bool((relative <= tolerance).all()) or not bool(torch.isfinite(relative).all()):
+            break
+        scale = torch.where(alive, value, 0.0).norm().clamp_min(1.0)
+        here, start = slope, value
+
+        def product(v: Tensor, here: Tensor = here, start: Tensor = start, scale: Tensor = scale) -> Tensor:
+            """(I − c J) v."""
+            nonlocal evaluations
+            evaluations += 1
+            step = epsilon * scale / v.norm()
+            return torch.where(alive, v - c * (function(start + step * v) - here) / step, 0.0)
+
+        correction = gmres(product, residual, FORCING, KRYLOV_DIMENSIONS)
+        value = value + correction
+        slope = function(value)
+        evaluations += 1
+        small = _together(correction, value, base, alive)
+        if bool((small <= tolerance).all()):
+            # The residual may drown in rounding where c F is large; the correction does not.
+            relative = torch.minimum(small, _together(base + c * slope - value, value, base, alive))
+            break
+    relative = torch.where(broken, 0.0, relative)
+    counts = torch.full_like(broken, evaluations, dtype=torch.long)
+    return Stage(value, slope, counts, relative, solved=relative <= tolerance)
+
+
+def _together(change: Tensor, value: Tensor, base: Tensor, alive: Tensor) -> Tensor:
+    """The relative size of a change of the samples that are ``alive`` taken as one, for each of them."""
+    rows = (torch.where(alive, x, 0.0).reshape(1, -1) for x in (change, value, base))
+    return _relative(*rows).expand(len(change))
+
+
+def gmres(product: Function, target: Tensor, tolerance: float, dimensions: int) -> Tensor:
+    """x with ‖target − A x‖ ≤ tolerance ‖target‖, or the best of a Krylov space (Saad & Schultz 1986).
+
+    Args:
+        product: x to A x, for tensors of the shape of ``target``.
+        dimensions: of the largest Krylov space.
+    """
+    size = target.norm()
+    if not bool(size > 0):
+        return torch.zeros_like(target)
+    basis = [target / size]
+    hessenberg = torch.zeros(dimensions + 1, dimensions, dtype=torch.float64)
+    right = torch.zeros(dimensions + 1, dtype=torch.float64)
+    right[0] = float(size)
+    solution = torch.zeros(0, dtype=torch.float64)
+    for k in range(dimensions):
+        w = product(basis[k])
+        for _ in range(2):  # orthogonalised twice is enough (Giraud & Langou 2002)
+            for i, v in enumerate(basis):
+                overlap = (w * v).sum()
+                w = w - overlap * v
+                hessenberg[i, k] += float(overlap)
+        length = float(w.norm())
+        hessenberg[k + 1, k] = length
+        matrix = hessenberg[: k + 2, : k + 1]
+        solution = torch.linalg.lstsq(matrix, right[: k + 2]).solution
+        left = float((right[: k + 2] - matrix @ solution).norm())
+        if left <= tolerance * float(size) or length <= 1e-14 * float(size):
+            break
+        basis.append(w / length)
+    total = torch.zeros_like(target)
+    for weight, v in zip(solution.tolist(), basis):
+        total.add_(v, alpha=weight)
+    return total
 
 
 @dataclass(frozen=True)
@@ -193,7 +303,7 @@ class StageSolver:
     """How stage equations are solved, and what to say when they are not.
 
     Attributes:
-        name: ``"anderson"`` or ``"newton"``.
+        name: ``"anderson"``, ``"newton"`` or ``"krylov"``.
         tolerance: relative residual (Anderson) or correction (Newton) of a solved stage.
         max_iterations: evaluations of f that one stage may take.
     """
@@ -214,9 +324,19 @@ class StageSolver:
         if not isinstance(c, Tensor) and c == 0.0:
             return explicit_stage(function, base)
         factor = column(c, base)
+        arguments = (base, factor, guess, self.tolerance)
+        if self.name == "krylov":
+            return krylov_stage(function, *arguments, self.max_iterations)
         if self.name == "newton":
-            return newton_stage(function, jacobian, base, factor, guess, self.tolerance, self.max_iterations)
-        return anderson_stage(function, base, factor, guess, self.tolerance, self.max_iterations)
+            stage = newton_stage(function, jacobian, *arguments, self.max_iterations)
+        else:
+            stage = anderson_stage(function, *arguments, self.max_iterations)
+        if bool(stage.solved.all()):
+            return stage
+        # They iterate sample by sample, which an F that couples samples may not bear; then all are one system.
+        together = krylov_stage(function, *arguments, RESCUE_CORRECTIONS)
+        together.evaluations += stage.evaluations
+        return together if bool(together.solved.all()) else stage
 
     def check(self, stage: Stage, t: Time, h: Time, sweep: str) -> None:
         """Raise StageSolveError if a sample's stage was not solved."""
@@ -227,7 +347,7 @@ class StageSolver:
         first = int(failed.nonzero()[0])
         remedy = "use adjoint='discrete'" if sweep == "reversed" else "take smaller steps"
         if self.name == "anderson":
-            remedy += ", for a small stiff state use options={'stage_solver': 'newton'}"
+            remedy += ", for a stiff state use options={'stage_solver': 'krylov'} or, if it is small, 'newton'"
         raise StageSolveError(
             f"{count} of {failed.numel()} samples (the first is number {first}) did not solve the {sweep} stage"
             f" equation at t={_number(t, first):.6g} with h={_number(h, first):.3g}: relative residual"

@@ -181,12 +181,15 @@ def jacobian_by_rows(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tens
     return torch.stack([torch.zeros_like(rows) if x is None else x for x in grads], dim=1)
 
 
-def leaves(out: Tensor) -> tuple[Tensor, ...]:
-    """The leaf tensors that ``out`` was computed from and that require grad, in the order of a depth-first walk."""
+def leaves(out: Tensor, end: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The leaf tensors that ``out`` was computed from and that require grad, in the order of a depth-first walk.
+
+    What ``end`` was computed from does not count.
+    """
     if out.requires_grad and out.grad_fn is None:
         return (out,)
     found: dict[Tensor, None] = {}
-    seen = set()
+    seen = set() if end is None or end.grad_fn is None else {end.grad_fn}
     stack = [out.grad_fn]
     while stack:
         node = stack.pop()

@@ -1,0 +1,98 @@
+"""Step control: which step to try first, whether a step is good enough, and which to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Norm = Callable[[Any], Tensor]
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of all elements; 0 for none."""
+    mean: Tensor = torch.linalg.vector_norm(x) / max(1, x.numel()) ** 0.5
+    return mean
+
+
+@dataclass
+class Controller:
+    """Steps whose estimated error stays within ``atol + rtol max(|y|, |y_new|)`` in a norm of the whole state.
+
+    An error ratio r gives the factor safety · r^(−proportional/k) · r_before^(integral/k), k the order of the estimate:
+    a PI controller (Hairer & Wanner, *Solving Ordinary Differential Equations II*, IV.2).
+
+    Attributes:
+        order: of the estimate, which is O(h^order).
+        rtol, atol: numbers, or tensors that broadcast with the state.
+        norm: of an error in units of the tolerance.
+        first_step: to try first; None to choose it.
+        min_step: smaller steps are not tried, and a step of this size is kept whatever its error.
+        max_step: larger steps are not tried.
+        safety, grow, shrink: the factor aims at this fraction of the tolerance, and is within these bounds.
+    """
+
+    order: int
+    rtol: float | Tensor
+    atol: float | Tensor
+    norm: Norm
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = inf
+    safety: float = 0.9
+    grow: float = 10.0
+    shrink: float = 0.2
+    proportional: float = 1.0
+    integral: float = 0.0
+    _before: float = 1.0
+
+    def first(self, y: Tensor, slope: Tensor, field: Callable[[float, Tensor], Tensor]) -> float:
+        """The size of the first step (Hairer, Nørsett & Wanner I, II.4).
+
+        Args:
+            field: f at a time after the start and a state; called once, with gradients recorded as in any call.
+        """
+        if self.first_step is not None:
+            return self._bounded(self.first_step)
+        with torch.no_grad():
+            scale = y.abs().mul_(self.rtol).add_(self.atol)
+            size, speed = float(self.norm(y / scale)), float(self.norm(slope / scale))
+        h = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+        after = field(h, y + slope * h)
+        with torch.no_grad():
+            bend = float(self.norm((after - slope) / scale)) / h
+        steepest = max(speed, bend)
+        guess = max(1e-6, h * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / self.order)
+        return self._bounded(min(100 * h, guess) if isfinite(guess) else h)
+
+    @torch.no_grad()
+    def ratio(self, error: Tensor, y: Tensor, y_end: Tensor) -> float:
+        """The error in units of the tolerance; infinite if it is not a number."""
+        scale = torch.maximum(y.abs(), y_end.abs()).mul_(self.rtol).add_(self.atol)
+        ratio = float(self.norm(error / scale))
+        return ratio if isfinite(ratio) else inf
+
+    def accepts(self, h: float, ratio: float) -> bool:
+        """Whether to keep a step of ``h``, positive."""
+        return ratio <= 1.0 or h <= self.min_step
+
+    def next(self, h: float, ratio: float) -> float:
+        """The step to try after one of ``h`` that had this error."""
+        k = self.order
+        if ratio == 0.0:
+            factor = self.grow
+        elif ratio == inf:
+            factor = self.shrink
+        else:
+            factor = self.safety * ratio ** (-self.proportional / k) * self._before ** (self.integral / k)
+            factor = min(self.grow, max(factor, 1.0 if ratio < 1.0 else self.shrink))
+        if ratio <= 1.0:
+            self._before = max(ratio, 1e-4)
+        return self._bounded(h * factor)
+
+    def _bounded(self, h: float) -> float:
+        return min(max(h, self.min_step), self.max_step)

@@ -1,0 +1,150 @@
+"""The user's f(t, y) on the state as the loops hold it: one tensor, of the type that is computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+
+#: Types that are too coarse to add steps up in: such a state is carried in float32, f sees its own type.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+#: The type of the real part, of complex types.
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+#: A repeated evaluation of f may differ from the first by this much, relative to the largest slope, by rounding.
+SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+class Field:
+    """dy/dt = f(t, y) for a state of one tensor; a tuple is laid out as ``[samples, size]``, or ``[size]``.
+
+    The first dimension of the state is its batch of samples if every tensor has at least two dimensions and the same
+    first size; otherwise the whole state is one sample. f always sees the whole state, in the shape and type it has.
+
+    Attributes:
+        func: f as the user gave it.
+        samples, size: of the batch, and elements of each sample.
+        dtype: of the state in the loops.
+        time_dtype: of the times that f sees: real, and as fine as the state.
+        device: of the state.
+        evaluations: of f so far.
+    """
+
+    def __init__(self, func: Callable[[Tensor, Any], Any], y0: State) -> None:
+        self.func = func
+        self._tuple = not isinstance(y0, Tensor)
+        tensors = y0 if isinstance(y0, tuple) else (y0,)
+        first = tensors[0]
+        self._shapes = [x.shape for x in tensors]
+        batched = all(x.dim() >= 2 and x.shape[0] == first.shape[0] for x in tensors)
+        self.samples = first.shape[0] if batched else 1
+        self._lead = (self.samples,) if batched else ()
+        self._sizes = [prod(shape[len(self._lead) :]) for shape in self._shapes]
+        self.size = sum(self._sizes)
+        self._seen_as = first.dtype
+        self.dtype = torch.float32 if first.dtype in LOW_PRECISION else first.dtype
+        self.time_dtype = REAL.get(self.dtype, self.dtype)
+        self.device = first.device
+        self.evaluations = 0
+        # f may work in place; watched by the version of what it gets, which compilers and inference mode do not have.
+        compiling = torch.compiler.is_compiling()
+        self._watch = not compiling
+        self._copy = not compiling and torch.is_inference_mode_enabled()
+        self._first = True
+        self._start: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def pack(self, state: State) -> Tensor:
+        """The state as the loops hold it."""
+        if isinstance(state, Tensor):
+            return state if state.dtype is self.dtype else state.to(self.dtype)
+        return torch.cat([x.reshape((*self._lead, size)) for x, size in zip(state, self._sizes)], dim=-1).to(self.dtype)
+
+    def unpack(self, y: Tensor, lead: tuple[int, ...] = ()) -> State:
+        """Undo :meth:`pack` for a tensor with ``lead`` dimensions before the state's, in the caller's type."""
+        if y.dtype is not self._seen_as:
+            y = y.to(self._seen_as)
+        if not self._tuple:
+            return y
+        parts = y.split(self._sizes, dim=-1)
+        return tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._shapes))
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """f at time ``t`` (a scalar tensor) and state ``y``.
+
+        Raises:
+            TypeError, ValueError: f returns no tensor, or one of another shape.
+            RuntimeError: f changes its state in place now, and did not when it was first called.
+        """
+        self.evaluations += 1
+        if self._first or self._copy:
+            return self._guarded(t, y)
+        if not self._watch:
+            return self._evaluate(t, y)
+        version = y._version
+        out = self._evaluate(t, y)
+        if y._version != version:
+            raise RuntimeError(
+                "func changed its state in place, which it did not in its first call, so the solution would be wrong:"
+                " let func compute a new tensor (y * 2, not y.mul_(2))"
+            )
+        return out
+
+    def _guarded(self, t: Tensor, y: Tensor) -> Tensor:
+        """f of a copy of the state, which it may change; whether it does is remembered."""
+        first, self._first = self._first, False
+        if not (self._watch or self._copy):
+            return self._evaluate(t, y)
+        copy = y.clone()
+        version = None if self._copy else copy._version
+        out = self._evaluate(t, copy)
+        if version is not None and copy._version != version:
+            self._copy = True
+        if first:
+            self._start = t.detach(), y.detach(), out.detach()
+        return out
+
+    def check_first(self) -> None:
+        """Raise RuntimeError if f is no longer what it was in its first call."""
+        if self._start is None:
+            return
+        t, y, before = self._start
+        now = self._evaluate(t, y.clone()).detach()
+        tolerance = SAME[self.time_dtype] * float(before.abs().max() if before.numel() else 0.0)
+        if not bool(((now - before).abs() <= tolerance).all() | ~torch.isfinite(before).all()):
+            raise RuntimeError(
+                "func is not what it was in the forward pass, so the gradient would be wrong: the backward pass"
+                " evaluates it again, and its weights, buffers, mode, attributes or random numbers have changed since;"
+                " call backward() before changing it, or use adjoint='discrete', which keeps what it needs"
+            )
+
+    def _evaluate(self, t: Tensor, y: Tensor) -> Tensor:
+        if self._tuple:
+            out = self.func(t, self.unpack(y))
+            shapes = [getattr(x, "shape", type(x).__name__) for x in out] if isinstance(out, (tuple, list)) else None
+            if shapes != self._shapes:
+                raise ValueError(
+                    f"func must return the shape of its state: it got {_shown(self._shapes)} and returned"
+                    f" {_shown(shapes) if shapes is not None else type(out).__name__}"
+                )
+            return self.pack(tuple(out))
+        out = self.func(t, y if y.dtype is self._seen_as else y.to(self._seen_as))
+        if not isinstance(out, Tensor):
+            raise TypeError(f"func must return a tensor as its state is one, got {type(out).__name__}")
+        if out.shape != y.shape:
+            got, returned = _shown([y.shape]), _shown([out.shape])
+            raise ValueError(f"func must return the shape of its state: it got {got} and returned {returned}")
+        return out if out.dtype is self.dtype else self._cast(out)
+
+    def _cast(self, out: Tensor) -> Tensor:
+        if out.is_complex() and not self.dtype.is_complex:
+            raise ValueError(f"func returned {out.dtype} for a state of {self.dtype}: give a complex y0")
+        return out.to(self.dtype)
+
+
+def _shown(shapes: list[Any]) -> list[Any]:
+    return [tuple(x) if isinstance(x, torch.Size) else x for x in shapes]

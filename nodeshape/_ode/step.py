@@ -1,0 +1,129 @@
+"""One step of a method: its stages, the state at its end, anywhere in it, and an estimate of its error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from nodeshape._ode.field import Field
+from nodeshape._ode.method import Method, Weights
+
+#: A step size: a number, or a scalar tensor where times are differentiated.
+Size = float | Tensor
+#: Solve a stage F = f(t, base + c F): ``(t, base, c, guess of F) -> F``.
+StageSolve = Callable[[Tensor, Tensor, Size, Tensor | None], Tensor]
+
+
+def combine(y: Tensor, h: Size, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """y + h Σ w_i F_i; weights of 0 cost nothing."""
+    for weight, slope in zip(weights, slopes):
+        if weight != 0.0:
+            y = torch.add(y, slope, alpha=h * weight) if isinstance(h, float) else y + slope * (h * weight)
+    return y
+
+
+def stages(
+    field: Field,
+    method: Method,
+    y: Tensor,
+    times: Sequence[Tensor],
+    h: Size,
+    first: Tensor | None = None,
+    solve: StageSolve | None = None,
+) -> list[Tensor]:
+    """The slopes F_i of the step of ``h`` from ``y``.
+
+    Args:
+        times: of the stages, scalars.
+        first: F_1, if it is known from the step before.
+        solve: of stages that are equations; explicit methods have none.
+    """
+    slopes: list[Tensor] = []
+    for i, row in enumerate(method.a):
+        if i == 0 and first is not None:
+            slopes.append(first)
+            continue
+        base = combine(y, h, row[:-1], slopes)
+        if row[-1] == 0.0:
+            slopes.append(field(times[i], base))
+        else:
+            assert solve is not None
+            slopes.append(solve(times[i], base, h * row[-1], slopes[-1] if slopes else None))
+    return slopes
+
+
+def end(method: Method, y: Tensor, h: Size, slopes: Sequence[Tensor]) -> Tensor:
+    """The state at the end of the step."""
+    return combine(y, h, method.b, slopes)
+
+
+@torch.no_grad()
+def error(method: Method, h: float, slopes: Sequence[Tensor]) -> Tensor:
+    """The estimate of the step's error, h Σ e_i F_i."""
+    weighted = [(w, slope) for w, slope in zip(method.error, slopes) if w != 0.0]
+    total = weighted[0][1] * (h * weighted[0][0])
+    for w, slope in weighted[1:]:
+        total.add_(slope, alpha=h * w)
+    return total
+
+
+@lru_cache(maxsize=256)
+def _interpolant(method: Method) -> tuple[Weights, ...]:
+    """Weights of F_1 … F_s and the slopes at both ends, for the powers x¹ … x⁴ of the part x of the step covered.
+
+    y + h Σ w_i(x) F_i matches state and slope at both ends and, where the method gives it, the state in the middle
+    (Shampine 1986): a quartic, otherwise the cubic of Hermite.
+    """
+    middle = method.middle or (0.0,) * len(method.b)
+    # Coefficients of: the change over the step, the change over its first half, the slope at its start, at its end.
+    whole, half, start, stop = (
+        ((0, -5, 14, -8), (0, 16, -32, 16), (1, -4, 5, -2), (0, 1, -3, 2))
+        if method.middle
+        else ((0, 3, -2, 0), (0, 0, 0, 0), (1, -2, 1, 0), (0, -1, 1, 0))
+    )
+    return tuple(
+        (*(whole[k] * b + half[k] * m for b, m in zip(method.b, middle)), float(start[k]), float(stop[k]))
+        for k in range(4)
+    )
+
+
+@dataclass
+class Piece:
+    """A step that was taken, to be interpolated.
+
+    Attributes:
+        t, h: start and size.
+        size: h, as a tensor where times are differentiated.
+        y, y_end: the states at its ends.
+        slopes: F_1 … F_s, and those at the start and at the end.
+    """
+
+    method: Method
+    t: float
+    h: float
+    size: Size
+    y: Tensor
+    y_end: Tensor
+    slopes: list[Tensor]
+
+    def states(self, x: Tensor) -> Tensor:
+        """The states at parts ``x`` ``[n]`` of the step, ``[n, *y.shape]``."""
+        powers = torch.stack([x, x * x, x * x * x, x * x * x * x], dim=1)
+        return self.y + self._weighted(powers) * self.size
+
+    def derivatives(self, x: Tensor) -> Tensor:
+        """dy/dt of the interpolant at parts ``x`` ``[n]`` of the step, ``[n, *y.shape]``."""
+        return self._weighted(torch.stack([torch.ones_like(x), 2 * x, 3 * x * x, 4 * x * x * x], dim=1))
+
+    def _weighted(self, powers: Tensor) -> Tensor:
+        """Σ w_i F_i for ``powers`` ``[n, 4]``."""
+        rows = _interpolant(self.method)
+        used = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
+        table = torch.tensor([[row[i] for i in used] for row in rows], dtype=powers.dtype, device=powers.device)
+        weights = (powers @ table).to(self.y.dtype)
+        total: Tensor = torch.tensordot(weights, torch.stack([self.slopes[i] for i in used]), dims=1)
+        return total
