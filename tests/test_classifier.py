@@ -201,6 +201,16 @@ def test_another_solver_shares_weights_and_nothing_else(compiled: bool) -> None:
     assert other.dynamics is not block.dynamics
 
 
+def test_weights_of_both_move_when_one_is_moved() -> None:
+    model = ns.ShapeClassifier(3, 16, width=32, step_size=0.5).eval()
+    other = model.with_solver(steps=1)
+    other.double()
+    images = torch.rand(2, 1, 16, 16, dtype=torch.float64)
+    assert model(images).dtype == other(images).dtype == torch.float64
+    model.float()
+    assert other(images.float()).dtype == torch.float32
+
+
 def test_a_classifier_under_another_solver_keeps_its_own_mode() -> None:
     model = ns.ShapeClassifier(3, 16, width=32, steps=2)
     other = model.with_solver(method="implicit_euler").eval()

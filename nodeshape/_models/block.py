@@ -164,11 +164,12 @@ def sharing_weights(module: Module) -> Module:
 def _own_dictionaries(original: nn.Module) -> nn.Module:
     """A module whose attributes are the original's, but for dictionaries and sets, which are copies.
 
+    Those of parameters and buffers stay the very same, so that ``.to()`` of one module moves all the weights of both.
     Not ``copy.copy``, which a parametrised module refuses.
     """
     copied = type(original).__new__(type(original))
-    copied.__dict__.update(
-        {name: copy(x) if isinstance(x, (dict, set)) else x for name, x in original.__dict__.items()}
-    )
+    for name, value in original.__dict__.items():
+        own = isinstance(value, (dict, set)) and name not in ("_parameters", "_buffers")
+        copied.__dict__[name] = copy(value) if own else value
     copied.__dict__["_compiled_call_impl"] = None  # of module.compile(), bound to the original
     return copied
