@@ -24,7 +24,8 @@ ROWS = {
     "nan": [float("nan"), 1.0, 1.0],
     "infinite": [float("inf"), 1.0, 1.0],
 }
-CHOICES = {"fixed steps": {"steps": 40}, "error control": {"rtol": 1e-3, "atol": 1e-4}}
+OWN = {"step_control": "per_sample", "on_failure": "nan"}
+CHOICES = {"fixed steps": {"steps": 40}, "error control": {"rtol": 1e-3, "atol": 1e-4, "options": OWN}}
 
 
 @pytest.mark.parametrize("choice", CHOICES)

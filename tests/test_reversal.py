@@ -9,14 +9,18 @@ from problems import METHODS, dynamics_and_state, gradients, relative_error
 import nodeshape as ns
 from nodeshape._benchmarking.memory import STATE_BYTES, bytes_of_training_step
 
+MARK_BYTES = STATE_BYTES // 32  # a number per sample, by which an f that has changed is found out
+
 
 @pytest.mark.parametrize("method", METHODS)
-def test_memory_of_reversible_does_not_grow_with_steps_and_discrete_grows_by_a_state_per_step(method: str) -> None:
+def test_memory_grows_by_a_number_per_sample_and_step_or_by_a_state_or_by_what_autograd_needs(method: str) -> None:
     for adjoint in ("reversible", "continuous"):
         few, many = (bytes_of_training_step(method, adjoint, steps) for steps in (3, 9))
-        assert many[0] <= 1.1 * few[0] and many[1] == few[1]
+        assert many[0] <= 1.1 * few[0] and many[1] - few[1] <= 6 * MARK_BYTES
+    few, many = (bytes_of_training_step(method, "discrete", steps, recompute=True) for steps in (3, 6))
+    assert STATE_BYTES <= (many[1] - few[1]) / 3 <= STATE_BYTES + MARK_BYTES
     few, many = (bytes_of_training_step(method, "discrete", steps) for steps in (3, 6))
-    assert (many[1] - few[1]) / 3 == STATE_BYTES
+    assert STATE_BYTES < (many[1] - few[1]) / 3 <= 4 * STATE_BYTES
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,11 @@ class PeakMemory(TorchDispatchMode):
 STATE_BYTES = 256 * 32 * 8
 
 
-def bytes_of_training_step(method: str, adjoint: str, steps: int) -> tuple[int, int]:
+def bytes_of_training_step(method: str, adjoint: str, steps: int, **options: Any) -> tuple[int, int]:
     """Forward, loss and backward of one tanh layer on a state ``[256, 32]`` in float64.
+
+    Args:
+        options: of :func:`nodeshape.odeint`.
 
     Returns:
         the peak, and what is held between the forward and the backward pass.
@@ -58,7 +62,8 @@ def bytes_of_training_step(method: str, adjoint: str, steps: int) -> tuple[int, 
     y0 = torch.randn(256, 32, dtype=torch.float64)
     t = torch.tensor([0.0, 1.0])
     with PeakMemory() as memory:
-        ys = ns.odeint(lambda t, y: torch.tanh(y @ weight), y0, t, method=method, steps=steps, adjoint=adjoint)
+        solve: Any = {"method": method, "steps": steps, "adjoint": adjoint, "options": options}
+        ys = ns.odeint(lambda t, y: torch.tanh(y @ weight), y0, t, **solve)
         held = memory.live
         ys[-1].square().sum().backward()
     return memory.peak, held

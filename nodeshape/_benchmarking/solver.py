@@ -15,7 +15,7 @@ from nodeshape._benchmarking.trained import trained_dynamics
 from nodeshape._models.dynamics import ConvDynamics, MLPDynamics
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.odeint import odeint
-from nodeshape._ode.problem import ADJOINTS
+from nodeshape._ode.options import ADJOINTS
 
 NODESHAPE, OP, PLAIN, COMPILED = "nodeshape", "op alone", "plain loop", "torch.compile"
 TORCHDIFFEQ, ADJOINT, DIFFRAX = "torchdiffeq", "torchdiffeq adjoint", "diffrax"

@@ -12,7 +12,7 @@ from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
 from nodeshape._experiments.training import Epoch, Training
 from nodeshape._ode.method import SOURCE_METHODS
-from nodeshape._ode.problem import ADJOINTS
+from nodeshape._ode.options import ADJOINTS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from nodeshape._cli import picture
 from nodeshape._experiments.source import METHOD_TITLES, solver_title
-from nodeshape._ode.problem import ADJOINTS
+from nodeshape._ode.options import ADJOINTS
 from nodeshape._training.plots import save
 
 COLOURS = dict(zip(METHOD_TITLES, ("#0072b2", "#d55e00", "#009e73")))

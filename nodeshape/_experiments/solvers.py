@@ -20,7 +20,7 @@ from nodeshape._experiments.training import (
     euler_steps,
 )
 from nodeshape._ode.method import SOURCE_METHODS
-from nodeshape._ode.problem import ADJOINTS
+from nodeshape._ode.options import ADJOINTS
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._models.dynamics import ConvDynamics
-from nodeshape._ode.integrate import EqualSteps
 from nodeshape._ode.method import get_method
+from nodeshape._ode.options import steps_of
 from nodeshape._ode.stage import DEPENDENT, STAGE_TOLERANCE
 
 
@@ -40,7 +40,7 @@ class UnrolledClassifier(nn.Module):
             )
         method = get_method(model.ode.method)
         self.stem, self.head = deepcopy(model.stem), deepcopy(model.head)
-        self.steps = EqualSteps(model.ode.steps, model.ode.step_size).number(1.0)
+        self.steps = model.ode.steps or steps_of(1.0, model.ode.step_size or 1.0)
         with torch.no_grad():
             features = model.stem(torch.zeros(1, model.in_channels, model.image_size, model.image_size))
             self.step = UnrolledStep(model.ode.dynamics, features.shape, method.theta, 1.0 / self.steps, iterations)

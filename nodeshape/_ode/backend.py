@@ -57,16 +57,39 @@ def backend(
     """
     settings = read_options(options)
     step_size = settings.get("step_size", step_size)
-    scheme = get_method(method or "implicit_midpoint")
-    weights: list[Tensor] | str = "events and dense output take the plain loop"
-    if event_fn is None and not return_dense:
-        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params)
+    scheme = get_method(method or default_method(steps, step_size, adjoint))
+    weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params, event_fn, return_dense)
     if isinstance(weights, str):
         return Backend("plain", weights)
     return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
 
 
 backend.__module__ = "nodeshape"
+
+
+def default_method(steps: int | None, step_size: float | None, adjoint: str = "discrete") -> str:
+    """The method of a call that names none: torchdiffeq's; the source's best for equal steps or steps to be undone."""
+    general = steps is None and step_size is None and adjoint != "reversible"
+    return "dopri5" if general else "implicit_midpoint"
+
+
+#: Options that the kernels know, or that concern other solves only.
+FUSED_OPTIONS = frozenset(
+    {
+        "step_size",
+        "stage_solver",
+        "stage_tolerance",
+        "max_stage_iterations",
+        "checkpoint_every",
+        "drift_tolerance",
+        "fused",
+        "step_control",
+        "min_step",
+        "max_steps",
+        "adjoint_rtol",
+        "adjoint_atol",
+    }
+)
 
 
 def fused_weights(
@@ -77,19 +100,23 @@ def fused_weights(
     step_size: float | None,
     options: Mapping[str, Any],
     adjoint_params: Any,
+    event_fn: Any = None,
+    return_dense: bool = False,
 ) -> list[Tensor] | str:
     """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason."""
     if not method.one_stage:
         return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
     if options.get("fused") is False:
         return "options={'fused': False}"
+    if event_fn is not None or return_dense:
+        return "events and dense output take the plain loop"
     if steps is None and step_size is None:
         return "error control chooses the steps"
     if options:
         if options.get("stage_solver", "anderson") != "anderson":
             return f"the stage solver is {options['stage_solver']}"
-        if "adjoint_step_size" in options:
-            return "the backward pass has steps of its own"
+        if not options.keys() <= FUSED_OPTIONS:
+            return f"option {min(options.keys() - FUSED_OPTIONS)!r} takes the plain loop"
     if adjoint_params is not None:
         return "adjoint_params chooses what to differentiate by"
     return fused.weights_for(func, y0)

@@ -61,7 +61,7 @@ class Controller:
         with torch.no_grad():
             scale = y.abs().mul_(self.rtol).add_(self.atol)
             size, speed = float(self.norm(y / scale)), float(self.norm(slope / scale))
-        h = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+        h = 1e-6 if size < 1e-5 or speed < 1e-5 or not isfinite(speed) else 0.01 * size / speed
         after = field(h, y + slope * h)
         with torch.no_grad():
             bend = float(self.norm((after - slope) / scale)) / h
@@ -72,9 +72,13 @@ class Controller:
     @torch.no_grad()
     def ratio(self, error: Tensor, y: Tensor, y_end: Tensor) -> float:
         """The error in units of the tolerance; infinite if it is not a number."""
-        scale = torch.maximum(y.abs(), y_end.abs()).mul_(self.rtol).add_(self.atol)
-        ratio = float(self.norm(error / scale))
+        ratio = float(self.norm(error / self.scale(y, y_end)))
         return ratio if isfinite(ratio) else inf
+
+    @torch.no_grad()
+    def scale(self, y: Tensor, y_end: Tensor) -> Tensor:
+        """What an error is measured in: ``atol + rtol max(|y|, |y_end|)``."""
+        return torch.maximum(y.abs(), y_end.abs()).mul_(self.rtol).add_(self.atol)
 
     def accepts(self, h: float, ratio: float) -> bool:
         """Whether to keep a step of ``h``, positive."""

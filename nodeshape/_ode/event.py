@@ -39,7 +39,7 @@ def integrate_until_event(plan: Plan, event_fn: EventFunction) -> tuple[Tensor, 
     if bool((signs == 0).any()):
         return loop._at(t0), torch.stack([y, y])
     for piece in _pieces(plan, y):
-        if not passed(piece.t + piece.h, piece.y_end):
+        if not passed(piece.t_end, piece.y_end):
             continue
         piece = loop._complete(piece)
         low, high = 0.0, 1.0
@@ -64,6 +64,7 @@ def _pieces(plan: Plan, y: Tensor) -> Any:
     sign = 1.0 if plan.times[1] > t0 else -1.0
     if plan.adaptive:
         stops, jumps = plan._stops()
+        loop.begin_counting(plan.most_attempts())
         for piece, _ in loop.steps(y, plan.controller(), sign * inf, stops, jumps):
             if piece is not None:
                 yield piece
@@ -73,13 +74,16 @@ def _pieces(plan: Plan, y: Tensor) -> Any:
             "an event is looked for in steps of a given size: pass step_size, or options={'step_size': ...}"
         )
     length = sign * plan.step_size
-    for piece, _, _ in loop._segment(y, Segment(t0, t0 + MOST_STEPS * length, MOST_STEPS), None, None, keep=True):
+    for piece, _, _ in loop._segment(y, Segment(t0, t0 + MOST_STEPS * length, MOST_STEPS), None, keep=True):
         yield piece
 
 
 def _values(plan: Plan, event_fn: EventFunction, t: float, y: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.as_tensor(event_fn(plan.loop._time(t), plan.field.unpack(y))).reshape(-1)
+        values = torch.as_tensor(event_fn(plan.loop._time(t), plan.field.unpack(y))).reshape(-1)
+    if bool(torch.isnan(values).any()):
+        raise RuntimeError(f"event_fn returned NaN at t={t:g}: it must be a number wherever the solution may go")
+    return values
 
 
 def _part(plan: Plan, x: float) -> Tensor:

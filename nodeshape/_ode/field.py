@@ -28,11 +28,17 @@ class Field:
 
     Attributes:
         func: f as the user gave it.
+        batched: whether the first dimension is that of samples.
         samples, size: of the batch, and elements of each sample.
         dtype: of the state in the loops.
         time_dtype: of the times that f sees: real, and as fine as the state.
         device: of the state.
         evaluations: of f so far.
+        coarse: whether f computes in a type of low precision.
+        takes_columns: whether f takes times ``[n, 1, ...]`` of n samples.
+        frozen: samples whose slope is taken for 0, ``[samples]``; None for none.
+        remembers: whether the latest evaluation is kept, for :meth:`check`.
+        before: called before each evaluation, if not None.
     """
 
     def __init__(self, func: Callable[[Tensor, Any], Any], y0: State) -> None:
@@ -43,20 +49,28 @@ class Field:
         self._shapes = [x.shape for x in tensors]
         batched = all(x.dim() >= 2 and x.shape[0] == first.shape[0] for x in tensors)
         self.samples = first.shape[0] if batched else 1
+        self.batched = batched
         self._lead = (self.samples,) if batched else ()
         self._sizes = [prod(shape[len(self._lead) :]) for shape in self._shapes]
         self.size = sum(self._sizes)
         self._seen_as = first.dtype
+        self.coarse = first.dtype in LOW_PRECISION
         self.dtype = torch.float32 if first.dtype in LOW_PRECISION else first.dtype
         self.time_dtype = REAL.get(self.dtype, self.dtype)
         self.device = first.device
         self.evaluations = 0
+        self.takes_columns = False
+        self.frozen: Tensor | None = None
+        self.before: Callable[[], Any] | None = None
         # f may work in place; watched by the version of what it gets, which compilers and inference mode do not have.
         compiling = torch.compiler.is_compiling()
         self._watch = not compiling
-        self._copy = not compiling and torch.is_inference_mode_enabled()
+        self._copy = compiling or torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
+        self._last: tuple[Tensor, int] | None = None
         self._first = True
         self._start: tuple[Tensor, Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
+        self.remembers = False
 
     def pack(self, state: State) -> Tensor:
         """The state as the loops hold it."""
@@ -74,31 +88,68 @@ class Field:
         return tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._shapes))
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """f at time ``t`` (a scalar tensor) and state ``y``.
+        """f at time ``t`` (a scalar tensor) and state ``y``; or of some samples at times of their own, ``[n]``.
 
         Raises:
             TypeError, ValueError: f returns no tensor, or one of another shape.
             RuntimeError: f changes its state in place now, and did not when it was first called.
         """
+        if self.before is not None:
+            self.before()
         self.evaluations += 1
+        if t.dim() > 0:
+            return self._each(t, y)
         if self._first or self._copy:
-            return self._guarded(t, y)
-        if not self._watch:
-            return self._evaluate(t, y)
-        version = y._version
-        out = self._evaluate(t, y)
-        if y._version != version:
-            raise RuntimeError(
-                "func changed its state in place, which it did not in its first call, so the solution would be wrong:"
-                " let func compute a new tensor (y * 2, not y.mul_(2))"
-            )
+            out = self._guarded(t, y)
+        else:
+            version = y._version
+            out = self._evaluate(t, y)
+            if y._version != version:
+                raise RuntimeError(
+                    "func changed its state in place, which it did not in its first call, so the solution would be"
+                    " wrong: let func compute a new tensor (y * 2, not y.mul_(2))"
+                )
+        if self._watch and not out.is_inference():
+            if self._last is not None and self._last[0]._version != self._last[1]:
+                raise RuntimeError(
+                    "func wrote into the tensor that it had returned before, which the solver still needs: let func"
+                    " return a new tensor (torch.matmul(y, a), not torch.matmul(y, a, out=buffer))"
+                )
+            self._last = out, out._version
+        if self.remembers:
+            self._latest = t.detach(), y.detach(), out.detach()
         return out
+
+    def _each(self, t: Tensor, y: Tensor) -> Tensor:
+        """f of samples ``y`` ``[n, ...]`` at times ``t`` ``[n]``."""
+        if self.takes_columns:
+            return self._evaluate(t.reshape(-1, *(1,) * (y.dim() - 1)), y)
+        # f sees each sample as a batch of one; of a copy, which it may change.
+        each: Tensor = torch.func.vmap(self._alone)(t, y.clone())
+        return each
+
+    def _alone(self, t: Tensor, y: Tensor) -> Tensor:
+        """f of one sample, ``y`` without the batch's dimension."""
+        shapes = [torch.Size((1, *shape[1:])) for shape in self._shapes]
+        seen = y.to(self._seen_as)
+        if self.coarse:
+            t = t.to(self._seen_as)
+        state = (
+            tuple(x.reshape(s) for x, s in zip(seen.split(self._sizes, dim=-1), shapes)) if self._tuple else seen[None]
+        )
+        out = self.func(t, state)
+        found = [x.shape for x in out] if self._tuple else [out.shape]
+        if found != shapes:
+            raise ValueError(
+                f"func must return the shape of its state: of one sample it got {_shown(shapes)} and returned"
+                f" {_shown(found)}; if it needs the whole batch, use options={{'step_control': 'shared'}}"
+            )
+        flat = torch.cat([x.reshape(-1) for x in out]) if self._tuple else out[0]
+        return flat.to(self.dtype)
 
     def _guarded(self, t: Tensor, y: Tensor) -> Tensor:
         """f of a copy of the state, which it may change; whether it does is remembered."""
         first, self._first = self._first, False
-        if not (self._watch or self._copy):
-            return self._evaluate(t, y)
         copy = y.clone()
         version = None if self._copy else copy._version
         out = self._evaluate(t, copy)
@@ -108,21 +159,30 @@ class Field:
             self._start = t.detach(), y.detach(), out.detach()
         return out
 
-    def check_first(self) -> None:
-        """Raise RuntimeError if f is no longer what it was in its first call."""
-        if self._start is None:
-            return
-        t, y, before = self._start
-        now = self._evaluate(t, y.clone()).detach()
-        tolerance = SAME[self.time_dtype] * float(before.abs().max() if before.numel() else 0.0)
-        if not bool(((now - before).abs() <= tolerance).all() | ~torch.isfinite(before).all()):
-            raise RuntimeError(
-                "func is not what it was in the forward pass, so the gradient would be wrong: the backward pass"
-                " evaluates it again, and its weights, buffers, mode, attributes or random numbers have changed since;"
-                " call backward() before changing it, or use adjoint='discrete', which keeps what it needs"
-            )
+    def check(self) -> None:
+        """Raise RuntimeError if f is no longer what it was in its first call and its latest."""
+        for call in (self._start, self._latest):
+            if call is None:
+                continue
+            t, y, before = call
+            now = self._evaluate(t, y.clone()).detach()
+            tolerance = SAME[self.time_dtype] * float(before.abs().max() if before.numel() else 0.0)
+            if not bool(((now - before).abs() <= tolerance).all() | ~torch.isfinite(before).all()):
+                raise RuntimeError(
+                    "func is not what it was in the forward pass, so the gradient would be wrong: the backward pass"
+                    " evaluates it again, and its weights, attributes or random numbers have changed since; call"
+                    " backward() before changing it, or use adjoint='discrete', which keeps what it needs"
+                )
 
     def _evaluate(self, t: Tensor, y: Tensor) -> Tensor:
+        out = self._of_state(t, y)
+        if self.frozen is not None:
+            out = out.masked_fill(self.frozen.reshape(-1, *(1,) * (out.dim() - 1)), 0.0)
+        return out
+
+    def _of_state(self, t: Tensor, y: Tensor) -> Tensor:
+        if self.coarse:
+            t = t.to(self._seen_as)
         if self._tuple:
             out = self.func(t, self.unpack(y))
             shapes = [getattr(x, "shape", type(x).__name__) for x in out] if isinstance(out, (tuple, list)) else None
@@ -131,6 +191,9 @@ class Field:
                     f"func must return the shape of its state: it got {_shown(self._shapes)} and returned"
                     f" {_shown(shapes) if shapes is not None else type(out).__name__}"
                 )
+            if not self.dtype.is_complex:
+                for x in out:
+                    self._refuse_complex(x)
             return self.pack(tuple(out))
         out = self.func(t, y if y.dtype is self._seen_as else y.to(self._seen_as))
         if not isinstance(out, Tensor):
@@ -141,9 +204,13 @@ class Field:
         return out if out.dtype is self.dtype else self._cast(out)
 
     def _cast(self, out: Tensor) -> Tensor:
-        if out.is_complex() and not self.dtype.is_complex:
-            raise ValueError(f"func returned {out.dtype} for a state of {self.dtype}: give a complex y0")
+        if not self.dtype.is_complex:
+            self._refuse_complex(out)
         return out.to(self.dtype)
+
+    def _refuse_complex(self, out: Tensor) -> None:
+        if out.is_complex():
+            raise ValueError(f"func returned {out.dtype} for a state of {self.dtype}: give a complex y0")
 
 
 def _shown(shapes: list[Any]) -> list[Any]:

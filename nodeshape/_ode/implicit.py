@@ -1,9 +1,8 @@
-"""The solve as an ordinary differentiable computation, for derivatives of any order.
+"""A stage as an ordinary differentiable computation, for derivatives of any order.
 
 A stage is a function of its base, c and whatever f depends on; its derivative, by the implicit function theorem, solves
 an equation of the same kind. So the stage is an autograd function whose backward pass calls itself, and so is the
-vector–Jacobian product in it. The solve built of such stages is what second derivatives go through; it keeps the graph
-of one evaluation of f per step.
+vector–Jacobian product in it. Second derivatives of a solve go through such stages.
 """
 
 from __future__ import annotations
@@ -14,46 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._ode.problem import Problem
-from nodeshape._ode.stage import StageSolver
-from nodeshape._ode.system import Time, jacobian_by_rows
+from nodeshape._ode.graph import jacobian_by_rows
+from nodeshape._ode.stage import StageSolver, Time
 
 #: F(rows, *passed). What else F's value depends on and that requires grad is listed beside it, as ``closed``.
 Differentiable = Callable[..., Tensor]
-
-
-def differentiable_gradient(
-    problem: Problem, y0: Tensor, t: Tensor, parameters: Sequence[Tensor], grads: Tensor
-) -> list[Tensor | None]:
-    """The ``discrete`` gradient with a graph of its own: the recorded steps replayed as differentiable stages."""
-    inputs = [x for x in (y0, t, *parameters) if x.requires_grad]
-    ys = _replay(problem, y0, t, parameters)
-    found = iter(torch.autograd.grad(ys, inputs, grads, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in (y0, t, *parameters)]
-
-
-def _replay(problem: Problem, y: Tensor, t: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    system, theta = problem.system, problem.method.theta
-
-    def slope(rows: Tensor, time: Tensor) -> Tensor:
-        return system(time, rows)
-
-    ys = [y]
-    for j, steps in enumerate(problem.record):
-        start, end = problem.times[j : j + 2]
-        length = t[j + 1] - t[j]
-        for step in steps:
-            h = (length * (step.h / (end - start))).to(y)
-            time = (t[j] + length * ((step.t - start) / (end - start))).to(y) + theta * h
-            factor = h[:, None] if h.dim() else h
-            stage = y
-            if not problem.method.explicit:
-                where = (step.t, step.h)
-                stage = differentiable_stage(slope, problem.solver, where, y, theta * factor, [time], parameters)
-            following = y + factor * slope(stage, time)
-            y = torch.where(factor != 0, following, y) if h.dim() else following
-        ys.append(y)
-    return torch.stack(ys)
 
 
 def differentiable_stage(

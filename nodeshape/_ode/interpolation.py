@@ -54,9 +54,11 @@ class DenseSolution:
                 raise ValueError(
                     f"t={time:g} is outside of the solve, which goes from {self.t_start:g} to {self.t_end:g}"
                 )
+        if not times:
+            return field.unpack(self._pieces[0].y.new_zeros((*t.shape, *self._pieces[0].y.shape)), tuple(t.shape))
         values: list[Tensor] = []
         for i, time in enumerate(times):
             piece = self._pieces[max(0, bisect_right(self._starts, self._sign * time) - 1)]
-            x = ((flat[i : i + 1] - piece.t) / piece.h).to(field.device, field.time_dtype)
+            x = piece.part(flat[i : i + 1]).to(field.device, field.time_dtype)
             values.append(of(piece, x)[0])
         return field.unpack(torch.stack(values).reshape(*t.shape, *values[0].shape), tuple(t.shape))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
 from math import copysign, inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from nodeshape._ode.field import Field
 from nodeshape._ode.method import Method
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.step import Piece, Size, end, error, stages
+
+if TYPE_CHECKING:
+    from nodeshape._ode.recompute import Recorder
 
 #: Steps whose times are made tensors together.
 BLOCK = 1024
@@ -41,11 +44,12 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Segment:
-    """``count`` equal steps from ``start`` to ``end``; the state at its end is an observation, or is not."""
+    """``count`` equal steps from ``start`` to ``end``; ``ends`` are the same as tensors that are differentiated."""
 
     start: float
     end: float
     count: int
+    ends: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -58,6 +62,9 @@ class Loop:
         solve: of the stages that are equations.
         callbacks: None where the user has none.
         perturb: evaluate f just inside a step at its ends, for an f that jumps there.
+        recorder: of the steps, for a gradient that takes them anew.
+        on_failure: ``"raise"``, or ``"nan"`` for samples that fail while the others live on.
+        failures: why a sample failed, by its number.
         accepted, rejected: steps so far.
         pieces: the steps taken, where they are kept (``keep``).
     """
@@ -70,6 +77,9 @@ class Loop:
     callbacks: Callbacks | None = None
     perturb: bool = False
     keep: bool = False
+    recorder: Recorder | None = None
+    on_failure: str = "raise"
+    failures: dict[int, str] = default(default_factory=dict)
     accepted: int = 0
     rejected: int = 0
     pieces: list[Piece] = default(default_factory=list)
@@ -80,84 +90,93 @@ class Loop:
 
     def fixed(self, y: Tensor, counts: Sequence[int]) -> Tensor:
         """Take ``counts[j]`` equal steps from ``times[j]`` to ``times[j + 1]``; the states there ``[times, ...]``."""
-        states = [y]
+        y = self._begun(y)
+        states = [self._without_failed(y)]
         slope: Tensor | None = None
         for j, count in enumerate(counts):
-            segment = Segment(self.times[j], self.times[j + 1], count)
-            for _, after, last in self._segment(y, segment, j, slope):
+            ends = None if self.t is None else (self.t[j], self.t[j + 1])
+            segment = Segment(self.times[j], self.times[j + 1], count, ends)
+            for _, after, last in self._segment(y, segment, slope):
                 y_after, slope_after = after, last
             y, slope = y_after, slope_after
-            states.append(y)
+            states.append(self._without_failed(y))
         return torch.stack(states)
 
-    def on_grid(self, y: Tensor, grid: Sequence[float], cubic: bool) -> Tensor:
+    def on_grid(self, y: Tensor, grid: Sequence[float], traced: Tensor | None, cubic: bool) -> Tensor:
         """Step from point to point of a grid; observations between its points are interpolated.
 
         Args:
             grid: from the first to the last time, one way.
+            traced: the same as a tensor that is differentiated; None where the times are not.
             cubic: interpolate with the slopes at both ends, else linearly.
         """
-        states, j = [y], 1
+        y = self._begun(y)
+        states, j = [self._without_failed(y)], 1
         sign = copysign(1.0, grid[-1] - grid[0])
         slope: Tensor | None = None
-        for start, stop in zip(grid, grid[1:]):
-            ((piece, after, slope),) = self._segment(y, Segment(start, stop, 1), None, slope, keep=True)
+        for k, (start, stop) in enumerate(zip(grid, grid[1:])):
+            ends = None if traced is None else (traced[k], traced[k + 1])
+            ((piece, after, slope),) = self._segment(y, Segment(start, stop, 1, ends), slope, keep=True)
+            assert piece is not None
             while j < len(self.times) and sign * self.times[j] <= sign * stop:
-                x = (self.times[j] - start) / (stop - start)
-                if x == 1.0:
-                    states.append(after)
+                if self.times[j] == stop and self.t is None:
+                    between = after
                 elif cubic:
-                    assert piece is not None
-                    states.append(self._complete(piece).states(self._parts(piece, [self.times[j]], None))[0])
+                    between = self._complete(piece).states(self._parts(piece, [j]))[0]
                 else:
-                    states.append(torch.lerp(y, after, x))
+                    between = y + (after - y) * self._parts(piece, [j])
+                states.append(self._without_failed(between))
                 j += 1
             y = after
         return torch.stack(states)
 
     def _segment(
-        self, y: Tensor, segment: Segment, interval: int | None, slope: Tensor | None, keep: bool = False
+        self, y: Tensor, segment: Segment, slope: Tensor | None, keep: bool = False
     ) -> Iterator[tuple[Piece | None, Tensor, Tensor | None]]:
         """Yield each step's piece (where pieces are kept), the state and, if known, the slope at its end."""
         method, keep = self.method, keep or self.keep
         for first in range(0, segment.count, BLOCK):
             count = min(BLOCK, segment.count - first)
-            times, h = self._grid_times(segment, first, count, interval)
+            times, h = self._grid_times(segment, first, count)
             per_step = len(method.c)
             length = (segment.end - segment.start) / segment.count
             for k in range(count):
                 start = segment.start + (first + k) * length
                 if self.callbacks is not None:
-                    self.callbacks.step(self._time(start), y, self._time(length))
+                    self.callbacks.step(self._time(start), y.clone(), self._time(abs(length)))
                 if self.solve is not None:
                     self.solve.where = start, length
-                known = slope if method.starts_with_slope and method.ends_with_slope else None
+                known = slope if method.starts_with_slope and not self.perturb else None
                 now = times[k * per_step : (k + 1) * per_step]
+                before = self.recorder.before() if self.recorder is not None else None
                 slopes = stages(self.field, method, y, now, h, known, self.solve)
                 after = end(method, y, h, slopes)
+                if self.recorder is not None:
+                    self.recorder.after(start, length, y, slopes, before)
                 slope = slopes[-1] if method.ends_with_slope else None
                 self.accepted += 1
-                piece = Piece(method, start, length, h, y, after, slopes) if keep else None
+                piece = None
+                if keep:
+                    part = (first + k) / segment.count
+                    begin = start if segment.ends is None else torch.lerp(*segment.ends, part)
+                    piece = Piece(method, start, length, start + length, begin, h, y, after, slopes)
                 if self.keep and piece is not None:
                     self.pieces.append(piece)
                 y = after
                 yield piece, y, slope
 
-    def _grid_times(
-        self, segment: Segment, first: int, count: int, interval: int | None
-    ) -> tuple[Sequence[Tensor], Size]:
+    def _grid_times(self, segment: Segment, first: int, count: int) -> tuple[Sequence[Tensor], Size]:
         """The times of all stages of ``count`` steps, in order, and the size of a step."""
         parts = [(k + c) / segment.count for k in range(first, first + count) for c in self.method.c]
         kind, device = self.field.time_dtype, self.field.device
         h: Size = (segment.end - segment.start) / segment.count
-        if self.t is None or interval is None:
+        if segment.ends is None:
             length = segment.end - segment.start
             times = torch.tensor([segment.start + part * length for part in parts], dtype=kind, device=device)
         else:
-            whole = self.t[interval + 1] - self.t[interval]
-            times = (self.t[interval] + whole * torch.tensor(parts, dtype=self.t.dtype, device=self.t.device)).to(
-                device, kind
-            )
+            begin, finish = segment.ends
+            whole = finish - begin
+            times = (begin + whole * torch.tensor(parts, dtype=begin.dtype, device=begin.device)).to(device, kind)
             h = (whole / segment.count).to(device, self.field.dtype)
         if self.perturb:
             forwards = torch.full_like(times, copysign(inf, segment.end - segment.start))
@@ -185,23 +204,26 @@ class Loop:
             stops: times that a step must end at.
             jumps: such times at which f jumps: it is evaluated anew just behind them.
         """
-        states: list[Tensor] = [y[None]]
+        y = self._begun(y)
+        states: list[Tensor] = [self._without_failed(y)[None]]
         j, sign = 1, copysign(1.0, self.times[-1] - self.times[0])
-        self._attempts, self._most = 0, most_steps
+        self.begin_counting(most_steps)
         for piece, after in self.steps(y, control, self.times[-1], stops, jumps):
-            self._attempts += 1
             if piece is None:
                 continue
-            reached = piece.t + piece.h
-            inside = []
-            while j < len(self.times) and sign * self.times[j] < sign * reached:
+            reached, inside = piece.t_end, []
+            # An observation at the end of a step moves with its time, except the last, which the step ends with.
+            moves = self.t is not None and reached != self.times[-1]
+            while j < len(self.times) and (
+                sign * self.times[j] < sign * reached or (moves and self.times[j] == reached)
+            ):
                 inside.append(j)
                 j += 1
             if inside:
-                x = self._parts(piece, [self.times[i] for i in inside], inside)
-                states.append(self._complete(piece).states(x))
+                x = self._parts(piece, inside)
+                states.append(self._without_failed(self._complete(piece).states(x), lead=1))
             if j < len(self.times) and self.times[j] == reached:
-                states.append(after[None])
+                states.append(self._without_failed(after)[None])
                 j += 1
             if inside or self.times[j - 1] == reached:
                 self._attempts = 0
@@ -219,36 +241,55 @@ class Loop:
         t = self.times[0]
         if t == last:
             return
+        if _under_vmap():
+            raise RuntimeError(
+                "error control cannot be mapped by torch.func.vmap, which has no number to decide by: solve the batch"
+                " as one state, or give steps"
+            )
         sign = copysign(1.0, last - t)
         if not bool(torch.isfinite(y).all()):
-            raise StepSizeError(f"the state at t={t:.6g} is not finite, so no step from there can be judged")
+            raise StepSizeError(
+                f"the state at t={t:.6g} is not finite, so no step from there can be judged;"
+                " options={'on_failure': 'nan'} lets the other samples live on"
+            )
         stop_times = sorted({sign * s for s in (*stops, *jumps)})
         slope = self.field(self._at(t), y)
         h = control.first(y, slope, lambda h, z: self.field(self._at(t + sign * h), z))
         ratio = 0.0
+        estimate: Tensor | None = None
         while t != last:
             if self._attempts >= self._most:
-                raise StepSizeError(
+                self._give_up(
+                    estimate,
+                    control,
+                    y,
                     f"error control made as many attempts as allowed and stands at t={t:.6g} (error {ratio:.1e} of the"
                     " tolerance): loosen rtol and atol, raise options={'max_num_steps': ...}, or use an implicit method"
-                    " if the problem is stiff"
+                    " if the problem is stiff",
                 )
+                slope = self.field(self._at(t), y)
             i = bisect_right(stop_times, sign * t)
             limit = sign * min(stop_times[i], sign * last) if i < len(stop_times) else last
             rest = abs(limit - t)
             size = h if h < rest * (1 - 1e-9) else rest
             target = limit if size == rest else t + sign * size
             if target == t:
-                raise StepSizeError(
+                self._give_up(
+                    estimate,
+                    control,
+                    y,
                     f"error control cannot get past t={t:.6g}: it needs steps below the resolution of time (error"
                     f" {ratio:.1e} of the tolerance); loosen rtol and atol, name times at which func jumps in"
-                    " options={'jump_t': ...}, or use an implicit method if the problem is stiff"
+                    " options={'jump_t': ...}, or use an implicit method if the problem is stiff",
                 )
+                slope, h = self.field(self._at(t), y), 1e-6 * abs(limit - t)
+                continue
             step = target - t
             if self.callbacks is not None:
-                self.callbacks.step(self._at(t), y, self._time(step))
+                self.callbacks.step(self._at(t), y.clone(), self._time(size))
             try:
-                pieces, estimate = self._attempt(y, t, step, slope, target == last)
+                self._attempts += 1
+                pieces, estimate = self._attempt(y, t, step, target, slope, target == last, target in jumps)
                 ratio = control.ratio(estimate, y, pieces[-1].y_end)
             except StageSolveError:
                 if size <= control.min_step:
@@ -257,11 +298,14 @@ class Loop:
             kept = control.accepts(size, ratio) and bool(pieces)
             if self.callbacks is not None:
                 told = self.callbacks.accept if kept else self.callbacks.reject
-                told(self._at(t), y, self._time(step))
+                told(self._at(t), y.clone(), self._time(size))
             proposed = control.next(size, ratio)
             if kept:
-                self.accepted += 1
+                self.accepted += len(pieces)
                 for piece in pieces:
+                    if self.recorder is not None:
+                        slopes = piece.slopes[:-2]
+                        self.recorder.after(piece.t, piece.h, piece.y, slopes, piece.before)
                     if self.keep:
                         self.pieces.append(self._complete(piece))
                     yield piece, piece.y_end
@@ -278,42 +322,89 @@ class Loop:
                 yield None, y
                 h = proposed
 
-    def _attempt(self, y: Tensor, t: float, h: float, slope: Tensor, last: bool) -> tuple[list[Piece], Tensor]:
+    # ---- samples that fail -------------------------------------------------------------------------------------------
+
+    def fail(self, which: Tensor, why: Callable[[int], str]) -> None:
+        """Take samples ``which`` ``[samples]`` out of the solve: their slope is 0 from now on, their states are NaN."""
+        frozen = self.field.frozen
+        for i in which.nonzero()[:, 0].tolist():
+            self.failures.setdefault(i, why(i))
+        self.field.frozen = which if frozen is None else frozen | which
+        self._attempts = 0
+
+    def _begun(self, y: Tensor) -> Tensor:
+        """The first state, without samples that are not finite if they may fail."""
+        if self.on_failure == "raise":
+            return y
+        lost = ~torch.isfinite(y.detach()).reshape(self.field.samples, self.field.size).all(dim=1)
+        if bool(lost.any()):
+            self.fail(lost, lambda i: f"the state at t={self.times[0]:.6g} is not finite")
+            y = torch.where(self._column(lost, y), 0.0, y)
+        return y
+
+    def _without_failed(self, y: Tensor, lead: int = 0) -> Tensor:
+        """A state, or several in ``lead`` dimensions before it, NaN for samples that failed."""
+        frozen = self.field.frozen
+        if frozen is None or not self.field.batched:
+            return y if frozen is None else torch.full_like(y, torch.nan)
+        return y.masked_fill(self._column(frozen, y[0] if lead else y), torch.nan)
+
+    def _column(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.reshape(-1, *(1,) * (y.dim() - 1)) if self.field.batched else x.reshape(())
+
+    def _give_up(self, estimate: Tensor | None, control: Controller, y: Tensor, message: str) -> None:
+        """Raise, or freeze the samples whose own error is too large while the others live on."""
+        if self.on_failure == "raise" or estimate is None:
+            raise StepSizeError(message)
+        scaled = (estimate / control.scale(y, y)).reshape(self.field.samples, self.field.size).double()
+        errors = scaled.square().mean(dim=1).sqrt().nan_to_num(inf)
+        # A norm of the whole may be too large although no sample's is: then the worst one is at fault.
+        worst = errors >= errors.max().clamp(max=1.0)
+        self.fail(worst, lambda i: message)
+
+    def _attempt(
+        self, y: Tensor, t: float, h: float, t_end: float, slope: Tensor, last: bool, jumps: bool
+    ) -> tuple[list[Piece], Tensor]:
         """One step and the estimate of its error; where the method has none, two halves that are compared with it."""
-        whole = self._one(y, t, h, slope, last)
+        whole = self._one(y, t, h, t_end, slope, last, jumps)
         if self.method.error:
             return [whole], error(self.method, h, [x.detach() for x in whole.slopes[:-2]])
-        first = self._one(y, t, 0.5 * h, slope, False)
-        second = self._one(first.y_end, t + 0.5 * h, 0.5 * h, self._slope_at_end(first), last)
-        second.h = (t + h) - second.t
+        middle = t + 0.5 * h
+        first = self._one(y, t, 0.5 * h, middle, slope, False, False)
+        second = self._one(first.y_end, middle, t_end - middle, t_end, self._slope_at_end(first), last, jumps)
         with torch.no_grad():
             return [first, second], (second.y_end - whole.y_end) / (2**self.method.order - 1)
 
-    def _one(self, y: Tensor, t: float, h: float, slope: Tensor, last: bool) -> Piece:
-        method = self.method
+    def _one(self, y: Tensor, t: float, h: float, t_end: float, slope: Tensor, last: bool, jumps: bool) -> Piece:
+        """A step; f is not evaluated at its end but just before it where it ``jumps`` there."""
+        method, kind, device = self.method, self.field.time_dtype, self.field.device
         size: Size = h
+        before = self.recorder.before() if self.recorder is not None else None
         start: Tensor | float = t
         if self.t is None:
-            times: Sequence[Tensor] = torch.tensor(
-                [t + c * h for c in method.c], dtype=self.field.time_dtype, device=self.field.device
-            ).unbind()
+            times: Sequence[Tensor] = torch.tensor([t + c * h for c in method.c], dtype=kind, device=device).unbind()
         else:
             start = self.t[0] + (t - self.times[0])
-            exact = (self.t[-1] - start) if last and t + h == self.times[-1] else None
+            exact = (self.t[-1] - start) if last else None
             wide = torch.as_tensor(h, dtype=start.dtype, device=start.device) if exact is None else exact
-            times = [(start + c * wide).to(self.field.device, self.field.time_dtype) for c in method.c]
-            size = h if exact is None else exact.to(self.field.device, self.field.dtype)
+            times = [(start + c * wide).to(device, kind) for c in method.c]
+            size = h if exact is None else exact.to(device, kind)
+        if jumps:
+            back = torch.tensor(copysign(inf, -h), dtype=kind, device=device)
+            times = [
+                x + (torch.nextafter(x.detach(), back) - x.detach()) if c == 1.0 else x for c, x in zip(method.c, times)
+            ]
         if self.solve is not None:
             self.solve.where = t, h
         known = slope if method.starts_with_slope else None
         slopes = stages(self.field, method, y, times, size, known, self.solve)
         after = end(method, y, size, slopes)
-        return Piece(method, t, h, size, y, after, [*slopes, slope, slopes[-1]])
+        return Piece(method, t, h, t_end, start, size, y, after, [*slopes, slope, slopes[-1]], before)
 
     def _slope_at_end(self, piece: Piece) -> Tensor:
         """f at the end of a step, evaluated once if no stage is there."""
         if not self.method.ends_with_slope and piece.slopes[-1] is piece.slopes[-3]:
-            piece.slopes[-1] = self.field(self._at(piece.t + piece.h), piece.y_end)
+            piece.slopes[-1] = self.field(self._at(piece.t_end), piece.y_end)
         return piece.slopes[-1]
 
     def _complete(self, piece: Piece) -> Piece:
@@ -324,13 +415,16 @@ class Loop:
         self._slope_at_end(piece)
         return piece
 
-    def _parts(self, piece: Piece, times: list[float], indices: list[int] | None) -> Tensor:
-        """Which parts of a step some times in it are, ``[n]``."""
-        if self.t is None or indices is None:
-            parts = [(time - piece.t) / piece.h for time in times]
+    def _parts(self, piece: Piece, indices: list[int]) -> Tensor:
+        """Which parts of a step some observation times in it are, ``[n]``."""
+        if self.t is None:
+            parts = [(self.times[i] - piece.t) / piece.h for i in indices]
             return torch.tensor(parts, dtype=self.field.time_dtype, device=self.field.device)
-        start = self.t[0] + (piece.t - self.times[0])
-        return ((self.t[indices] - start) / piece.size).to(self.field.device, self.field.time_dtype)
+        return piece.part(self.t[indices]).to(self.field.device, self.field.time_dtype)
+
+    def begin_counting(self, most_steps: float) -> None:
+        """Allow this many attempts from now on."""
+        self._attempts, self._most = 0, most_steps
 
     def _at(self, t: float) -> Tensor:
         """A time as f sees it, differentiable if the first one is."""
@@ -340,3 +434,8 @@ class Loop:
 
     def _time(self, t: float) -> Tensor:
         return torch.tensor(t, dtype=self.field.time_dtype, device=self.field.device)
+
+
+def _under_vmap() -> bool:
+    active = torch._C._functorch.peek_interpreter_stack()
+    return active is not None and active.key() == torch._C._functorch.TransformType.Vmap

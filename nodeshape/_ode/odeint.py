@@ -13,47 +13,45 @@ from torch import Tensor
 
 from nodeshape._ode import fused
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
-from nodeshape._ode.backend import fused_weights
-from nodeshape._ode.error_control import ErrorControl, Steps
+from nodeshape._ode.backend import default_method, fused_weights
 from nodeshape._ode.event import EventFunction, integrate_until_event
-from nodeshape._ode.integrate import EqualSteps
+from nodeshape._ode.field import State
 from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
-from nodeshape._ode.options import DRIFT_PER_STAGE_TOLERANCE, check_steps, positive, read_options
-from nodeshape._ode.problem import ADJOINTS, Problem
-from nodeshape._ode.solution import Solution
-from nodeshape._ode.solver import Plan
-from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
+from nodeshape._ode.options import (
+    ADJOINTS,
+    DRIFT_PER_STAGE_TOLERANCE,
+    check_steps,
+    read_options,
+    steps_of,
+)
+from nodeshape._ode.recompute import recomputed_solution
+from nodeshape._ode.solver import Plan, uniform_grid
+from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._ode.stats import SolverStats
-from nodeshape._ode.system import State, System
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-DEFAULT_METHOD = "implicit_midpoint"
-#: Default tolerances: of the methods of one stage, which have no estimate of their own, and of the others.
-ONE_STAGE_TOLERANCES, TOLERANCES = (1e-4, 1e-6), (1e-7, 1e-9)
-ADJOINT_TOLERANCES = ("adjoint_rtol", "adjoint_atol")
-#: Of one-stage methods under error control: smallest step in units of the interval, attempts in an interval.
-MIN_STEP, MAX_STEPS = 1e-10, 10_000
-#: Options that only the general loop has.
-GENERAL_OPTIONS = frozenset(
+TOLERANCES = (1e-7, 1e-9)
+#: Of a ``reversible`` solve that names neither a method nor steps: its order is 2.
+REVERSIBLE_TOLERANCES = (1e-4, 1e-6)
+#: Options that the backward pass of ``continuous`` does not take over.
+NOT_OF_ADJOINT = ("norm", "step_control", "on_failure")
+#: Options that ask for error control.
+ERROR_CONTROL = frozenset(
     {
-        "grid_constructor",
-        "interp",
-        "perturb",
         "first_step",
+        "min_step",
         "max_step",
         "max_num_steps",
+        "max_steps",
         "safety",
         "ifactor",
         "dfactor",
-        "norm",
         "step_t",
         "jump_t",
-        "grid_points",
-        "adjoint_method",
-        "adjoint_options",
+        "step_control",
     }
 )
 #: Types a state may have.
@@ -213,54 +211,24 @@ def odeint(
             },
         )
     t, times = _times(t)
-    if "step_size" in settings:
-        if step_size is not None:
-            raise ValueError(f"step_size is given twice: {step_size!r}, and {settings['step_size']!r} in options")
-        step_size = settings["step_size"]
-    if steps is not None or step_size is not None:
-        check_steps(steps, step_size)
-    scheme = get_method(method or DEFAULT_METHOD)
-    if scheme.one_stage and event_fn is None and not return_dense and _on_rows(settings, tensors[0]):
-        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params)
-        if isinstance(weights, str):
-            return _rows(
-                func,
-                y0,
-                tensors,
-                t,
-                times,
-                scheme,
-                steps,
-                step_size,
-                (rtol, atol),
-                adjoint,
-                settings,
-                return_stats,
-                adjoint_params,
-            )
+    scheme = get_method(method or default_method(steps, settings.get("step_size", step_size), adjoint))
+    if adjoint == "reversible" and method is None and rtol is None and atol is None:
+        rtol, atol = REVERSIBLE_TOLERANCES
+    step_size = _given_steps(settings, steps, step_size, times, adjoint, event_fn is not None)
+    weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params, event_fn, return_dense)
+    if not isinstance(weights, str):
         return _fused(func, weights, tensors[0], t, times, steps, step_size, scheme, adjoint, settings, return_stats)
+    _check_results(times, event_fn is not None, return_stats, return_dense)
     adaptive = _is_adaptive(scheme, steps, step_size, rtol, atol, settings)
     if not adaptive and steps is None and step_size is None and "grid_constructor" not in settings:
         steps = 1
-    _check_resolution(tensors[0], times, steps, step_size)
-    _refuse(scheme, adjoint, settings)
-    return _plain(
-        func,
-        y0,
-        t,
-        times,
-        scheme,
-        steps,
-        step_size,
-        adaptive,
-        (rtol, atol),
-        adjoint,
-        settings,
-        event_fn,
-        return_stats,
-        return_dense,
-        adjoint_params,
-    )
+    _check_resolution(tensors[0], times, steps, step_size, adaptive)
+    rtol, atol = (default if value is None else value for value, default in zip((rtol, atol), TOLERANCES))
+    _check_tolerances(rtol, atol)
+    traced = t.double() if torch.is_grad_enabled() and t.requires_grad else None
+    plan = Plan(func, y0, times, traced, scheme, steps, step_size, adaptive, rtol, atol, settings)
+    plan.per_sample = adaptive and _per_sample(func, plan, adjoint, event_fn is not None or return_dense)
+    return _plain(plan, t, adjoint, event_fn, return_stats, return_dense, adjoint_params)
 
 
 odeint.__module__ = "nodeshape"
@@ -306,17 +274,11 @@ def odeint_adjoint(
         ValueError: another ``adjoint_method`` whose options would be those of the forward pass, too.
     """
     options = dict(arguments.pop("options", None) or {})
-    method = arguments.get("method") or DEFAULT_METHOD
+    method = arguments.get("method") or default_method(arguments.get("steps"), arguments.get("step_size"))
     arguments.setdefault("adjoint", "continuous")
     tolerances = {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
     options.update((name, value) for name, value in tolerances.items() if value is not None)
     own = dict(adjoint_options or {})
-    if get_method(method).one_stage and own.keys() <= {"norm", "step_size"} and own.get("norm") in (None, "seminorm"):
-        if adjoint_method not in (None, method):
-            raise ValueError(f"adjoint_method must be that of the forward pass, {method!r}, got {adjoint_method!r}")
-        if own.get("step_size") is not None:
-            options["adjoint_step_size"] = own["step_size"]
-        return odeint(func, y0, t, options=options, **arguments)
     if adjoint_method not in (None, method) and options and adjoint_options is None:
         raise ValueError(
             f"adjoint_method={adjoint_method!r} cannot take the options of {method!r}: pass adjoint_options"
@@ -347,90 +309,172 @@ def _is_adaptive(
     """Whether error control chooses the steps."""
     if steps is not None or step_size is not None or "grid_constructor" in settings:
         return False
-    return bool(scheme.error) or rtol is not None or atol is not None
+    asked = rtol is not None or atol is not None or not settings.keys().isdisjoint(ERROR_CONTROL)
+    return bool(scheme.error) or asked
 
 
-def _on_rows(settings: Mapping[str, Any], y0: Tensor) -> bool:
-    """Whether a solve of a one-stage method goes by rows, sample by sample; some options are the general loop's."""
-    return y0.dtype in STAGE_TOLERANCE and settings.keys().isdisjoint(GENERAL_OPTIONS)
+def _given_steps(
+    settings: dict[str, Any],
+    steps: int | None,
+    step_size: float | None,
+    times: Sequence[float],
+    adjoint: str,
+    event: bool,
+) -> float | None:
+    """The size of equal steps in each interval, if that is how they are given.
+
+    The option ``step_size`` is torchdiffeq's: a grid from the first time on, between whose points observations are
+    interpolated. It becomes a ``grid_constructor`` unless all observations are on the grid.
+    """
+    given = settings.get("step_size")
+    if given is not None and step_size is not None:
+        raise ValueError(f"step_size is given twice: {step_size!r}, and {given!r} in options")
+    size = step_size if given is None else given
+    if steps is not None or size is not None:
+        check_steps(steps, size)
+        if "grid_constructor" in settings:
+            raise ValueError("give steps, step_size or grid_constructor, not two of them")
+    if given is None or adjoint == "reversible" or event:
+        return size
+    off = [abs(b - a) / given for a, b in pairwise(times)]
+    if len(times) > 2 and any(abs(x - round(x)) > 1e-6 * max(1.0, x) for x in off[:-1]):
+        settings["grid_constructor"] = uniform_grid(given)
+        del settings["step_size"]
+        return None
+    if off and abs(off[-1] - round(off[-1])) > 1e-6 * max(1.0, off[-1]):  # the last step is the shorter one
+        steps_of(times[-1] - times[0], given)
+        settings["grid_constructor"] = uniform_grid(given)
+        del settings["step_size"]
+        return None
+    return float(given)
 
 
-def _refuse(scheme: Method, adjoint: str, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for what the general loop does not offer."""
-    if adjoint == "reversible":
-        raise ValueError(
-            "adjoint='reversible' undoes steps of euler, implicit_euler and implicit_midpoint, without options of other"
-            f" methods, not of {scheme.name}: use adjoint='discrete', or 'continuous' for less memory"
-        )
+def _check_results(times: list[float], event: bool, return_stats: bool, return_dense: bool) -> None:
+    if len(times) < 2 and (event or return_dense):
+        raise ValueError(f"event_fn and return_dense need at least two times, got {times}")
+    if event and (return_stats or return_dense):
+        raise ValueError("event_fn does not go with return_stats or return_dense")
+
+
+def _check_tolerances(rtol: Any, atol: Any) -> None:
+    both_zero = True
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            x = torch.as_tensor(part, dtype=torch.float64)
+            if not bool(((x >= 0) & torch.isfinite(x)).all()):
+                raise ValueError(f"{name} must be a positive number or 0, got {value!r}")
+            both_zero = both_zero and not bool((x > 0).all())
+    if both_zero:
+        raise ValueError(f"rtol and atol may not both be 0, got {rtol!r} and {atol!r}")
+
+
+def _per_sample(func: Dynamics, plan: Plan, adjoint: str, one_clock: bool) -> bool:
+    """Whether each sample takes steps of its own: where f is known, or declared, not to couple them."""
+    asked = plan.settings.get("step_control")
+    why = None
+    if not plan.field.batched:
+        why = "the state has no batch of samples"
+    elif one_clock or plan.has_callbacks or "norm" in plan.settings:
+        why = "an event_fn, return_dense, a norm or callbacks concern the whole batch"
+    if asked == "per_sample" and why is not None:
+        raise ValueError(f"options={{'step_control': 'per_sample'}} is not possible: {why}")
+    kernel = fused.KERNELS.get(type(func))
+    plan.field.takes_columns = kernel is not None and not isinstance(kernel.weights(func, False), str)
+    if asked is None:
+        return why is None and plan.field.samples > 1 and plan.field.takes_columns
+    return bool(asked == "per_sample")
 
 
 def _plain(
-    func: Dynamics,
-    y0: State,
+    plan: Plan,
     t: Tensor,
-    times: list[float],
-    scheme: Method,
-    steps: int | None,
-    step_size: float | None,
-    adaptive: bool,
-    tolerances: tuple[Any, Any],
     adjoint: str,
-    settings: dict[str, Any],
     event_fn: EventFunction | None,
     return_stats: bool,
     return_dense: bool,
     adjoint_params: Sequence[Tensor] | None,
 ) -> Any:
-    rtol, atol = (default if value is None else value for value, default in zip(tolerances, TOLERANCES))
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, (int, float)):
-            positive(name, value)
-    traced = t if torch.is_grad_enabled() and t.requires_grad else None
-    plan = Plan(func, y0, times, traced, scheme, steps, step_size, adaptive, rtol, atol, settings)
+    """A solve by the time loop."""
+    recording = torch.is_grad_enabled()
+    stored = adjoint == "discrete" and (plan.settings.get("recompute", False) or adjoint_params is not None)
+    recompute = stored or adjoint == "reversible"
     plan.loop.keep = return_dense
-    if event_fn is not None and (adjoint == "discrete" or not torch.is_grad_enabled()):
+    if recompute or adjoint == "continuous":
+        plan.mode = "options={'recompute': True}" if adjoint == "discrete" else f"adjoint={adjoint!r}"
+        _refuse(plan, adjoint, return_dense and recording)
+    if event_fn is not None and (not recording or not (recompute or adjoint == "continuous")):
         found, ys = integrate_until_event(plan, event_fn)
         return found, plan.field.unpack(ys, (2,))
-    if adjoint == "continuous" and torch.is_grad_enabled():
-        event_t: Tensor | None = None
+    event_t: Tensor | None = None
+    if recording and (recompute or adjoint == "continuous"):
         if event_fn is not None:
             with torch.no_grad():
                 event_t, _ = integrate_until_event(plan, event_fn)
-            t = torch.stack([t[0], event_t.to(t)])
+            t = torch.stack([t[0].double(), event_t.to(t.device).double()])
             plan = replace(plan, times=t.tolist(), t=None)
-        backward, own = _backward_plan(plan, settings)
-        parameters = parameters_of(func, plan) if adjoint_params is None else tuple(adjoint_params)
+        plan.loop.t = None
+        discovers = adjoint_params is None
+        parameters = parameters_of(plan.func, plan) if adjoint_params is None else tuple(adjoint_params)
         parameters = tuple(x for x in parameters if x.requires_grad)
-        ys = adjoint_solution(plan, backward, own, plan.field.pack(y0), t, parameters)
+        if any(x.is_complex() for x in parameters) and not plan.field.dtype.is_complex:
+            raise ValueError(f"{plan.mode} takes complex parameters for complex states only: use adjoint='discrete'")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(f"{plan.mode} cannot be transformed by torch.func: use adjoint='discrete'")
+        y = plan.field.pack(plan.y0)
+        if recompute:
+            ys = recomputed_solution(plan, plan.recorder(stored, discovers), y, t, parameters)
+        else:
+            backward, own = _backward_plan(plan, plan.settings)
+            ys = adjoint_solution(plan, backward, own, discovers, y, t, parameters)
         if event_t is not None:
             return event_t, plan.field.unpack(ys, (2,))
     else:
         ys = plan.run()
-    if return_dense:
-        solution: Any = DenseSolution(plan)
-    else:
-        solution = plan.field.unpack(ys, (len(times),))
+    solution: Any = DenseSolution(plan) if return_dense else plan.field.unpack(ys, (len(plan.times),))
     if not return_stats:
         return solution
     stats = plan.stats()
     if ys.requires_grad and not torch.compiler.is_compiling():
-        ys.register_hook(lambda grad: plan.count_backward(stats))
+        ys.register_hook(lambda grad: plan.count_products())
     return solution, stats
 
 
+def _refuse(plan: Plan, adjoint: str, dense: bool) -> None:
+    """Raise ValueError for what gradients without autograd's record do not offer."""
+    if adjoint == "reversible" and not plan.method.one_stage:
+        raise ValueError(
+            "adjoint='reversible' undoes steps of euler, implicit_euler and implicit_midpoint, not of"
+            f" {plan.method.name}: use adjoint='discrete', with options={{'recompute': True}} or 'continuous' for less"
+            " memory"
+        )
+    if dense:
+        raise ValueError(f"return_dense keeps every step, which {plan.mode} does not: use adjoint='discrete'")
+    if adjoint == "continuous":
+        return
+    for name in ("grid_constructor", "perturb"):
+        if name in plan.settings:
+            raise ValueError(f"option {name!r} does not go with {plan.mode}: use adjoint='discrete'")
+
+
 def _backward_plan(plan: Plan, settings: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """How the continuous adjoint is solved: as the forward pass, but for what ``adjoint_...`` options say."""
-    own = {name: value for name, value in settings.items() if name not in ("norm", "grid_constructor")}
-    given = dict(own.pop("adjoint_options", None) or settings.get("adjoint_options") or {})
-    own |= given
-    if "grid_constructor" in settings:
-        own.setdefault("grid_constructor", settings["grid_constructor"])
+    """How the continuous adjoint is solved: as the forward pass, or by ``adjoint_options`` where they are given."""
     scheme = get_method(settings.get("adjoint_method") or plan.method)
-    step_size, steps = own.get("adjoint_step_size", own.get("step_size", plan.step_size)), plan.steps
-    if "adjoint_step_size" in own or given.get("step_size") is not None:
-        steps = None
+    steps, step_size = plan.steps, plan.step_size
+    given = settings.get("adjoint_options")
+    if given is None:
+        own = {name: value for name, value in settings.items() if name not in NOT_OF_ADJOINT}
+    else:
+        own = dict(given)
+        if scheme.error or not own.keys().isdisjoint({"step_size", "grid_constructor"}):
+            steps = step_size = None
+    if "adjoint_step_size" in own or own.get("step_size") is not None:
+        steps, step_size = None, own.get("adjoint_step_size", own.get("step_size"))
+        own.pop("grid_constructor", None)
+    elif "grid_constructor" in own:
+        steps = step_size = None
     rtol, atol = settings.get("adjoint_rtol", plan.rtol), settings.get("adjoint_atol", plan.atol)
-    adaptive = _is_adaptive(scheme, steps, step_size, rtol if plan.adaptive else None, None, own)
+    tolerance = rtol if plan.adaptive or "adjoint_rtol" in settings or "adjoint_atol" in settings else None
+    adaptive = _is_adaptive(scheme, steps, step_size, tolerance, None, own)
     if not adaptive and steps is None and step_size is None and "grid_constructor" not in own:
         steps = 1
     backward = Plan(
@@ -465,8 +509,8 @@ def _fused(
     if steps is not None:
         counts = [int(steps)] * (len(times) - 1)
     else:
-        equal = EqualSteps(None, step_size)
-        counts = [equal.number(end - start) for start, end in pairwise(times)]
+        assert step_size is not None
+        counts = [steps_of(end - start, step_size) for start, end in pairwise(times)]
     tolerance = STAGE_TOLERANCE[y0.dtype]
     ys, evaluations, residual = fused.solve(
         func,
@@ -486,77 +530,14 @@ def _fused(
     return ys, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
 
 
-def _rows(
-    func: Dynamics,
-    y0: State,
-    tensors: tuple[Tensor, ...],
-    t: Tensor,
-    times: list[float],
-    scheme: Method,
-    steps: int | None,
-    step_size: float | None,
-    given_tolerances: tuple[Any, Any],
-    adjoint: str,
-    settings: Mapping[str, Any],
-    return_stats: bool,
-    adjoint_params: Sequence[Tensor] | None,
-) -> Any:
-    """A solve of one-stage methods on rows: steps that are undone, or each sample's own."""
-    tolerance = STAGE_TOLERANCE[tensors[0].dtype]
-    solver = StageSolver(
-        settings.get("stage_solver", "anderson"),
-        settings.get("stage_tolerance", tolerance),
-        settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS),
-    )
-    differentiable = torch.is_grad_enabled()
-    with torch.no_grad():
-        system = System(func, y0, adjoint_params if differentiable else ())
-        rows = system.rows(y0)
-        stats = SolverStats.zeros(system.samples, system.device)
-        forward: Steps
-        backward: Steps
-        if steps is not None or step_size is not None:
-            forward = backward = EqualSteps(steps, step_size)
-        else:
-            rtol, atol = (d if v is None else v for v, d in zip(given_tolerances, ONE_STAGE_TOLERANCES))
-            tolerances = positive("rtol", rtol), positive("atol", atol)
-            limits = settings.get("min_step", MIN_STEP), settings.get("max_steps", MAX_STEPS)
-            shared = system.samples < 2
-            if not shared:
-                shared = not system.separable(times[0], rows)
-                stats.nfe_forward += 2
-                stats.step_control = "shared" if shared else "per sample"
-            forward = ErrorControl(scheme.order, *tolerances, *limits, shared)
-            adjoint_rtol, adjoint_atol = map(settings.get, ADJOINT_TOLERANCES, tolerances)
-            backward = ErrorControl(scheme.order, adjoint_rtol, adjoint_atol, *limits, shared)
-        if "adjoint_step_size" in settings:
-            backward = EqualSteps(None, settings["adjoint_step_size"])
-        problem = Problem(
-            system,
-            scheme,
-            solver,
-            times,
-            forward,
-            backward,
-            adjoint,
-            settings.get("checkpoint_every"),
-            settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
-            stats,
-        )
-        ys = problem.solve(rows, keep=differentiable)
-    inputs = (*tensors, t, *(system.parameters or ()))
-    if differentiable and any(x.requires_grad for x in inputs):
-        ys = Solution.apply(problem, [ys], system.rows(y0), t, *(system.parameters or ()))
-    solution = system.state(ys)
-    return (solution, stats) if return_stats else solution
-
-
 def _own_times(func: Dynamics, y0: State, t: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Any:
     """A solve at each sample's own times ``t`` ``[times, batch]``: one through all, of which each takes its own."""
     batch = tensors[0].shape[0] if tensors[0].dim() > 0 else 0
     if any(x.dim() < 2 or x.shape[0] != batch for x in tensors) or t.shape[1] != batch:
         shapes = f"t {list(t.shape)} and y0 {list(tensors[0].shape)}"
         raise ValueError(f"t must be [times], or [times, batch] for a state [batch, ...]: got {shapes}")
+    if t.numel() == 0:
+        raise ValueError(f"t must hold at least one time, got shape {list(t.shape)}")
     if arguments["event_fn"] is not None or arguments["return_dense"]:
         raise ValueError("t [times, batch] does not go with event_fn or return_dense: give t [times]")
     if not bool((t[0] == t[0, 0]).all()):
@@ -570,35 +551,75 @@ def _own_times(func: Dynamics, y0: State, t: Tensor, tensors: tuple[Tensor, ...]
     order = where
     if len(t) > 1 and bool((lengths < 0).all()):
         every, order = every.flip(0), len(every) - 1 - where
-    if t.requires_grad:  # each of the times is any of the equal ones of the samples
-        first = torch.zeros(len(every), dtype=torch.long, device=t.device)
-        first[order.reshape(-1)] = torch.arange(t.numel(), device=t.device)
-        every = t.reshape(-1)[first]
     if arguments["steps"] is not None:
         raise ValueError(
             "steps counts those between two times, which differ by sample in t [times, batch]: give step_size"
         )
+    moves = t - t.detach() if torch.is_grad_enabled() and t.requires_grad else None
+    if moves is not None:
+        # To start later by a little is to start from that much further back along the slope.
+        y0 = _along(y0, [-f for f in _slopes(func, every[:1], _rows_of(y0, lead=True))], moves[0], 0)
     found: Any = odeint(func, y0, every, **arguments)
     solution, *stats = found if arguments["return_stats"] else (found,)
     samples = torch.arange(batch, device=tensors[0].device).expand(len(t), batch)
     order = order.to(tensors[0].device)
-    picked = solution[order, samples] if isinstance(solution, Tensor) else tuple(x[order, samples] for x in solution)
+
+    def pick(x: Tensor) -> Tensor:
+        return x[order, samples]
+
+    picked: Any = pick(solution) if isinstance(solution, Tensor) else tuple(map(pick, solution))
+    if moves is not None:
+        picked = _along(picked, [pick(f) for f in _slopes(func, every, _rows_of(solution))], moves, 1)
     return (picked, *stats) if stats else picked
 
 
-def _check_resolution(y0: Tensor, times: list[float], steps: int | None, step_size: float | None) -> None:
+def _rows_of(states: Any, lead: bool = False) -> list[Tensor] | Tensor:
+    """States ``[times, ...]``, without gradients; of one state if it has no ``lead`` of times yet."""
+    if isinstance(states, Tensor):
+        return states.detach()[None] if lead else states.detach()
+    return [x.detach()[None] if lead else x.detach() for x in states]
+
+
+@torch.no_grad()
+def _slopes(func: Dynamics, times: Tensor, states: Any) -> list[Tensor]:
+    """dy/dt at each of ``times``, ``[times, ...]`` for each tensor of the state."""
+    one = isinstance(states, Tensor)
+    first = states if one else states[0]
+    rows = [
+        func(t.to(first.device, first.real.dtype), states[k] if one else tuple(x[k] for x in states))
+        for k, t in enumerate(times)
+    ]
+    return [torch.stack(rows)] if one else [torch.stack(x) for x in zip(*rows)]
+
+
+def _along(states: Any, slopes: list[Tensor], moves: Tensor, lead: int) -> Any:
+    """States moved along their slopes in time, by ``moves`` ``[batch]``, or ``[times, batch]`` if ``lead`` is 1."""
+
+    def moved(x: Tensor, f: Tensor) -> Tensor:
+        many = (*moves.shape, *(1,) * (x.dim() - 1 - lead))
+        return x + (f if lead else f[0]) * moves.to(x.device, x.dtype).reshape(many)
+
+    if isinstance(states, Tensor):
+        return moved(states, slopes[0])
+    return tuple(map(moved, states, slopes))
+
+
+def _check_resolution(
+    y0: Tensor, times: list[float], steps: int | None, step_size: float | None, adaptive: bool
+) -> None:
     """Raise ValueError where times in the state's type, which is what func sees, are too coarse for the steps."""
     if y0.dtype in (torch.float64, torch.complex128) or len(times) < 2:
         return
-    spacing = 1.2e-7 * max(map(abs, times))
-    h = min(abs(b - a) for a, b in pairwise(times)) / (steps or 1)
-    if step_size is not None and step_size > 1e-30:
-        h = min(step_size, h)
-    if spacing > 0.25 * h:
-        raise ValueError(
-            f"float32 times near {times[0]:g} are {spacing:.2g} apart, too coarse for steps of {h:.2g}: count time from"
-            " the start, t - t[0], or give a float64 y0"
-        )
+    for a, b in pairwise(times):
+        spacing = 1.2e-7 * max(abs(a), abs(b))
+        h = abs(b - a) if adaptive else abs(b - a) / (steps or 1)
+        if step_size is not None and step_size > 1e-30:
+            h = min(step_size, h)
+        if spacing > 0.25 * h:
+            raise ValueError(
+                f"float32 times near {a:g} are {spacing:.2g} apart, too coarse for steps of {h:.2g}: count time from"
+                " the start, t - t[0], or give a float64 y0"
+            )
 
 
 def _tensors(y0: State) -> tuple[Tensor, ...]:

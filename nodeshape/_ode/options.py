@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite, isnan
+from math import ceil, isfinite, isnan
 from typing import Any
 
 from torch import Tensor
 
-from nodeshape._ode.integrate import MOST_STEPS
 from nodeshape._ode.method import get_method
 
+ADJOINTS = ("discrete", "reversible", "continuous")
+#: Steps in an interval beyond which a step size is taken for a mistake.
+MOST_STEPS = 10_000_000
 #: Largest count that an option takes; beyond, it is taken for a mistake.
 MOST_ITERATIONS = 2**31 - 1
 #: A rebuilt trajectory may be this many times further off than a stage.
@@ -92,11 +94,14 @@ OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "step_t": _times,
     "jump_t": _times,
     "grid_points": _times,
+    "step_control": _one_of("shared", "per_sample"),
+    "on_failure": _one_of("raise", "nan"),
     # of implicit stages
     "stage_solver": _one_of(*STAGE_SOLVERS),
     "stage_tolerance": positive,
     "max_stage_iterations": count,
     # of gradients
+    "recompute": _truth,
     "checkpoint_every": count,
     "drift_tolerance": positive,
     "adjoint_step_size": positive,
@@ -128,3 +133,14 @@ def check_steps(steps: int | None, step_size: float | None) -> None:
         count("steps", steps, MOST_STEPS)
     if step_size is not None:
         positive("step_size", step_size)
+
+
+def steps_of(length: float, step_size: float) -> int:
+    """How many equal steps of at most ``step_size`` cover an interval of signed length ``length``."""
+    # A length that is a multiple of the size up to rounding (of float32 times) takes that multiple.
+    count = abs(length) / step_size * (1.0 - 1e-6)
+    if count > MOST_STEPS:
+        raise ValueError(
+            f"step_size {step_size:g} cuts an interval into more than {MOST_STEPS} steps: take a larger one"
+        )
+    return max(1, ceil(count))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nodeshape._ode.field import Field
+from nodeshape._ode.graph import jacobian_by_rows, leaves
 from nodeshape._ode.implicit import differentiable_stage, products_of
-from nodeshape._ode.stage import StageSolver
+from nodeshape._ode.stage import Stage, StageSolver, Time, column
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.step import Size
-from nodeshape._ode.system import leaves
 
 
 @dataclass
@@ -29,9 +29,15 @@ class StageEquations:
     Attributes:
         evaluations: of f spent on stages, per sample, ``[samples]``; 0 before the first.
         residual: largest relative residual of a stage, ``[samples]``.
+        products: with Jᵀ, of the transposed equations so far.
         closed: what f depends on besides time and state and that requires grad, for second derivatives; None before
             the first recorded stage.
         where: start and size of the step whose stages are solved, for the error message.
+        sweep: which stages they are, for the error message.
+        rows: the samples that take the step; None for all.
+        unsolved: samples with a stage that was not solved, ``[samples]``, for a loop that takes a shorter step then;
+            None for an error.
+        on_failure: told the samples whose stage was not solved, ``[samples]``, and what happened, instead of an error.
         stats: that the transposed equations' products with Jᵀ are entered in, if any.
     """
 
@@ -40,8 +46,13 @@ class StageEquations:
     evaluations: Tensor | int = 0
     residual: Tensor | float = 0.0
     stats: SolverStats | None = None
+    products: Tensor | int = 0
     closed: tuple[Tensor, ...] | None = None
-    where: tuple[float, float] = (0.0, 0.0)
+    where: tuple[Time, Time] = (0.0, 0.0)
+    sweep: str = "forward"
+    rows: Tensor | None = None
+    unsolved: Tensor | None = None
+    on_failure: Callable[[Tensor, Callable[[int], str]], Any] | None = None
 
     def __call__(self, t: Tensor, base: Tensor, c: Size, guess: Tensor | None) -> Tensor:
         """F, given a guess of it.
@@ -49,9 +60,15 @@ class StageEquations:
         Raises:
             StageSolveError: the equation was not solved to its tolerance.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError("implicit stages cannot be solved under torch.func transforms: use an explicit method")
-        shape, rows_of = base.shape, (self.field.samples, self.field.size)
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "implicit stages cannot be solved under torch.func transforms or forward-mode differentiation: use an"
+                " explicit method"
+            )
+        if base.numel() == 0:
+            return self.field(t, base)
+        each = t.dim() > 0  # samples at times of their own
+        shape, rows_of = base.shape, (len(base) if each else self.field.samples, self.field.size)
         recording = torch.is_grad_enabled()
         linked = recording and any(isinstance(x, Tensor) and x.requires_grad for x in (base, c))
         differentiable = linked or (recording and t.requires_grad)
@@ -69,34 +86,66 @@ class StageEquations:
             return value.detach().reshape(rows_of)
 
         def jacobian(rows: Tensor) -> Tensor:
-            y = rows.reshape(shape).detach()
-            return jacobian_of_samples(lambda y: self.field(t, y), y, self.field.samples)
+            return jacobian_by_rows(lambda rows: self.field(t, rows.reshape(shape)).reshape(rows_of), rows.detach())
 
-        size = float(c)
+        size = (
+            c.detach().reshape(-1)
+            if each and isinstance(c, Tensor)
+            else float(c.detach() if isinstance(c, Tensor) else c)
+        )
         rows = base.detach().reshape(rows_of)
-        first = rows if guess is None else rows + size * guess.detach().reshape(rows_of)
+        first = rows if guess is None else rows + column(size, rows) * guess.detach().reshape(rows_of)
         stage = self.solver.solve(function, jacobian, rows, size, first)
-        self.solver.check(stage, *self.where, "forward")
-        self.evaluations = self.evaluations + stage.evaluations
-        self.residual = torch.maximum(torch.as_tensor(self.residual, device=rows.device), stage.residual.double())
+        if self.unsolved is not None:
+            self.unsolved = self.unsolved | ~stage.solved
+        elif self.on_failure is not None:
+            if not bool(stage.solved.all()):
+                self.on_failure(~stage.solved, self.solver.describe(stage, *self.where, self.sweep))
+                # Their slope is 0 from now on; f is evaluated where that is harmless.
+                function(torch.where(stage.solved[:, None], stage.value, rows))
+                stage.value = torch.where(stage.solved[:, None], stage.value, rows)
+        else:
+            self.solver.check(stage, *self.where, self.sweep)
+        self._count(stage)
         if not differentiable:
             return value
         if not point.requires_grad:  # it was not known yet that f depends on something that requires grad
             point = cut(point)
             value = self.field(t, point)
+        if not value.requires_grad:  # f depends on nothing
+            return value
         if self.closed is None:
             own = self.field.func.parameters() if isinstance(self.field.func, nn.Module) else ()
-            found = leaves(value, point)
+            clock = leaves(t)
+            found = [x for x in leaves(value, point) if all(x is not y for y in clock)]
             self.closed = tuple(dict.fromkeys((*(x for x in own if x.requires_grad), *found)))
         finite = torch.isfinite(stage.value).all(dim=1, keepdim=True)
         slope: Tensor = _Slope.apply(value, point, c, self, finite, base, t, *self.closed)
         return slope
 
+    def _count(self, stage: Stage) -> None:
+        if self.rows is None:
+            self.evaluations = self.evaluations + stage.evaluations
+            self.residual = torch.maximum(
+                torch.as_tensor(self.residual, device=stage.residual.device), stage.residual.double()
+            )
+            return
+        if not isinstance(self.evaluations, Tensor):
+            self.evaluations = torch.zeros(self.field.samples, dtype=torch.long, device=self.field.device)
+            self.residual = torch.zeros(self.field.samples, dtype=torch.float64, device=self.field.device)
+        assert isinstance(self.residual, Tensor)
+        self.evaluations[self.rows] += stage.evaluations
+        self.residual[self.rows] = torch.maximum(self.residual[self.rows], stage.residual.double())
+
+    def counted(self, evaluations: Tensor) -> Tensor:
+        """Evaluations of some samples as those of all: the most, where they are not all."""
+        return evaluations if len(evaluations) == self.field.samples else evaluations.max()
+
     def transposed(
-        self, product: Callable[[Tensor], Tensor], v: Tensor, finite: Tensor, where: tuple[float, float]
+        self, product: Callable[[Tensor], Tensor], v: Tensor, finite: Tensor, where: tuple[Time, Time]
     ) -> Tensor:
         """u = v + product(u); NaN for samples whose stage is not ``finite`` ``[samples, 1]``."""
-        rows_of = (self.field.samples, self.field.size)
+        rows_of = (len(finite), self.field.size)
 
         def function(rows: Tensor) -> Tensor:
             return product(rows.reshape(v.shape)).reshape(rows_of)
@@ -108,8 +157,9 @@ class StageEquations:
         rows = torch.where(finite, v.reshape(rows_of), torch.nan)
         stage = self.solver.solve(function, matrix, rows, 1.0, rows)
         self.solver.check(stage, *where, "transposed")
+        self.products = self.products + self.counted(stage.evaluations)
         if self.stats is not None:
-            self.stats.nfe_backward = self.stats.nfe_backward + stage.evaluations
+            self.stats.nfe_backward = self.stats.nfe_backward + self.counted(stage.evaluations)
         return stage.value.reshape(v.shape)
 
 
@@ -126,11 +176,12 @@ class _Point(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, base: Tensor, c: Size) -> Tensor:
         if isinstance(c, Tensor):
             ctx.save_for_backward((y - base) / c)
+            ctx.shape = c.shape
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        to_c = (grads[0] * ctx.saved_tensors[0]).sum() if ctx.needs_input_grad[2] else None
+        to_c = (grads[0] * ctx.saved_tensors[0]).sum_to_size(ctx.shape) if ctx.needs_input_grad[2] else None
         return None, grads[0], to_c
 
 
@@ -168,7 +219,7 @@ class _Slope(torch.autograd.Function):
         (v,) = grads
         if torch.is_grad_enabled():
             return None, None, *_Slope.differentiable(ctx, v)
-        size = float(ctx.c)
+        size = ctx.c.detach() if isinstance(ctx.c, Tensor) else ctx.c
 
         def product(u: Tensor) -> Tensor:
             (found,) = torch.autograd.grad(ctx.value, ctx.point, u, retain_graph=True, allow_unused=True)
@@ -182,36 +233,23 @@ class _Slope(torch.autograd.Function):
         """The gradients of c, base, t and what is closed over, recorded: of the stage solved anew."""
         equations: StageEquations = ctx.equations
         base, t, closed = ctx.inputs
-        if not set(leaves(ctx.value, ctx.point)) <= {*closed, t}:
+        if not set(leaves(ctx.value, ctx.point)) <= {*closed, *leaves(t)}:
             raise RuntimeError(
                 "func depends on a tensor that its first evaluation did not use, so second derivatives would lack it:"
                 " make func an nn.Module that owns it"
             )
-        field, rows_of = equations.field, (equations.field.samples, equations.field.size)
+        field = equations.field
+        rows_of = (len(base) if t.dim() > 0 else field.samples, field.size)
 
         def function(rows: Tensor, time: Tensor) -> Tensor:
             return field(time, rows.reshape(base.shape)).reshape(rows_of)
 
         def slope(base: Tensor, c: Tensor, t: Tensor) -> Tensor:
             rows = base.reshape(rows_of)
-            stage = differentiable_stage(function, equations.solver, ctx.where, rows, c, [t], closed)
+            factor = c.reshape(-1, 1) if t.dim() > 0 else c
+            stage = differentiable_stage(function, equations.solver, ctx.where, rows, factor, [t], closed)
             return function(stage, t).reshape(base.shape)
 
         c = torch.as_tensor(ctx.c, dtype=base.dtype, device=base.device)
         to_base, to_c, to_t, *to_closed = products_of(slope, v, (base, c, t), closed)
         return [to_c if isinstance(ctx.c, Tensor) else None, None, None, to_base, to_t, *to_closed]
-
-
-def jacobian_of_samples(function: Callable[[Tensor], Tensor], y: Tensor, samples: int) -> Tensor:
-    """∂f/∂y of each sample by itself, ``[samples, size, size]``, one vector–Jacobian product per component."""
-    with torch.enable_grad():
-        point = y.detach().requires_grad_()
-        out = function(point).reshape(samples, -1)
-        size = out.shape[1]
-        if not out.requires_grad:
-            return out.new_zeros(samples, size, size)
-        rows = [
-            torch.autograd.grad(out[:, i].sum(), point, retain_graph=i + 1 < size, allow_unused=True)[0]
-            for i in range(size)
-        ]
-    return torch.stack([out.new_zeros(samples, size) if x is None else x.reshape(samples, -1) for x in rows], dim=1)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from nodeshape._ode.control import Controller, Norm, rms
 from nodeshape._ode.field import Field, State
-from nodeshape._ode.integrate import EqualSteps
 from nodeshape._ode.loop import Callbacks, Loop
 from nodeshape._ode.method import Method
+from nodeshape._ode.options import DRIFT_PER_STAGE_TOLERANCE, steps_of
+from nodeshape._ode.per_sample import SampleSteps
+from nodeshape._ode.recompute import Recorder
 from nodeshape._ode.root import StageEquations
-from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
+from nodeshape._ode.stage import COARSE_TOLERANCE, MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.stats import SolverStats
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
@@ -35,6 +37,8 @@ class Plan:
         adaptive: whether error control chooses the steps.
         rtol, atol: numbers, tensors, or for a tuple state tuples of them.
         settings: the user's options.
+        per_sample: whether each sample takes steps of its own under error control.
+        mode: how gradients are computed, in the user's words, for error messages.
     """
 
     func: Callable[[Tensor, Any], Any]
@@ -48,7 +52,11 @@ class Plan:
     rtol: Any
     atol: Any
     settings: dict[str, Any]
+    per_sample: bool = False
+    mode: str = "adjoint='discrete'"
     loop: Loop = field(init=False)
+    by_sample: SampleSteps | None = field(init=False, default=None)
+    counted: SolverStats | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.field = Field(self.func, self.y0)
@@ -60,28 +68,40 @@ class Plan:
             solve=self._stage_solver(),
             callbacks=self._callbacks(),
             perturb=bool(self.settings.get("perturb", False)),
+            on_failure=self.settings.get("on_failure", "raise"),
         )
+        if self.loop.solve is not None and self.loop.on_failure == "nan" and not self.per_sample:
+            self.loop.solve.on_failure = self.loop.fail
 
     def run(self) -> Tensor:
         """The packed states at all times, ``[times, ...]``."""
         y = self.field.pack(self.y0)
         if len(self.times) == 1:
-            return y[None]
+            return y[None].clone()
         if self.adaptive:
             stops, jumps = self._stops()
-            most = int(self.settings.get("max_num_steps", self.settings.get("max_steps", MOST_ATTEMPTS)))
+            if self.loop.recorder is not None:
+                stops += self.times
+            most = self.most_attempts()
+            if self.per_sample:
+                on_failure = self.loop.on_failure
+                self.by_sample = SampleSteps(self.loop, self.controller(), most, stops, jumps, on_failure)
+                return self.by_sample.run(y)
             return self.loop.adaptive(y, self.controller(), most, stops, jumps)
         grid = self.settings.get("grid_constructor")
         if grid is not None:
-            return self.loop.on_grid(y, self._grid(grid), self.settings.get("interp", "linear") == "cubic")
+            return self.loop.on_grid(y, *self._grid(grid), self.settings.get("interp", "linear") == "cubic")
         return self.loop.fixed(y, self.counts())
+
+    def most_attempts(self) -> int:
+        """Attempts between two observations."""
+        return int(self.settings.get("max_num_steps", self.settings.get("max_steps", MOST_ATTEMPTS)))
 
     def counts(self) -> list[int]:
         """Equal steps in each interval; one where neither their number nor their size is given."""
         if self.step_size is None:
             return [self.steps or 1] * (len(self.times) - 1)
-        equal = EqualSteps(None, self.step_size)
-        return [equal.number(end - start) for start, end in pairwise(self.times)]
+        return [steps_of(end - start, self.step_size) for start, end in pairwise(self.times)]
 
     def controller(self) -> Controller:
         """What chooses the steps."""
@@ -98,6 +118,8 @@ class Plan:
     def norm(self) -> Callable[[Any], Tensor]:
         """Of a packed state: the user's; or the root mean square, of a tuple the largest of its tensors'."""
         own = self.settings.get("norm")
+        if own == "seminorm":
+            raise ValueError("norm 'seminorm' is of the backward pass: give it in adjoint_options, or norm a function")
         if isinstance(self.y0, Tensor):
             return rms if own is None else own
         unpack, of_parts = self.field.unpack, cast("Norm", own or mixed_norm)
@@ -106,23 +128,40 @@ class Plan:
     def stats(self) -> SolverStats:
         """What the solve cost so far."""
         loop, stats = self.loop, SolverStats.zeros(self.field.samples, self.field.device)
-        stats.nfe_forward += self.field.evaluations
-        stats.accepted += loop.accepted
-        stats.rejected += loop.rejected
-        stats.step_control = "shared" if self.adaptive else "fixed"
+        if self.by_sample is not None:
+            stats.nfe_forward += self.by_sample.evaluations
+            stats.accepted += self.by_sample.accepted
+            stats.rejected += self.by_sample.rejected
+            stats.failures = self.by_sample.failures
+        else:
+            stats.nfe_forward += self.field.evaluations
+            stats.accepted += loop.accepted
+            stats.rejected += loop.rejected
+            stats.failures = loop.failures
+        if self.adaptive:
+            stats.step_control = "per sample" if self.per_sample else "shared"
         if loop.solve is not None:
             loop.solve.stats = stats
             stats.stage_iterations = stats.stage_iterations + loop.solve.evaluations
             stats.residual = torch.maximum(stats.residual, torch.as_tensor(loop.solve.residual).to(stats.residual))
+        self.counted = stats
         return stats
 
-    def count_backward(self, stats: SolverStats) -> None:
-        """Enter what the backward pass costs, when it begins: a product for each stage, and those of its equations."""
-        stats.nfe_backward = torch.zeros_like(stats.nfe_forward) + len(self.method.b) * self.loop.accepted
+    def count_backward(self, evaluations: int | Tensor) -> None:
+        """Enter what the backward pass cost, if anybody asked."""
+        if self.counted is not None:
+            self.counted.nfe_backward = torch.zeros_like(self.counted.nfe_forward) + evaluations
+
+    def count_products(self) -> None:
+        """Enter what autograd costs, when it begins: a product for each stage; equations add theirs."""
+        if self.counted is not None:
+            self.count_backward(len(self.method.b) * self.counted.accepted)
 
     def _tolerance(self, value: Any) -> float | Tensor:
         if isinstance(value, (tuple, list)):
-            assert isinstance(self.y0, tuple)
+            if not isinstance(self.y0, tuple) or len(value) != len(self.y0):
+                parts_of = len(self.y0) if isinstance(self.y0, tuple) else "one tensor, not a tuple"
+                raise ValueError(f"a tuple of {len(value)} tolerances needs a tuple state of as many, got {parts_of}")
             parts = [torch.as_tensor(v, dtype=torch.float64).to(x.device) for v, x in zip(value, self.y0)]
             wide = tuple(
                 part.expand(x.shape) if part.dim() != 1 else part.expand(x.numel()).reshape(x.shape)
@@ -133,7 +172,8 @@ class Plan:
             return value.to(self.field.device, self.field.time_dtype)
         return float(value)
 
-    def _grid(self, constructor: Any) -> list[float]:
+    def _grid(self, constructor: Any) -> tuple[list[float], Tensor | None]:
+        """Times to step on, and the same as a tensor if they are differentiated."""
         t = self.t if self.t is not None else torch.tensor(self.times, dtype=torch.float64)
         grid = constructor(self.func, self.y0, t) if callable(constructor) else constructor
         points = [float(x) for x in (grid.tolist() if isinstance(grid, Tensor) else grid)]
@@ -145,7 +185,13 @@ class Plan:
             )
         if not (min(lengths) > 0 or max(lengths) < 0):
             raise ValueError(f"grid_constructor must return times that go one way, got {points}")
-        return points
+        if self.t is None:
+            return points, None
+        # Points that the constructor made of numbers move with neither end; those that are the ends do.
+        if isinstance(grid, Tensor) and grid.requires_grad:
+            return points, grid.double()
+        inner = torch.tensor(points[1:-1], dtype=torch.float64, device=self.t.device)
+        return points, torch.cat([self.t[:1], inner, self.t[-1:]])
 
     def _stops(self) -> tuple[list[float], list[float]]:
         def listed(name: str) -> list[float]:
@@ -153,6 +199,11 @@ class Plan:
             return [] if value is None else [float(x) for x in (value.tolist() if isinstance(value, Tensor) else value)]
 
         return [*listed("step_t"), *listed("grid_points")], listed("jump_t")
+
+    @property
+    def has_callbacks(self) -> bool:
+        """Whether the user wants to be told of steps."""
+        return any(getattr(self.func, name, None) for name in CALLBACKS)
 
     def _callbacks(self) -> Callbacks | None:
         found = {name: getattr(self.func, name, None) for name in CALLBACKS}
@@ -173,13 +224,21 @@ class Plan:
         }
         return Callbacks(**given)
 
+    def recorder(self, stored: bool, discovers: bool) -> Recorder:
+        """For a gradient that takes steps anew, from stored states or from states found by undoing them."""
+        equations = self._equations()
+        every = self.settings.get("checkpoint_every")
+        drift = self.settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[self.field.time_dtype])
+        return Recorder(self.field, self.method, self.times, stored, every, drift, discovers, equations)
+
     def _stage_solver(self) -> StageEquations | None:
-        if self.method.explicit:
-            return None
+        return None if self.method.explicit else self._equations()
+
+    def _equations(self) -> StageEquations:
         get, dtype = self.settings.get, self.field.time_dtype
         if self.field.dtype.is_complex:
             raise ValueError(f"{self.method.name} solves equations for real states only, got {self.field.dtype}")
-        tolerance = get("stage_tolerance", STAGE_TOLERANCE[dtype])
+        tolerance = get("stage_tolerance", COARSE_TOLERANCE if self.field.coarse else STAGE_TOLERANCE[dtype])
         iterations = get("max_stage_iterations", MAX_STAGE_ITERATIONS)
         return StageEquations(self.field, StageSolver(get("stage_solver", "anderson"), tolerance, iterations))
 
@@ -188,6 +247,19 @@ def mixed_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The largest root mean square of some tensors."""
     norms = [rms(x) for x in tensors]
     return torch.stack(norms).max() if norms else torch.zeros(())
+
+
+def uniform_grid(step_size: float) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Steps of ``step_size`` from the first time on, the last one shorter; as in torchdiffeq."""
+
+    def constructor(func: Any, y0: Any, t: Tensor) -> Tensor:
+        start, end = t[0], t[-1]
+        count = steps_of(float(end.detach()) - float(start.detach()), step_size)
+        size = step_size if float(end.detach()) > float(start.detach()) else -step_size
+        inner = torch.arange(count, dtype=t.dtype, device=t.device) * size + start
+        return torch.cat([inner, end[None]])
+
+    return constructor
 
 
 #: Attempts between two observations.

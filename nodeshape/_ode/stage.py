@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
 
 from nodeshape._errors import StageSolveError
-from nodeshape._ode.system import Time
 
 Function = Callable[[Tensor], Tensor]
+Time = float | Tensor  # one number for the batch, or one per sample, [samples]
 
 #: Iterates of history Anderson acceleration keeps.
 ANDERSON_MEMORY = 5
@@ -28,6 +29,8 @@ ANDERSON_MEMORY = 5
 DEPENDENT = 1e-3
 #: Relative residual at which a stage counts as solved, by dtype.
 STAGE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6}
+#: The same where f computes in a type of low precision, whatever the stage is carried in.
+COARSE_TOLERANCE = 2e-2
 MAX_STAGE_ITERATIONS = 100
 
 
@@ -205,6 +208,8 @@ def newton_stage(
 
 #: Of the residual, by which each linear system of Newton–Krylov is solved; dimensions of its largest Krylov space.
 FORCING, KRYLOV_DIMENSIONS = 1e-4, 60
+#: Of the residual, that a linear system leaves at best if it is given up.
+STAGNATION = 0.9
 #: Corrections of Newton–Krylov where another stage solver failed.
 RESCUE_CORRECTIONS = 10
 
@@ -242,12 +247,14 @@ def krylov_stage(
             step = epsilon * scale / v.norm()
             return torch.where(alive, v - c * (function(start + step * v) - here) / step, 0.0)
 
-        correction = gmres(product, residual, FORCING, KRYLOV_DIMENSIONS)
+        correction, left = gmres(product, residual, FORCING, KRYLOV_DIMENSIONS)
+        if left > STAGNATION:
+            break
         value = value + correction
         slope = function(value)
         evaluations += 1
         small = _together(correction, value, base, alive)
-        if bool((small <= tolerance).all()):
+        if left <= 10 * FORCING and bool((small <= tolerance).all()):
             # The residual may drown in rounding where c F is large; the correction does not.
             relative = torch.minimum(small, _together(base + c * slope - value, value, base, alive))
             break
@@ -262,16 +269,18 @@ def _together(change: Tensor, value: Tensor, base: Tensor, alive: Tensor) -> Ten
     return _relative(*rows).expand(len(change))
 
 
-def gmres(product: Function, target: Tensor, tolerance: float, dimensions: int) -> Tensor:
+def gmres(product: Function, target: Tensor, tolerance: float, dimensions: int) -> tuple[Tensor, float]:
     """x with ‖target − A x‖ ≤ tolerance ‖target‖, or the best of a Krylov space (Saad & Schultz 1986).
+
+    Also returns ‖target − A x‖ / ‖target‖; x is 0 where A x is not finite.
 
     Args:
         product: x to A x, for tensors of the shape of ``target``.
         dimensions: of the largest Krylov space.
     """
-    size = target.norm()
+    size, dimensions = target.norm(), min(dimensions, target.numel())
     if not bool(size > 0):
-        return torch.zeros_like(target)
+        return torch.zeros_like(target), 0.0
     basis = [target / size]
     hessenberg = torch.zeros(dimensions + 1, dimensions, dtype=torch.float64)
     right = torch.zeros(dimensions + 1, dtype=torch.float64)
@@ -285,6 +294,8 @@ def gmres(product: Function, target: Tensor, tolerance: float, dimensions: int) 
                 w = w - overlap * v
                 hessenberg[i, k] += float(overlap)
         length = float(w.norm())
+        if not isfinite(length):
+            return torch.zeros_like(target), inf
         hessenberg[k + 1, k] = length
         matrix = hessenberg[: k + 2, : k + 1]
         solution = torch.linalg.lstsq(matrix, right[: k + 2]).solution
@@ -295,7 +306,7 @@ def gmres(product: Function, target: Tensor, tolerance: float, dimensions: int) 
     total = torch.zeros_like(target)
     for weight, v in zip(solution.tolist(), basis):
         total.add_(v, alpha=weight)
-    return total
+    return total, left / float(size)
 
 
 @dataclass(frozen=True)
@@ -341,18 +352,22 @@ class StageSolver:
     def check(self, stage: Stage, t: Time, h: Time, sweep: str) -> None:
         """Raise StageSolveError if a sample's stage was not solved."""
         failed = ~stage.solved
-        if not bool(failed.any()):
-            return
-        count = int(failed.sum())
-        first = int(failed.nonzero()[0])
+        if bool(failed.any()):
+            first = int(failed.nonzero()[0])
+            raise StageSolveError(
+                f"{int(failed.sum())} of {failed.numel()} samples (the first is number {first}) did not solve"
+                f" {self.describe(stage, t, h, sweep)(first)}"
+            )
+
+    def describe(self, stage: Stage, t: Time, h: Time, sweep: str) -> Callable[[int], str]:
+        """What happened to a sample whose stage was not solved, by its number."""
         remedy = "use adjoint='discrete'" if sweep == "reversed" else "take smaller steps"
         if self.name == "anderson":
             remedy += ", for a stiff state use options={'stage_solver': 'krylov'} or, if it is small, 'newton'"
-        raise StageSolveError(
-            f"{count} of {failed.numel()} samples (the first is number {first}) did not solve the {sweep} stage"
-            f" equation at t={_number(t, first):.6g} with h={_number(h, first):.3g}: relative residual"
-            f" {float(stage.residual[first]):.1e} after {int(stage.evaluations[first])} evaluations, tolerance"
-            f" {self.tolerance:.1e}; {remedy}, or loosen options={{'stage_tolerance': ...}}"
+        return lambda sample: (
+            f"the {sweep} stage equation at t={_number(t, sample):.6g} with h={_number(h, sample):.3g}: relative"
+            f" residual {float(stage.residual[sample]):.1e} after {int(stage.evaluations[sample])} evaluations,"
+            f" tolerance {self.tolerance:.1e}; {remedy}, or loosen options={{'stage_tolerance': ...}}"
         )
 
 

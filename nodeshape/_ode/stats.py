@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class SolverStats:
         stage_iterations: evaluations spent on implicit stages; zero for explicit methods.
         residual: largest relative residual of a stage, floating point ``[samples]``.
         step_control: ``"fixed"``, ``"per sample"`` or ``"shared"`` (error control with one step for the whole batch,
-            because f cannot be evaluated sample by sample).
+            as f may couple samples).
+        failures: of ``options={"on_failure": "nan"}``: why a sample failed, by its number.
     """
 
     __module__ = "nodeshape"
@@ -32,6 +33,7 @@ class SolverStats:
     stage_iterations: Tensor
     residual: Tensor
     step_control: str = "fixed"
+    failures: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, samples: int, device: torch.device) -> SolverStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,24 +97,32 @@ class Piece:
     """A step that was taken, to be interpolated.
 
     Attributes:
-        t, h: start and size.
-        size: h, as a tensor where times are differentiated.
+        t, h, t_end: start, size and end.
+        start, size: t and h, as tensors where times are differentiated.
         y, y_end: the states at its ends.
         slopes: F_1 … F_s, and those at the start and at the end.
+        before: what f depended on besides, for a step that is taken anew.
     """
 
     method: Method
     t: float
     h: float
+    t_end: float
+    start: Size
     size: Size
     y: Tensor
     y_end: Tensor
     slopes: list[Tensor]
+    before: Any = None
+
+    def part(self, t: Tensor) -> Tensor:
+        """Which part of the step times ``t`` are."""
+        size = self.size
+        return (t - self.start) / (size.to(t) if isinstance(size, Tensor) else size)
 
     def states(self, x: Tensor) -> Tensor:
         """The states at parts ``x`` ``[n]`` of the step, ``[n, *y.shape]``."""
-        powers = torch.stack([x, x * x, x * x * x, x * x * x * x], dim=1)
-        return self.y + self._weighted(powers) * self.size
+        return self.y + self._weighted(_powers(x)) * self.size
 
     def derivatives(self, x: Tensor) -> Tensor:
         """dy/dt of the interpolant at parts ``x`` ``[n]`` of the step, ``[n, *y.shape]``."""
@@ -121,9 +130,29 @@ class Piece:
 
     def _weighted(self, powers: Tensor) -> Tensor:
         """Σ w_i F_i for ``powers`` ``[n, 4]``."""
-        rows = _interpolant(self.method)
-        used = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
-        table = torch.tensor([[row[i] for i in used] for row in rows], dtype=powers.dtype, device=powers.device)
-        weights = (powers @ table).to(self.y.dtype)
-        total: Tensor = torch.tensordot(weights, torch.stack([self.slopes[i] for i in used]), dims=1)
+        weights, used = _weights(self.method, powers)
+        total: Tensor = torch.tensordot(weights.to(self.y.dtype), torch.stack([self.slopes[i] for i in used]), dims=1)
         return total
+
+
+def interpolate(method: Method, x: Tensor, slopes: Sequence[Tensor]) -> Tensor:
+    """(y(x) − y) / h of n steps, ``[n, ...]``, at the part ``x`` ``[n]`` of each.
+
+    Args:
+        slopes: F_1 … F_s, and those at the start and at the end, ``[n, ...]`` each.
+    """
+    weights, used = _weights(method, _powers(x))
+    many = (-1, *(1,) * (slopes[0].dim() - 1))
+    return torch.stack([weights[:, k].reshape(many) * slopes[i] for k, i in enumerate(used)]).sum(dim=0)
+
+
+def _powers(x: Tensor) -> Tensor:
+    return torch.stack([x, x * x, x * x * x, x * x * x * x], dim=1)
+
+
+def _weights(method: Method, powers: Tensor) -> tuple[Tensor, list[int]]:
+    """Weights of slopes ``[n, used]`` for powers of x ``[n, 4]``, and the slopes that have any."""
+    rows = _interpolant(method)
+    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
+    table = torch.tensor([[row[i] for i in used] for row in rows], dtype=powers.dtype, device=powers.device)
+    return powers @ table, used

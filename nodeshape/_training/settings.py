@@ -17,7 +17,7 @@ from nodeshape._data.shapes import CLASSES
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import MIN_IMAGE_SIZE
 from nodeshape._ode.method import SOURCE_METHODS
-from nodeshape._ode.problem import ADJOINTS
+from nodeshape._ode.options import ADJOINTS
 from nodeshape._training.recipe import CLASS_WEIGHTS, RECIPES, Recipe
 
 MAX_IMAGE_SIZE = 1024

@@ -1,0 +1,44 @@
+"""Autograd's record of a computation: what it was computed from, and Jacobians by products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def jacobian_by_rows(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """The Jacobian of every sample, ``[samples, size, size]``, one vector–Jacobian product a component."""
+    with torch.enable_grad():
+        point = rows.detach().requires_grad_()
+        out = function(point)
+        if not out.requires_grad:
+            return rows.new_zeros(*rows.shape, rows.shape[1])
+        grads = [
+            torch.autograd.grad(out[:, i].sum(), point, retain_graph=True, allow_unused=True)[0]
+            for i in range(rows.shape[1])
+        ]
+    return torch.stack([torch.zeros_like(rows) if x is None else x for x in grads], dim=1)
+
+
+def leaves(out: Tensor, end: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The leaf tensors that ``out`` was computed from and that require grad, in the order of a depth-first walk.
+
+    What ``end`` was computed from does not count.
+    """
+    if out.requires_grad and out.grad_fn is None:
+        return (out,)
+    found: dict[Tensor, None] = {}
+    seen = set() if end is None or end.grad_fn is None else {end.grad_fn}
+    stack = [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[leaf] = None
+        stack.extend(parent for parent, _ in reversed(node.next_functions))
+    return tuple(found)
