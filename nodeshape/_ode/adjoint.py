@@ -126,7 +126,10 @@ class _Adjoint(torch.autograd.Function):
                 packed = solve.run()[-1]
                 to_time, _, a, *to_parameters = solve.field.unpack(packed)
                 state = (to_time, ys[j - 1], a + grads[0][j - 1], *to_parameters)
-            to_times[0] = state[0]
+            if with_time:  # to start later is to start from that much further along f
+                augmented.evaluations += 1
+                slope = plan.field(plan.loop._time(plan.times[0]), ys[0])
+                to_times[0] = -(slope * (state[2] - grads[0][0]).conj()).sum().real
             plan.count_backward(augmented.evaluations)
         wanted = ctx.needs_input_grad[6:]
         to_t = to_times.to(t.device, t.dtype) if with_time else None

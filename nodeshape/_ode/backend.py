@@ -104,14 +104,14 @@ def fused_weights(
     return_dense: bool = False,
 ) -> list[Tensor] | str:
     """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason."""
+    if steps is None and step_size is None:
+        return "error control chooses the steps"
     if not method.one_stage:
         return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
     if options.get("fused") is False:
         return "options={'fused': False}"
     if event_fn is not None or return_dense:
         return "events and dense output take the plain loop"
-    if steps is None and step_size is None:
-        return "error control chooses the steps"
     if options:
         if options.get("stage_solver", "anderson") != "anderson":
             return f"the stage solver is {options['stage_solver']}"

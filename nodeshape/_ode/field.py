@@ -20,6 +20,11 @@ REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
+def is_tracing() -> bool:
+    """Whether a compiler or an exporter records the solve."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 class Field:
     """dy/dt = f(t, y) for a state of one tensor; a tuple is laid out as ``[samples, size]``, or ``[size]``.
 
@@ -63,14 +68,19 @@ class Field:
         self.frozen: Tensor | None = None
         self.before: Callable[[], Any] | None = None
         # f may work in place; watched by the version of what it gets, which compilers and inference mode do not have.
-        compiling = torch.compiler.is_compiling()
-        self._watch = not compiling
-        self._copy = compiling or torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
+        tracing = is_tracing()
+        self._watch = not tracing
+        self._copy = tracing or torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
         self._last: tuple[Tensor, int] | None = None
         self._first = True
         self._start: tuple[Tensor, Tensor, Tensor] | None = None
         self._latest: tuple[Tensor, Tensor, Tensor] | None = None
         self.remembers = False
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What is asked of f: shapes and type of its state."""
+        return self._tuple, tuple(self._shapes), self._seen_as
 
     def pack(self, state: State) -> Tensor:
         """The state as the loops hold it."""
@@ -103,7 +113,7 @@ class Field:
             out = self._guarded(t, y)
         else:
             version = y._version
-            out = self._evaluate(t, y)
+            out = self.evaluate(t, y)
             if y._version != version:
                 raise RuntimeError(
                     "func changed its state in place, which it did not in its first call, so the solution would be"
@@ -123,7 +133,7 @@ class Field:
     def _each(self, t: Tensor, y: Tensor) -> Tensor:
         """f of samples ``y`` ``[n, ...]`` at times ``t`` ``[n]``."""
         if self.takes_columns:
-            return self._evaluate(t.reshape(-1, *(1,) * (y.dim() - 1)), y)
+            return self.evaluate(t.reshape(-1, *(1,) * (y.dim() - 1)), y)
         # f sees each sample as a batch of one; of a copy, which it may change.
         each: Tensor = torch.func.vmap(self._alone)(t, y.clone())
         return each
@@ -152,7 +162,7 @@ class Field:
         first, self._first = self._first, False
         copy = y.clone()
         version = None if self._copy else copy._version
-        out = self._evaluate(t, copy)
+        out = self.evaluate(t, copy)
         if version is not None and copy._version != version:
             self._copy = True
         if first:
@@ -165,7 +175,7 @@ class Field:
             if call is None:
                 continue
             t, y, before = call
-            now = self._evaluate(t, y.clone()).detach()
+            now = self.evaluate(t, y.clone()).detach()
             tolerance = SAME[self.time_dtype] * float(before.abs().max() if before.numel() else 0.0)
             if not bool(((now - before).abs() <= tolerance).all() | ~torch.isfinite(before).all()):
                 raise RuntimeError(
@@ -174,7 +184,8 @@ class Field:
                     " backward() before changing it, or use adjoint='discrete', which keeps what it needs"
                 )
 
-    def _evaluate(self, t: Tensor, y: Tensor) -> Tensor:
+    def evaluate(self, t: Tensor, y: Tensor) -> Tensor:
+        """f, neither counted nor guarded."""
         out = self._of_state(t, y)
         if self.frozen is not None:
             out = out.masked_fill(self.frozen.reshape(-1, *(1,) * (out.dim() - 1)), 0.0)

@@ -23,6 +23,7 @@ from nodeshape._ode.root import StageEquations
 from nodeshape._ode.step import Piece, Size, end, error, stages
 
 if TYPE_CHECKING:
+    from nodeshape._ode.compiled import Step
     from nodeshape._ode.recompute import Recorder
 
 #: Steps whose times are made tensors together.
@@ -63,6 +64,7 @@ class Loop:
         callbacks: None where the user has none.
         perturb: evaluate f just inside a step at its ends, for an f that jumps there.
         recorder: of the steps, for a gradient that takes them anew.
+        compiled: a given step in one, for :meth:`fixed` of explicit methods.
         on_failure: ``"raise"``, or ``"nan"`` for samples that fail while the others live on.
         failures: why a sample failed, by its number.
         accepted, rejected: steps so far.
@@ -78,11 +80,13 @@ class Loop:
     perturb: bool = False
     keep: bool = False
     recorder: Recorder | None = None
+    compiled: Step | None = None
     on_failure: str = "raise"
     failures: dict[int, str] = default(default_factory=dict)
     accepted: int = 0
     rejected: int = 0
     pieces: list[Piece] = default(default_factory=list)
+    _guess: Tensor | None = None
     _attempts: int = 0
     _most: float = inf
 
@@ -149,11 +153,17 @@ class Loop:
                 known = slope if method.starts_with_slope and not self.perturb else None
                 now = times[k * per_step : (k + 1) * per_step]
                 before = self.recorder.before() if self.recorder is not None else None
-                slopes = stages(self.field, method, y, now, h, known, self.solve)
-                after = end(method, y, h, slopes)
+                if self.compiled is not None:
+                    size = h if isinstance(h, Tensor) else torch.tensor(h, dtype=self.field.time_dtype)
+                    after, slopes = self.compiled(y, now, size), []
+                    self.field.evaluations += per_step
+                else:
+                    slopes = stages(self.field, method, y, now, h, known, self._guess, self.solve)
+                    self._guess = slopes[-1].detach() if self.solve is not None else None
+                    after = end(method, y, h, slopes)
                 if self.recorder is not None:
                     self.recorder.after(start, length, y, slopes, before)
-                slope = slopes[-1] if method.ends_with_slope else None
+                slope = slopes[-1] if slopes and method.ends_with_slope else None
                 self.accepted += 1
                 piece = None
                 if keep:
@@ -397,7 +407,7 @@ class Loop:
         if self.solve is not None:
             self.solve.where = t, h
         known = slope if method.starts_with_slope else None
-        slopes = stages(self.field, method, y, times, size, known, self.solve)
+        slopes = stages(self.field, method, y, times, size, known, slope.detach(), self.solve)
         after = end(method, y, size, slopes)
         return Piece(method, t, h, t_end, start, size, y, after, [*slopes, slope, slopes[-1]], before)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from nodeshape._ode import fused
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
 from nodeshape._ode.backend import default_method, fused_weights
+from nodeshape._ode.compiled import compiled_step
 from nodeshape._ode.event import EventFunction, integrate_until_event
-from nodeshape._ode.field import State
+from nodeshape._ode.field import State, is_tracing
 from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import (
@@ -37,7 +38,7 @@ TOLERANCES = (1e-7, 1e-9)
 #: Of a ``reversible`` solve that names neither a method nor steps: its order is 2.
 REVERSIBLE_TOLERANCES = (1e-4, 1e-6)
 #: Options that the backward pass of ``continuous`` does not take over.
-NOT_OF_ADJOINT = ("norm", "step_control", "on_failure")
+NOT_OF_ADJOINT = ("norm", "step_control", "on_failure", "compile")
 #: Options that ask for error control.
 ERROR_CONTROL = frozenset(
     {
@@ -125,57 +126,62 @@ def odeint(
 ) -> Any:
     """Solve dy/dt = func(t, y) from ``y(t[0]) = y0`` and return y at every time in ``t``, differentiably.
 
-    ``steps`` and ``step_size`` hold for each interval of ``t``: 4,000 steps with 1,000 times are four million. The
-    first dimension of ``y0`` is the batch of samples if ``y0`` (every tensor of a tuple) has at least two dimensions;
-    implicit stages are iterated sample by sample. ``func`` always sees the whole state, so it may couple samples.
+    A call that names no method is solved as by torchdiffeq: ``"dopri5"``, steps chosen by error control. ``steps`` and
+    ``step_size`` hold for each interval of ``t``: 4,000 steps with 1,000 times are four million. The first dimension of
+    ``y0`` is the batch of samples if ``y0`` (every tensor of a tuple) has at least two dimensions. ``func`` sees the
+    whole state and may couple samples.
 
     Args:
         func: a module or function ``func(t, y) -> dy/dt``; ``t`` is a scalar tensor of the state's dtype, dy/dt has the
             shape of ``y``. Its attributes ``callback_step``, ``callback_accept_step`` and ``callback_reject_step``, if
-            any, are called with (t, y, h) of each step that is tried, kept, thrown away.
+            any, are called with (t, y, size) of each step that is tried, kept, thrown away.
         y0: initial state, a floating-point or complex tensor or a tuple of them. Of bfloat16 and half the steps are
             added up in float32.
         t: strictly increasing or decreasing times, ``[times]``; or ``[times, batch]``, each sample's own, which begin
             together.
         method: of one stage, with fused kernels, ``"euler"``, ``"implicit_euler"`` and ``"implicit_midpoint"`` (the
-            default); explicit ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``; explicit with an error estimate
-            ``"adaptive_heun"``, ``"fehlberg2"``, ``"bosh3"``, ``"dopri5"``, ``"tsit5"``, ``"dopri8"``; implicit
-            ``"trapezoid"``, and with an estimate ``"sdirk2"``, ``"trbdf2"``, ``"kvaerno3"``.
+            default where ``steps`` or ``step_size`` is given); explicit ``"midpoint"``, ``"heun2"``, ``"heun3"``,
+            ``"rk4"``; explicit with an error estimate ``"adaptive_heun"``, ``"fehlberg2"``, ``"bosh3"``, ``"dopri5"``
+            (the default), ``"tsit5"``, ``"dopri8"``; implicit ``"trapezoid"``, and with an estimate ``"sdirk2"``,
+            ``"trbdf2"``, ``"kvaerno3"``.
         steps: equal steps in each interval of ``t``, at most 10 million.
         step_size: an interval of length T takes ceil(T / step_size) equal steps.
         rtol, atol: with neither ``steps`` nor ``step_size``, steps are chosen so that the estimated error of each stays
-            within ``atol + rtol |y|``: of a one-stage method, which halves each step to estimate its error, sample by
-            sample (defaults 1e-4 and 1e-6); of others in the root mean square over the whole state, of a tuple over
-            each tensor, as in torchdiffeq (defaults 1e-7 and 1e-9). Tensors, or tuples of numbers, hold for parts of
-            the state. A step does not see what happens between its stages: name pulses and jumps in time in
-            ``jump_t``, or bound the step by ``max_step``. Other methods without an estimate take one step per interval
-            of ``t`` where no tolerance is given.
-        adjoint: how gradients are computed. ``"discrete"``: exact; stores one state per step (a fused ConvDynamics
-            three), or, of methods of several stages, what autograd needs. ``"reversible"``, of one-stage methods: exact
-            to the stage tolerance, memory independent of the number of steps. ``"continuous"``: the approximate adjoint
-            of Chen et al., likewise independent. Only ``"discrete"`` has second derivatives.
-        options: of given steps ``step_size``, and as in torchdiffeq ``grid_constructor``, ``interp``, ``perturb``; of
-            error control ``first_step``, ``min_step`` (kept whatever its error; of one-stage methods in units of the
-            interval, and an error), ``max_step``, ``max_num_steps`` (between two times), ``safety``, ``ifactor``,
-            ``dfactor``, ``norm``, ``step_t``, ``jump_t``, as in torchdiffeq, and ``max_steps`` (attempts in an
-            interval). Of implicit stages ``stage_solver``, ``"anderson"``, ``"newton"`` (small stiff states) or
-            ``"krylov"`` (large ones), ``stage_tolerance``, ``max_stage_iterations``; ``checkpoint_every`` (steps
-            between stored states) and ``drift_tolerance`` of ``"reversible"``; ``adjoint_step_size``, or
-            ``adjoint_rtol`` and ``adjoint_atol``, of the backward pass of ``"continuous"``; ``fused``: False keeps a
-            solve off the kernels.
+            within ``atol + rtol |y|`` in the root mean square over the whole state, of a tuple over each tensor, as in
+            torchdiffeq (defaults 1e-7 and 1e-9). Tensors, or tuples of numbers, hold for parts of the state. A step
+            does not see what happens between its stages: name pulses and jumps in time in ``jump_t``, or bound the step
+            by ``max_step``. Methods without an estimate halve each step to have one; given neither a tolerance nor an
+            option of error control they take one step per interval.
+        adjoint: how gradients are computed. ``"discrete"``: exact, by autograd's record of the solve; with
+            ``options={"recompute": True}`` by taking each step anew from stored states, as the fused kernels do.
+            ``"reversible"``, of one-stage methods: exact to the stage tolerance by undoing steps, one number per sample
+            and step is stored. ``"continuous"``: the approximate adjoint of Chen et al., in memory independent of the
+            number of steps. Only ``"discrete"`` has second derivatives. Where the backward pass evaluates f again it
+            does so with the random numbers, weights, buffers and training mode of the forward pass, and raises if f is
+            another all the same.
+        options: of given steps ``step_size`` (as in torchdiffeq a grid from the first time on, between whose points
+            observations are interpolated), ``grid_constructor``, ``interp``, ``perturb``; of error control
+            ``first_step``, ``min_step`` (kept whatever its error), ``max_step``, ``max_num_steps`` or ``max_steps``
+            (attempts between two times), ``safety``, ``ifactor``, ``dfactor``, ``norm``, ``step_t``, ``jump_t``, as in
+            torchdiffeq, and ``step_control``: ``"shared"`` steps of the whole batch, or ``"per_sample"`` for an f that
+            does not couple samples (the default of ConvDynamics and MLPDynamics, which do not). Of implicit stages
+            ``stage_solver``, ``"anderson"``, ``"newton"`` (small stiff states) or ``"krylov"`` (large ones),
+            ``stage_tolerance``, ``max_stage_iterations``. ``on_failure``: ``"raise"``, or ``"nan"`` for samples that
+            fail while the others live on; the statistics say why. ``compile``: compile each step by torch.compile
+            (explicit methods, given steps). ``checkpoint_every`` (steps between stored states) and ``drift_tolerance``
+            of ``"reversible"``; ``adjoint_step_size``, or ``adjoint_rtol`` and ``adjoint_atol``, of the backward pass
+            of ``"continuous"``; ``fused``: False keeps a solve off the kernels.
         event_fn: ``(t, y)`` to a tensor; the solve goes from ``t[0]`` towards ``t[1]`` and beyond, until an element of
             it changes its sign. See :func:`odeint_event` for gradients through the time.
         return_stats: also return :class:`SolverStats`; its backward counts appear when the backward pass has run.
         return_dense: return a :class:`DenseSolution` instead: state and derivative at any time in between.
-        adjoint_params: tensors to differentiate with respect to, besides ``y0`` and ``t``. By default the parameters of
-            ``func`` and whatever else its first evaluation is computed from. (A ``"discrete"`` solve of several stages
-            differentiates by all.)
+        adjoint_params: tensors to differentiate with respect to, besides ``y0`` and ``t``; each step is then taken anew
+            in the backward pass. By default the parameters of ``func`` and whatever else it is computed from.
 
     Returns:
         The solution ``[times, *y0.shape]`` (a tuple of such for a tuple state), of y0's dtype and on its device; with
         ``return_stats``, ``(solution, stats)``. With ``event_fn``, ``(time of the event, solution)``, whose two states
-        are
-        those at the start and at the event.
+        are those at the start and at the event.
 
     Raises:
         TypeError: ``y0`` is not made of tensors.
@@ -183,8 +189,8 @@ def odeint(
         StageSolveError: an implicit stage was not solved; in the backward pass too.
         StepSizeError: error control needs too small or too many steps; in the backward pass too.
         ReversalDriftError: in the backward pass, if a ``"reversible"`` gradient would be wrong.
-        RuntimeError: ``func`` changed between forward and backward pass where the latter evaluates it, or second
-            derivatives that the mode or the fused kernel does not have.
+        RuntimeError: ``func`` works in place in a way that would spoil the solution, is another in the backward pass
+            than in the forward pass, or second derivatives that the mode or the fused kernel does not have.
     """
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
@@ -210,7 +216,12 @@ def odeint(
                 "adjoint_params": adjoint_params,
             },
         )
-    t, times = _times(t)
+    symbolic = isinstance(t, Tensor) and is_tracing() and step_size is None and "step_size" not in settings
+    if isinstance(t, Tensor) and symbolic and (steps is not None or _takes_one_step(method, rtol, atol, settings)):
+        times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
+    else:
+        symbolic = False
+        t, times = _times(t)
     scheme = get_method(method or default_method(steps, settings.get("step_size", step_size), adjoint))
     if adjoint == "reversible" and method is None and rtol is None and atol is None:
         rtol, atol = REVERSIBLE_TOLERANCES
@@ -222,10 +233,11 @@ def odeint(
     adaptive = _is_adaptive(scheme, steps, step_size, rtol, atol, settings)
     if not adaptive and steps is None and step_size is None and "grid_constructor" not in settings:
         steps = 1
-    _check_resolution(tensors[0], times, steps, step_size, adaptive)
+    if not symbolic:
+        _check_resolution(tensors[0], times, steps, step_size, adaptive)
     rtol, atol = (default if value is None else value for value, default in zip((rtol, atol), TOLERANCES))
     _check_tolerances(rtol, atol)
-    traced = t.double() if torch.is_grad_enabled() and t.requires_grad else None
+    traced = t.double() if symbolic or (torch.is_grad_enabled() and t.requires_grad) else None
     plan = Plan(func, y0, times, traced, scheme, steps, step_size, adaptive, rtol, atol, settings)
     plan.per_sample = adaptive and _per_sample(func, plan, adjoint, event_fn is not None or return_dense)
     return _plain(plan, t, adjoint, event_fn, return_stats, return_dense, adjoint_params)
@@ -303,13 +315,19 @@ def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor |
     )
 
 
+def _takes_one_step(method: str | None, rtol: Any, atol: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether a call without steps takes one in each interval."""
+    scheme = get_method(method or default_method(None, None))
+    return "grid_constructor" not in settings and not _is_adaptive(scheme, None, None, rtol, atol, settings)
+
+
 def _is_adaptive(
     scheme: Method, steps: int | None, step_size: float | None, rtol: Any, atol: Any, settings: Mapping[str, Any]
 ) -> bool:
     """Whether error control chooses the steps."""
     if steps is not None or step_size is not None or "grid_constructor" in settings:
         return False
-    asked = rtol is not None or atol is not None or not settings.keys().isdisjoint(ERROR_CONTROL)
+    asked = rtol is not None or atol is not None or any(name in ERROR_CONTROL for name in settings)
     return bool(scheme.error) or asked
 
 
@@ -399,6 +417,13 @@ def _plain(
     stored = adjoint == "discrete" and (plan.settings.get("recompute", False) or adjoint_params is not None)
     recompute = stored or adjoint == "reversible"
     plan.loop.keep = return_dense
+    if plan.settings.get("compile", False) and not is_tracing():
+        if plan.adaptive or not plan.method.explicit or recompute or return_dense or event_fn is not None:
+            raise ValueError(
+                "options={'compile': True} compiles given steps of explicit methods, differentiated by"
+                " adjoint='discrete' or 'continuous', without return_dense or event_fn"
+            )
+        plan.loop.compiled = compiled_step(plan.field, plan.method)
     if recompute or adjoint == "continuous":
         plan.mode = "options={'recompute': True}" if adjoint == "discrete" else f"adjoint={adjoint!r}"
         _refuse(plan, adjoint, return_dense and recording)

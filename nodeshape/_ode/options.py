@@ -110,6 +110,7 @@ OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "adjoint_method": lambda name, value: get_method(value).name,
     "adjoint_options": lambda name, value: read_options(value),
     # of the path
+    "compile": _truth,
     "fused": _truth,
 }
 

@@ -165,7 +165,7 @@ class SampleSteps:
         if loop.solve is not None:
             loop.solve.where, loop.solve.rows = (t, h), rows
         known = slope if method.starts_with_slope else None
-        slopes = stages(loop.field, method, y, times, column, known, loop.solve)
+        slopes = stages(loop.field, method, y, times, column, known, slope.detach(), loop.solve)
         self.evaluations[rows] += loop.field.evaluations - evaluations
         return _Attempt(t, h, t_end, y, end(method, y, column, slopes), slopes, before)
 

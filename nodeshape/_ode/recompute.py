@@ -201,10 +201,7 @@ class Recorder:
             h: Size = self._column(size, y) if with_time or isinstance(step.h, Tensor) else step.h
             times = [self._seen(t + c * size) for c in method.c]
 
-            def solve(time: Tensor, base: Tensor, c: Size, last: Tensor | None) -> Tensor:
-                return equations(time, base, c, guess if guess is not None else last)
-
-            slopes = stages(self.field, method, y, times, h, None, solve)
+            slopes = stages(self.field, method, y, times, h, None, guess, equations)
             after = end(method, y, h, slopes)
         self._check_slopes(step, slopes)
         if lam is None:

@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodeshape._ode.field import Field
+from nodeshape._ode.field import Field, is_tracing
 from nodeshape._ode.graph import jacobian_by_rows, leaves
 from nodeshape._ode.implicit import differentiable_stage, products_of
-from nodeshape._ode.stage import Stage, StageSolver, Time, column
+from nodeshape._ode.stage import (
+    MAX_STAGE_ITERATIONS,
+    TRACED_ITERATIONS,
+    Stage,
+    StageSolver,
+    Time,
+    column,
+    traced_stage,
+)
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.step import Size
 
@@ -29,6 +37,7 @@ class StageEquations:
     Attributes:
         evaluations: of f spent on stages, per sample, ``[samples]``; 0 before the first.
         residual: largest relative residual of a stage, ``[samples]``.
+        calls: of f for stages, each for all samples.
         products: with Jᵀ, of the transposed equations so far.
         closed: what f depends on besides time and state and that requires grad, for second derivatives; None before
             the first recorded stage.
@@ -47,6 +56,7 @@ class StageEquations:
     residual: Tensor | float = 0.0
     stats: SolverStats | None = None
     products: Tensor | int = 0
+    calls: int = 0
     closed: tuple[Tensor, ...] | None = None
     where: tuple[Time, Time] = (0.0, 0.0)
     sweep: str = "forward"
@@ -60,6 +70,8 @@ class StageEquations:
         Raises:
             StageSolveError: the equation was not solved to its tolerance.
         """
+        if is_tracing():
+            return self._traced(t, base, c, guess)
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             raise RuntimeError(
                 "implicit stages cannot be solved under torch.func transforms or forward-mode differentiation: use an"
@@ -95,7 +107,9 @@ class StageEquations:
         )
         rows = base.detach().reshape(rows_of)
         first = rows if guess is None else rows + column(size, rows) * guess.detach().reshape(rows_of)
+        before = self.field.evaluations
         stage = self.solver.solve(function, jacobian, rows, size, first)
+        self.calls += self.field.evaluations - before
         if self.unsolved is not None:
             self.unsolved = self.unsolved | ~stage.solved
         elif self.on_failure is not None:
@@ -122,6 +136,21 @@ class StageEquations:
         finite = torch.isfinite(stage.value).all(dim=1, keepdim=True)
         slope: Tensor = _Slope.apply(value, point, c, self, finite, base, t, *self.closed)
         return slope
+
+    def _traced(self, t: Tensor, base: Tensor, c: Size, guess: Tensor | None) -> Tensor:
+        """F by a fixed number of evaluations, for a compiler or an exporter."""
+        shape, rows_of = base.shape, (self.field.samples, self.field.size)
+
+        def function(rows: Tensor) -> Tensor:
+            return self.field(t, rows.reshape(shape)).reshape(rows_of)
+
+        rows = base.reshape(rows_of)
+        first = rows if guess is None else rows + c * guess.reshape(rows_of)
+        most = TRACED_ITERATIONS[self.field.time_dtype]
+        if self.solver.max_iterations != MAX_STAGE_ITERATIONS:
+            most = self.solver.max_iterations
+        _, slope = traced_stage(function, rows, c, first, self.solver.tolerance, most)
+        return slope.reshape(shape)
 
     def _count(self, stage: Stage) -> None:
         if self.rows is None:

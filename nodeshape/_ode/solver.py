@@ -135,6 +135,8 @@ class Plan:
             stats.failures = self.by_sample.failures
         else:
             stats.nfe_forward += self.field.evaluations
+            if loop.solve is not None:  # a sample counts the evaluations until its stages were solved
+                stats.nfe_forward = stats.nfe_forward - loop.solve.calls + loop.solve.evaluations
             stats.accepted += loop.accepted
             stats.rejected += loop.rejected
             stats.failures = loop.failures

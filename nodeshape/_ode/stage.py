@@ -142,8 +142,9 @@ def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]], mixin
         length = _norm(differences[k])
         # A sample that rested learnt nothing: its residual moved by its neighbours' doing.
         usable = (length > DEPENDENT * whole[k]) & torch.isfinite(length) & moved[k]
-        q = torch.where(usable, differences[k] / length, 0.0)
-        x = torch.where(usable, moves[k] / length, 0.0)
+        safe = torch.where(usable, length, 1.0)
+        q = torch.where(usable, differences[k] / safe, 0.0)
+        x = torch.where(usable, moves[k] / safe, 0.0)
         along = _dot(q, residual)
         residual = residual - along * q
         step = step - along * x
@@ -151,6 +152,34 @@ def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]], mixin
         differences = differences - overlap * q
         moves = moves - overlap * x
     return step + mixing * residual
+
+
+#: Evaluations of f of a stage that is traced, which cannot stop when it is solved.
+TRACED_ITERATIONS = {torch.float64: 32, torch.float32: 16}
+
+
+def traced_stage(
+    function: Function, base: Tensor, c: Tensor | float, guess: Tensor, tolerance: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Solve Y = base + c F(Y) by a given number of Anderson's iterations, as plain operations; Y and F(Y).
+
+    What is not solved then is NaN. Differentiated as a quasi-Newton iteration whose matrices are constants, the
+    gradient converges with the iterates.
+    """
+    value, slope = guess, function(guess)
+    residual = base + c * slope - value
+    mixing = torch.ones_like(base[:, :1])
+    history: list[tuple[Tensor, Tensor]] = []
+    for _ in range(iterations - 1):
+        new_value = value + _anderson_step(residual, history, mixing)
+        slope = function(new_value)
+        new_residual = base + c * slope - new_value
+        before, after = residual.detach(), new_residual.detach()
+        mixing = torch.where(_norm(after) > 2.0 * _norm(before), 0.5 * mixing, mixing)
+        history = [(after - before, (new_value - value).detach()), *history[: ANDERSON_MEMORY - 1]]
+        value, residual = new_value, new_residual
+    solved = (_relative(residual.detach(), value.detach(), base.detach()) <= tolerance)[:, None]
+    return torch.where(solved, value, torch.nan), torch.where(solved, slope, torch.nan)
 
 
 def newton_stage(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._ode.field import Field
 from nodeshape._ode.method import Method, Weights
 
 #: A step size: a number, or a scalar tensor where times are differentiated.
@@ -28,12 +27,13 @@ def combine(y: Tensor, h: Size, weights: Sequence[float], slopes: Sequence[Tenso
 
 
 def stages(
-    field: Field,
+    field: Callable[[Tensor, Tensor], Tensor],
     method: Method,
     y: Tensor,
     times: Sequence[Tensor],
     h: Size,
     first: Tensor | None = None,
+    guess: Tensor | None = None,
     solve: StageSolve | None = None,
 ) -> list[Tensor]:
     """The slopes F_i of the step of ``h`` from ``y``.
@@ -41,6 +41,7 @@ def stages(
     Args:
         times: of the stages, scalars.
         first: F_1, if it is known from the step before.
+        guess: of the first stage, if that is an equation.
         solve: of stages that are equations; explicit methods have none.
     """
     slopes: list[Tensor] = []
@@ -53,7 +54,7 @@ def stages(
             slopes.append(field(times[i], base))
         else:
             assert solve is not None
-            slopes.append(solve(times[i], base, h * row[-1], slopes[-1] if slopes else None))
+            slopes.append(solve(times[i], base, h * row[-1], slopes[-1] if slopes else guess))
     return slopes
 
 
