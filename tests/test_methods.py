@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
-from math import exp, log2, pi
+from math import exp, inf, log2, pi
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from problems import gradients, relative_error
 from torch import Tensor, nn
 
 import nodeshape as ns
+from nodeshape._ode.control import Controller, rms
 from nodeshape._ode.method import METHODS, Method
 
 SEVERAL = [name for name, method in METHODS.items() if not method.one_stage]
@@ -131,6 +132,17 @@ def test_the_measured_order_of_an_error_estimate_is_the_methods(name: str) -> No
     h = 0.1 if method.order > 5 else 0.05
     expected = method.error_order or method.order + 1  # step doubling, where there is no embedded estimate
     assert log2(estimate(h) / estimate(h / 2)) == pytest.approx(expected, abs=0.1)
+
+
+def test_a_step_shrinks_before_it_fails_and_does_not_grow_right_after_it_did() -> None:
+    control = Controller(order=5, rtol=1e-3, atol=1e-3, norm=rms)
+    assert control.next(1.0, 0.99) == pytest.approx(0.9, rel=1e-2)
+    assert control.next(1.0, 2.0**5) == pytest.approx(0.45)
+    assert control.next(0.45, 1e-9) == 0.45
+    assert control.next(0.45, 1e-9) == 4.5
+    assert control.next(1.0, inf) == 0.2
+    assert control.next(1.0, 0.0) == 1.0
+    assert control.next(1.0, 0.0) == 10.0
 
 
 @pytest.mark.parametrize("name", ["midpoint", "heun2", "heun3", "rk4"])
