@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
-from math import exp, log2, pi
+from math import exp, inf, log2, pi
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from problems import gradients, relative_error
 from torch import Tensor, nn
 
 import nodeshape as ns
+from nodeshape._ode.control import Controller, rms
 from nodeshape._ode.method import METHODS, Method
 
 SEVERAL = [name for name, method in METHODS.items() if not method.one_stage]
@@ -86,6 +87,10 @@ def pendulum(t: Tensor, y: Tensor) -> Tensor:
     return torch.stack([y[..., 1], -torch.sin(y[..., 0]) * (1 + 0.1 * torch.cos(t))], dim=-1)
 
 
+def fast_pendulum(t: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([y[..., 1], -4 * torch.sin(y[..., 0]) * (1 + 0.1 * torch.cos(t))], dim=-1)
+
+
 START = torch.tensor([[1.0, 0.3], [-0.5, 1.2]], dtype=torch.float64)
 TIMES = torch.tensor([0.0, 0.7, 2.0], dtype=torch.float64)
 
@@ -99,12 +104,45 @@ def test_the_measured_order_is_the_methods(name: str) -> None:
     order = METHODS[name].order
     counts = (16, 32) if order > 5 else (128, 256) if order == 5 else (64, 128)
 
-    def fast(t: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([y[..., 1], -4 * torch.sin(y[..., 0]) * (1 + 0.1 * torch.cos(t))], dim=-1)
-
-    reference = ns.odeint(fast, START, [0.0, 4.0], method="dopri8", rtol=1e-14, atol=1e-15)
-    errors = [float((ns.odeint(fast, START, [0.0, 4.0], method=name, steps=n) - reference).abs().max()) for n in counts]
+    reference = ns.odeint(fast_pendulum, START, [0.0, 4.0], method="dopri8", rtol=1e-14, atol=1e-15)
+    errors = [
+        float((ns.odeint(fast_pendulum, START, [0.0, 4.0], method=name, steps=n) - reference).abs().max())
+        for n in counts
+    ]
     assert log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1 if order < 5 else 0.2)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_measured_order_of_an_error_estimate_is_the_methods(name: str) -> None:
+    method = METHODS[name]
+
+    def estimate(h: float) -> float:
+        """Of one step of h, which error control hands to the norm in units of the tolerance."""
+        seen: list[float] = []
+
+        def norm(error: Tensor) -> Tensor:
+            seen.append(float(error.norm()))
+            return error.norm()
+
+        options: dict[str, Any] = {"first_step": h, "norm": norm, "stage_tolerance": 1e-13}
+        ns.odeint(fast_pendulum, START, [0.0, h], method=name, rtol=1e-300, atol=1.0, options=options)
+        (found,) = seen
+        return found
+
+    h = 0.1 if method.order > 5 else 0.05
+    expected = method.error_order or method.order + 1  # step doubling, where there is no embedded estimate
+    assert log2(estimate(h) / estimate(h / 2)) == pytest.approx(expected, abs=0.1)
+
+
+def test_a_step_shrinks_before_it_fails_and_does_not_grow_right_after_it_did() -> None:
+    control = Controller(order=5, rtol=1e-3, atol=1e-3, norm=rms)
+    assert control.next(1.0, 0.99) == pytest.approx(0.9, rel=1e-2)
+    assert control.next(1.0, 2.0**5) == pytest.approx(0.45)
+    assert control.next(0.45, 1e-9) == 0.45
+    assert control.next(0.45, 1e-9) == 4.5
+    assert control.next(1.0, inf) == 0.2
+    assert control.next(1.0, 0.0) == 1.0
+    assert control.next(1.0, 0.0) == 10.0
 
 
 @pytest.mark.parametrize("name", ["midpoint", "heun2", "heun3", "rk4"])
