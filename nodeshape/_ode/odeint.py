@@ -15,7 +15,7 @@ from nodeshape._ode import fused
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
 from nodeshape._ode.backend import default_method, fused_weights
 from nodeshape._ode.compiled import compiled_step
-from nodeshape._ode.event import EventFunction, integrate_until_event
+from nodeshape._ode.event import EventFunction, integrate_until_event, with_moving_time
 from nodeshape._ode.field import State, is_tracing
 from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
@@ -172,7 +172,7 @@ def odeint(
             of ``"reversible"``; ``adjoint_step_size``, or ``adjoint_rtol`` and ``adjoint_atol``, of the backward pass
             of ``"continuous"``; ``fused``: False keeps a solve off the kernels.
         event_fn: ``(t, y)`` to a tensor; the solve goes from ``t[0]`` towards ``t[1]`` and beyond, until an element of
-            it changes its sign. See :func:`odeint_event` for gradients through the time.
+            it changes its sign. Gradients go through the time of the event.
         return_stats: also return :class:`SolverStats`; its backward counts appear when the backward pass has run.
         return_dense: return a :class:`DenseSolution` instead: state and derivative at any time in between.
         adjoint_params: tensors to differentiate with respect to, besides ``y0`` and ``t``; each step is then taken anew
@@ -429,7 +429,7 @@ def _plain(
         _refuse(plan, adjoint, return_dense and recording)
     if event_fn is not None and (not recording or not (recompute or adjoint == "continuous")):
         found, ys = integrate_until_event(plan, event_fn)
-        return found, plan.field.unpack(ys, (2,))
+        return _moving(plan, event_fn, found, plan.field.unpack(ys, (2,)))
     event_t: Tensor | None = None
     if recording and (recompute or adjoint == "continuous"):
         if event_fn is not None:
@@ -452,7 +452,8 @@ def _plain(
             backward, own = _backward_plan(plan, plan.settings)
             ys = adjoint_solution(plan, backward, own, discovers, y, t, parameters)
         if event_t is not None:
-            return event_t, plan.field.unpack(ys, (2,))
+            assert event_fn is not None
+            return _moving(plan, event_fn, event_t, plan.field.unpack(ys, (2,)))
     else:
         ys = plan.run()
     solution: Any = DenseSolution(plan) if return_dense else plan.field.unpack(ys, (len(plan.times),))
@@ -462,6 +463,13 @@ def _plain(
     if ys.requires_grad and not torch.compiler.is_compiling():
         ys.register_hook(lambda grad: plan.count_products())
     return solution, stats
+
+
+def _moving(plan: Plan, event_fn: EventFunction, event_t: Tensor, solution: State) -> tuple[Tensor, State]:
+    """An event's time and states, differentiable where gradients are recorded."""
+    if not torch.is_grad_enabled():
+        return event_t, solution
+    return with_moving_time(plan.func, event_fn, event_t, solution)
 
 
 def _refuse(plan: Plan, adjoint: str, dense: bool) -> None:

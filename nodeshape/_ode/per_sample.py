@@ -80,7 +80,7 @@ class SampleSteps:
         slope = loop.field(self._seen(self._clock(t)), y)
         self.evaluations += 1
         h = self._first(y, slope)
-        before = torch.ones_like(t)
+        rejected = torch.zeros_like(done)
         attempts = torch.zeros_like(self.accepted)
         while True:
             rows = (~done).nonzero()[:, 0]
@@ -99,8 +99,8 @@ class SampleSteps:
             attempts[rows] += 1
             self.accepted[rows] += kept * len(pieces)
             self.rejected[rows] += ~kept
-            proposed = self._next(size, ratio, before[rows])
-            before[rows] = torch.where(kept, ratio.clamp(1e-4, 1.0), before[rows])
+            proposed = self._next(size, ratio, rejected[rows])
+            rejected[rows] = ~kept
             # A step cut short says nothing against the longer one.
             h[rows] = torch.where(kept & (size < h[rows]), torch.maximum(h[rows], proposed), proposed)
             if bool(kept.any()):
@@ -302,16 +302,12 @@ class SampleSteps:
         """The error of each sample in units of the tolerance; infinite if it is not a number."""
         return _rms(estimate / self._scale(y, y_end, rows)).nan_to_num(inf, posinf=inf)
 
-    def _next(self, size: Tensor, ratio: Tensor, before: Tensor) -> Tensor:
+    def _next(self, size: Tensor, ratio: Tensor, rejected: Tensor) -> Tensor:
+        """The step to try next; it does not grow right after it was ``rejected``."""
         control = self.control
-        safe = ratio.clamp(1e-10, 1e10)
-        factor = (
-            control.safety
-            * safe ** (-control.proportional / control.order)
-            * before ** (control.integral / control.order)
-        )
-        lowest = torch.where(ratio < 1.0, 1.0, control.shrink)
-        factor = torch.minimum(torch.maximum(factor, lowest), torch.full_like(factor, control.grow))
+        factor = control.safety * ratio.clamp(1e-10, 1e10) ** (-1.0 / control.order)
+        factor = factor.clamp(control.shrink, control.grow)
+        factor = torch.where(rejected & (ratio <= 1.0), factor.clamp(max=1.0), factor)
         return (size * factor).clamp(control.min_step, control.max_step)
 
     def _give_up(

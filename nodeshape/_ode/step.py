@@ -59,8 +59,15 @@ def stages(
 
 
 def end(method: Method, y: Tensor, h: Size, slopes: Sequence[Tensor]) -> Tensor:
-    """The state at the end of the step."""
-    return combine(y, h, method.b, slopes)
+    """The state at the end of the step; the slopes are added up first, so that y is rounded once."""
+    used = [(weight, slope) for weight, slope in zip(method.b, slopes) if weight != 0.0]
+    if len(used) == 1:
+        return combine(y, h, *zip(*used))
+    (first, slope), *rest = used
+    total = slope if first == 1.0 else slope * first
+    for weight, slope in rest:
+        total = torch.add(total, slope, alpha=weight)
+    return torch.add(y, total, alpha=h) if isinstance(h, float) else y + total * h
 
 
 @torch.no_grad()
