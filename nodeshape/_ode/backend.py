@@ -9,8 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from nodeshape._ode import fused
+from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import read_options
+
+#: Options that a fused program's solve knows.
+PROGRAM_OPTIONS = frozenset(
+    {
+        "step_size",
+        "stage_solver",
+        "stage_tolerance",
+        "max_stage_iterations",
+        "checkpoint_every",
+        "drift_tolerance",
+        "fused",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -60,10 +74,11 @@ def backend(
     scheme = get_method(method or "implicit_midpoint")
     weights: list[Tensor] | str = "events and dense output take the plain loop"
     if event_fn is None and not return_dense:
-        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params)
+        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params, adjoint, (rtol, atol))
     if isinstance(weights, str):
         return Backend("plain", weights)
-    return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
+    first = y0[0] if isinstance(y0, tuple) else y0
+    return Backend("fused", f"{type(func).__name__} has a kernel for {first.dtype} on {first.device}")
 
 
 backend.__module__ = "nodeshape"
@@ -77,13 +92,17 @@ def fused_weights(
     step_size: float | None,
     options: Mapping[str, Any],
     adjoint_params: Any,
+    adjoint: str = "discrete",
+    tolerances: tuple[Any, Any] = (None, None),
 ) -> list[Tensor] | str:
     """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason."""
-    if not method.one_stage:
+    program = isinstance(func, Fused)
+    if not (method.one_stage or program):
         return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
     if options.get("fused") is False:
         return "options={'fused': False}"
-    if steps is None and step_size is None:
+    given = steps is not None or step_size is not None
+    if not given and (not program or method.one_stage or method.error or tolerances != (None, None)):
         return "error control chooses the steps"
     if options:
         if options.get("stage_solver", "anderson") != "anderson":
@@ -92,4 +111,9 @@ def fused_weights(
             return "the backward pass has steps of its own"
     if adjoint_params is not None:
         return "adjoint_params chooses what to differentiate by"
+    if isinstance(func, Fused):
+        refused = options.keys() - PROGRAM_OPTIONS
+        if refused:
+            return f"option {min(refused)!r} takes the plain loop"
+        return func.weights_for(y0, method, adjoint)
     return fused.weights_for(func, y0)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
-from nodeshape._ode import fused
+from nodeshape._ode import fused, program_op
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
 from nodeshape._ode.backend import fused_weights
 from nodeshape._ode.error_control import ErrorControl, Steps
 from nodeshape._ode.event import EventFunction, integrate_until_event
+from nodeshape._ode.fuse import Fused
 from nodeshape._ode.integrate import EqualSteps
 from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
@@ -220,9 +221,12 @@ def odeint(
     if steps is not None or step_size is not None:
         check_steps(steps, step_size)
     scheme = get_method(method or DEFAULT_METHOD)
-    if scheme.one_stage and event_fn is None and not return_dense and _on_rows(settings, tensors[0]):
-        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params)
-        if isinstance(weights, str):
+    one_stage = scheme.one_stage and _on_rows(settings, tensors[0])
+    if (one_stage or isinstance(func, Fused)) and event_fn is None and not return_dense:
+        weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params, adjoint, (rtol, atol))
+        if not isinstance(weights, str):
+            return _fused(func, weights, y0, t, times, steps, step_size, scheme, adjoint, settings, return_stats)
+        if one_stage:
             return _rows(
                 func,
                 y0,
@@ -238,7 +242,6 @@ def odeint(
                 return_stats,
                 adjoint_params,
             )
-        return _fused(func, weights, tensors[0], t, times, steps, step_size, scheme, adjoint, settings, return_stats)
     adaptive = _is_adaptive(scheme, steps, step_size, rtol, atol, settings)
     if not adaptive and steps is None and step_size is None and "grid_constructor" not in settings:
         steps = 1
@@ -452,7 +455,7 @@ def _backward_plan(plan: Plan, settings: dict[str, Any]) -> tuple[Plan, dict[str
 def _fused(
     func: Any,
     weights: list[Tensor],
-    y0: Tensor,
+    y0: Any,
     t: Tensor,
     times: list[float],
     steps: int | None,
@@ -462,16 +465,19 @@ def _fused(
     settings: Mapping[str, Any],
     return_stats: bool,
 ) -> Any:
-    if steps is not None:
-        counts = [int(steps)] * (len(times) - 1)
+    if step_size is None:
+        counts = [int(steps or 1)] * (len(times) - 1)
     else:
         equal = EqualSteps(None, step_size)
         counts = [equal.number(end - start) for start, end in pairwise(times)]
-    tolerance = STAGE_TOLERANCE[y0.dtype]
-    ys, evaluations, residual = fused.solve(
-        func,
+    program = func if isinstance(func, Fused) else None
+    start = y0 if program is None else program.pack(y0)
+    tolerance = STAGE_TOLERANCE[start.dtype]
+    solve: Any = fused.solve if program is None else program_op.solve
+    ys, evaluations, residual = solve(
+        func if program is None else program.program,
         weights,
-        y0,
+        start,
         t,
         counts,
         scheme,
@@ -481,9 +487,10 @@ def _fused(
         settings.get("checkpoint_every"),
         settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
     )
+    solution: Any = ys if program is None else program.unpack(ys)
     if not return_stats:
-        return ys
-    return ys, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
+        return solution
+    return solution, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
 
 
 def _rows(
