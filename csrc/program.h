@@ -42,6 +42,10 @@ inline constexpr int64_t kUnaries = 23;
 enum class Binary : int64_t { add, subtract, multiply, divide, maximum, minimum };
 inline constexpr int64_t kBinaries = 6;
 
+/// What a move does with elements that go to one place; of the largest there is no gradient.
+enum class Move : int64_t { copy, sum, largest };
+inline constexpr int64_t kMoves = 3;
+
 /// Elements of a buffer from `offset` on; of a weight, the same for all samples, if `buffer` is -1 - (its number).
 struct Ref {
   int64_t buffer, offset;
@@ -76,7 +80,7 @@ struct Layer {
     struct {
       int64_t count;
     } unary;
-    Strides strides;  // binary: out is dense; move: a and out, which sums where `function` is 1
+    Strides strides;  // binary: out is dense; move: a and out, of Move
     struct {
       int64_t groups, size;  // elements of a group
       int64_t inner, count;  // element e has scale and shift (e / inner) % count
@@ -108,7 +112,7 @@ struct Buffer {
 struct WeightUse {
   int64_t size;
   int64_t rows, columns;  // of the matrix of a linear layer, 0 if it is none
-  bool lanes;             // element by element
+  bool lanes;             // element by element; so is a convolution's, or as the device likes
 };
 
 struct Program {

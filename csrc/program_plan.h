@@ -160,12 +160,12 @@ class ProgramPlan {
           if (layer.b.is_weight()) weights_[layer.b.weight()].lanes = true;
           check_span(layer.out, elements);
         } else {
-          check(layer.function == 0 || layer.function == 1, "a function is unknown");
+          check(layer.function >= 0 && layer.function < kMoves, "a function is unknown");
           check_strided(layer.out, n.dims, n.sizes, n.b);
-          int64_t rows = 1;  // that sums go to
+          int64_t rows = 1;  // that several elements go to
           for (int64_t d = 0; d < n.dims; ++d)
             if (n.b[d] != 0) rows *= n.sizes[d];
-          if (layer.function == 1) check_span(layer.out, rows);
+          if (Move(layer.function) != Move::copy) check_span(layer.out, rows);
         }
         program_.operations += double(elements);
         break;
@@ -205,7 +205,6 @@ class ProgramPlan {
         if (n.pad_height > 0 || n.pad_width > 0)
           check(layer.scratch >= 0 && buffers_[layer.scratch].size >= product({n.in, framed_height, framed_width}),
                 "a convolution has no scratch");
-        weights_[layer.weight].lanes = true;
         if (layer.bias >= 0) weights_[layer.bias].lanes = true;
         program_.scratch = std::max(program_.scratch, product({n.out, n.height + reach_height, n.width + reach_width}));
         program_.operations += double(product({n.out, n.in / n.groups, n.kernel_height, n.kernel_width})) *
@@ -297,6 +296,7 @@ class ProgramPlan {
       Layer& layer = layers_[l];
       layer.live = touched[layer.out.buffer];
       from[layer.out.buffer] = std::min(from[layer.out.buffer], l);
+      layer.live = layer.live && !(layer.kind == LayerKind::move && Move(layer.function) == Move::largest);
       if (!layer.live) continue;
       const bool broadcast_a = layer.kind == LayerKind::matmul || (is_strided(layer) && !dense(layer, layer.strides.a)),
                  broadcast_b = layer.kind == LayerKind::matmul || (is_strided(layer) && !dense(layer, layer.strides.b));

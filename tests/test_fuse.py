@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from fused_reference import instruction_sets
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import relative_error
 from torch import Tensor, nn
 
 import nodeshape as ns
 
 FIXED = ("euler", "midpoint", "heun3", "rk4", "dopri5")
+ISAS = instruction_sets()
 IMPLICIT = ("implicit_euler", "implicit_midpoint", "trapezoid", "sdirk2", "kvaerno3")
 
 
@@ -201,8 +208,8 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(4, 4, bias=False) for _ in range(3))
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        scores = torch.exp(torch.tanh(self.q(y) @ self.k(y).transpose(1, 2)))
-        return scores / scores.sum(dim=-1, keepdim=True) @ self.v(y)
+        scores = torch.softmax(self.q(y) @ self.k(y).transpose(1, 2), dim=-1)
+        return scores @ self.v(y) / (1 + y.norm(dim=2, keepdim=True)) - y * y.var(dim=1, keepdim=True)
 
 
 class Odds(nn.Module):
@@ -223,6 +230,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {
     "cubic": (CubicMLP, lambda n: torch.randn(n, 2)),
     "latent": (LatentODE, lambda n: torch.randn(n, 4)),
     "conv": (SiluConv, lambda n: torch.randn(n, 4, 5, 6)),
+    "wide conv": (lambda: SiluConv(9), lambda n: torch.randn(n, 9, 7, 6)),
     "concat conv": (ConcatConv, lambda n: torch.randn(n, 4, 4, 4)),
     "augmented conv": (AugmentedConv, lambda n: torch.randn(n, 5, 3, 3)),
     "gru": (GRUODE, lambda n: torch.randn(n, 6)),
@@ -317,3 +325,230 @@ def test_methods_of_one_stage_have_all_gradient_modes(name: str, adjoint: str) -
             options = TIGHT | extra
             y0 = problem(name)[1]
             assert_same(fused, f, y0, gradients=1e-9, method=method, steps=4, adjoint=adjoint, options=options)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["mlp", "separable", "attention", "wide conv"])
+def test_every_instruction_set_gives_the_same(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, f = fused_problem(name)
+    monkeypatch.setenv("NODESHAPE_ISA", isa)
+    for method in ("midpoint", "trapezoid"):
+        y0 = problem(name, 9)[1]
+        assert_same(fused, f, y0, method=method, steps=2, options=TIGHT if method in IMPLICIT else None)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    fused, _ = fused_problem("conv")
+    y0 = problem("conv", 70)[1]
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(solved(fused, y0, t, method="rk4", steps=3))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(found[0], found[1]):
+        assert all(torch.equal(a, b) for a, b in zip(one, three))
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    fused, _ = fused_problem("attention")
+    y0 = problem("attention", 100)[1]
+    for method in ("rk4", "implicit_midpoint"):
+        with torch.no_grad():
+            whole = ns.odeint(fused, y0, [0.0, 1.0], method=method, steps=3)
+            alone = ns.odeint(fused, y0[70:71], [0.0, 1.0], method=method, steps=3)
+        assert torch.equal(whole[:, 70:71], alone)
+
+
+def test_weights_are_those_of_f_and_may_change() -> None:
+    f, y0 = problem("shared")
+    fused = ns.fuse(f, y0)
+    assert {id(x) for x in fused.parameters()} == {id(x) for x in f.parameters()}
+    with torch.no_grad():
+        for x in f.parameters():
+            x.add_(0.1)
+        f.scale.mul_(2)
+    assert_same(fused, f, y0, method="rk4", steps=2)
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("shared", copy.deepcopy),  # whose parametrised layer torch does not pickle
+        ("lotka-volterra", lambda fused: pickle.loads(pickle.dumps(fused))),
+    ],
+)
+def test_a_copy_has_weights_of_its_own(name: str, way: Callable[[Any], Any]) -> None:
+    f, y0 = problem(name)
+    fused = ns.fuse(f, y0)
+    other = way(fused)
+    with torch.no_grad():
+        for x in f.parameters():
+            x.zero_()
+    assert ns.backend(other, y0, method="rk4", steps=2).name == "fused"
+    assert_same(other, other.func, y0, method="rk4", steps=2)
+    assert float(ns.odeint(other, y0, [0.0, 1.0], method="rk4", steps=2)[1].detach().sub(y0).abs().max()) > 1e-3
+
+
+def test_it_moves_between_dtypes_and_loads_states() -> None:
+    f, y0 = problem("mlp")
+    fused = ns.fuse(f, y0)
+    state = {name: x.clone() for name, x in fused.state_dict().items()}
+    assert set(state) == {f"func.{name}" for name in f.state_dict()}
+    fused.float()
+    assert ns.backend(fused, y0.float(), method="euler", steps=2).name == "fused"
+    assert "torch.float32" in ns.backend(fused, y0, method="euler", steps=2).reason
+    fused.double().load_state_dict(state)
+    assert_same(fused, f, y0, method="euler", steps=2)
+
+
+def test_what_the_kernel_does_not_do_takes_the_plain_loop() -> None:
+    fused, f = fused_problem("mlp")
+    y0 = problem("mlp")[1]
+    for settings_, why in (
+        ({"method": "dopri5"}, "error control"),
+        ({"method": "euler", "steps": 2, "options": {"stage_solver": "newton"}}, "newton"),
+        ({"method": "rk4", "steps": 2, "adjoint": "continuous"}, "plain loop"),
+        ({"method": "euler", "steps": 2, "options": {"fused": False}}, "False"),
+    ):
+        found = ns.backend(fused, y0, **settings_)
+        assert found.name == "plain" and why in found.reason
+        result = ns.odeint(fused, y0, [0.0, 0.5], **settings_)
+        assert relative_error([result.detach()], [ns.odeint(f, y0, [0.0, 0.5], **settings_).detach()]) < 1e-12
+    other = torch.randn(2, 3, 8, dtype=torch.float64)
+    assert "fused for samples" in ns.backend(fused, other, method="euler", steps=2).reason
+    assert ns.odeint(fused, other, [0.0, 0.5], method="euler", steps=2).shape == (2, 2, 3, 8)
+
+
+def test_a_block_and_stats_take_it() -> None:
+    fused, f = fused_problem("conv")
+    y0 = problem("conv")[1]
+    block, plain = ns.ODEBlock(fused, method="rk4", steps=2), ns.ODEBlock(f, method="rk4", steps=2)
+    assert relative_error([block(y0).detach()], [plain(y0).detach()]) < 1e-12
+    assert block.stats.nfe_forward.tolist() == [8, 8, 8]
+
+
+def test_one_sample_without_a_batch() -> None:
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([y[0] * (1.5 - y[1]), y[1] * (y[0] - 1) * torch.cos(t)])
+
+    y0 = torch.tensor([1.0, 0.7], dtype=torch.float64)
+    fused = ns.fuse(f, y0)
+    assert ns.backend(fused, y0, method="rk4", steps=5).name == "fused"
+    found, expected = (ns.odeint(g, y0, [0.0, 0.5, 1.0], method="rk4", steps=5) for g in (fused, f))
+    assert relative_error([found], [expected]) < 1e-12
+
+
+def test_it_can_be_read() -> None:
+    text = repr(fused_problem("mlp")[0])
+    assert "Fused(MLP), a sample is [8]" in text
+    assert re.search(r"linear 8 → 64 +64 +512", text) and "per step it keeps 32 bytes" in text
+
+
+class Made(nn.Module):
+    def __init__(self, function: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, t: Tensor, y: Tensor) -> Any:
+        return self.function(self, t, y)
+
+
+def if_positive(self: Any, t: Tensor, y: Tensor) -> Tensor:
+    return y if y.sum() > 0 else -y
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
+    "sort": (lambda self, t, y: torch.sort(y, 1)[0], "aten.sort does not lower at .*test_fuse.py:[0-9]+ "),
+    "mean of the batch": (lambda self, t, y: y - y.mean(0), "aten.mean.dim .*along the batch, so samples would mix"),
+    "sum of all": (lambda self, t, y: y * y.sum(), "aten.sum .*name the dimensions of a sample"),
+    "transposed batch": (lambda self, t, y: (y @ y.T) @ y, "aten.permute .*out of the first dimension"),
+    "some samples": (lambda self, t, y: y[:1] + y, "aten.slice .*takes some samples"),
+    "dropout": (lambda self, t, y: nn.functional.dropout(y), r"native_dropout .*call f.eval\(\)"),
+    "random": (lambda self, t, y: y + torch.randn_like(y), "randn_like .*draw the numbers before the solve"),
+    "batch norm": (lambda self, t, y: nn.functional.batch_norm(y, None, None, training=True), "GroupNorm"),
+    "values": (if_positive, "cannot be traced: .*does not look at their values"),
+    "detach": (lambda self, t, y: self.layer(y).detach() * y, "gradient of .* differ"),
+    "another shape": (lambda self, t, y: torch.cat([y, y], 1), "must return the shape of its state"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_says_what_does_not_lower_and_what_to_do(name: str) -> None:
+    function, message = REFUSED[name]
+    with pytest.raises(ns.FuseError, match=message) as caught:
+        ns.fuse(Made(function), torch.randn(4, 3))
+    assert isinstance(caught.value, ValueError)
+
+
+def test_weights_that_a_function_does_not_own_are_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(ns.FuseError, match=r"uses a Linear it does not own.*nn.Module"):
+        ns.fuse(lambda t, y: layer(y), torch.randn(4, 3))
+
+
+def test_a_strided_convolution_is_refused_by_name() -> None:
+    f = Made(lambda self, t, y: y)
+    f.layer = nn.Conv2d(2, 2, 3, stride=2)  # type: ignore[assignment]
+    f.function = lambda self, t, y: nn.functional.pad(self.layer(y), (0, 2, 0, 2))
+    with pytest.raises(ns.FuseError, match="stride is not 1"):
+        ns.fuse(f, torch.randn(2, 2, 5, 5))
+
+
+class Random(nn.Module):
+    """A random chain of layers over vectors of one width, each value made of earlier ones."""
+
+    UNARY = ("tanh", "sigmoid", "sin", "cos", "square", "abs", "neg", "relu")
+
+    def __init__(self, width: int, plan: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.plan = plan
+        self.linear = nn.ModuleList(nn.Linear(width, width) for _ in plan)
+        self.norm = nn.LayerNorm(width)
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        values = [y, y * t]
+        for k, (kind, first, second) in enumerate(self.plan):
+            a, b = values[first % len(values)], values[second % len(values)]
+            if kind < 8:
+                out = getattr(torch, self.UNARY[kind])(a)
+            else:
+                out = [
+                    lambda a, b, k: self.linear[k](a),
+                    lambda a, b, k: a + 0.5 * b,
+                    lambda a, b, k: a * torch.tanh(b),
+                    lambda a, b, k: a / (1 + b * b),
+                    lambda a, b, k: torch.cat([a[:, 1:], b[:, :1]], dim=1),
+                    lambda a, b, k: self.norm(a) * self.scale,
+                    lambda a, b, k: a - b.mean(dim=1, keepdim=True),
+                    lambda a, b, k: torch.cat([a, b], dim=1)[:, ::2],
+                    lambda a, b, k: b @ self.linear[0].weight + a.sum(dim=1, keepdim=True) * self.scale,
+                ][kind - 8](a, b, k)
+            values.append(out)
+        return torch.tanh(values[-1]) - 0.1 * y
+
+
+@settings(max_examples=12 if settings.default.max_examples < 100 else 2000)  # type: ignore[union-attr]
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.integers(0, 16), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
+    st.integers(1, 20),
+    st.sampled_from(["euler", "rk4", "implicit_midpoint"]),
+    st.sampled_from(ISAS or ["portable"]),
+)
+def test_random_programs(width: int, plan: list[tuple[int, int, int]], batch: int, method: str, isa: str) -> None:
+    f = Random(width, plan).double()
+    y0 = torch.randn(batch, width, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NODESHAPE_ISA", isa)
+        fused = ns.fuse(f, y0)
+        loose = method == "implicit_midpoint"
+        limits = {"values": 1e-9, "gradients": 1e-7} if loose else {}  # some of them have kinks
+        options = {"stage_tolerance": 1e-11} if loose else None
+        assert_same(fused, f, y0, method=method, steps=6, options=options, **limits)

@@ -4,6 +4,7 @@
 
 #include "arena.h"
 #include "conv_direct.h"
+#include "conv_winograd.h"
 #include "gemm.h"
 #include "transpose.h"
 #include "../functions.h"
@@ -43,6 +44,11 @@ class Layers {
       if (use.rows > 0 && padded<T>(use.columns) > widest) widest = padded<T>(use.columns);
     }
     turned_ = arena.zeros<T>(widest * width);
+    for (int64_t l = 0; l < p_.layer_count; ++l) {
+      const Layer& layer = p_.layers[l];
+      if (layer.kind == LayerKind::conv && plans_[l].fast == nullptr && lanes_[layer.weight] == nullptr)
+        lanes_[layer.weight] = arena.zeros<T>(p_.weights[layer.weight].size * kWide);
+    }
   }
 
   int64_t width() const { return width_; }
@@ -75,10 +81,11 @@ class Layers {
 
   /// Hand over what vjp() gathered, in the order of the weights, and start again from zero.
   NODESHAPE_OUTLINE void take_gradient(T* row) {
+    T* const first = row;
     for (int64_t k = 0; k < p_.weight_count; ++k) {
       const WeightUse& use = p_.weights[k];
-      for (int64_t i = 0; i < use.size; ++i) row[i] = use.lanes ? sum<T>(load(lanes_[k] + i * kWide)) : T(0);
-      if (use.lanes) __builtin_memset(lanes_[k], 0, use.size * kWide * sizeof(T));
+      for (int64_t i = 0; i < use.size; ++i) row[i] = lanes_[k] != nullptr ? sum<T>(load(lanes_[k] + i * kWide)) : T(0);
+      if (lanes_[k] != nullptr) __builtin_memset(lanes_[k], 0, use.size * kWide * sizeof(T));
       if (use.rows > 0) {
         const int64_t stride = padded<T>(use.columns);
         for (int64_t r = 0; r < use.rows; ++r)
@@ -86,6 +93,14 @@ class Layers {
         __builtin_memset(matrices_[k], 0, use.rows * stride * sizeof(T));
       }
       row += use.size;
+    }
+    for (int64_t l = 0; l < p_.layer_count; ++l) {
+      const Layer& layer = p_.layers[l];
+      if (layer.kind != LayerKind::conv || plans_[l].fast == nullptr) continue;
+      T* own = first;
+      for (int64_t k = 0; k < layer.weight; ++k) own += p_.weights[k].size;
+      const int64_t group = p_.weights[layer.weight].size / layer.conv.groups;
+      for (int64_t g = 0; g < layer.conv.groups; ++g) plans_[l].fast[g]->take_gradient(own + g * group);
     }
   }
 
@@ -330,31 +345,31 @@ class Layers {
     }
   }
 
-  // ---- move: out = c0 a, or out = c0 times sums of a ----------------------------------------------------------------
+  // ---- move: out = c0 a, or c0 times sums of a, or the largest of some a --------------------------------------------
 
   NODESHAPE_OUTLINE void move(const Layer& layer, T* const* values) {
     const Operand a = operand(layer.a, values);
     T* out = at(values, layer.out);
-    const bool sums = layer.function == 1;
+    const Move how = Move(layer.function);
     const Vec<T> scale = splat(T(layer.c[0]));
-    if (sums) {  // of which the rows that they go to are dense
+    if (how != Move::copy) {  // whose places are dense
       int64_t rows = 1;
       for (int64_t d = 0; d < layer.strides.dims; ++d)
         if (layer.strides.b[d] != 0) rows *= layer.strides.sizes[d];
-      clear(out, rows);
+      const Vec<T> start = splat(how == Move::sum ? T(0) : -T(__builtin_inf()));
+      each_vector(rows, [=](int64_t i) { store(out + i, start); });
     }
     each_run(layer.strides, [=, this](int64_t, int64_t ra, int64_t rb, int64_t count, int64_t sa, int64_t sb) {
-      if (!sums && !a.is_weight && sa == 1 && sb == 1) {
-        const T* x = a.data + ra * width_;
-        T* to = out + rb * width_;
-        for (int64_t i = 0, end = count * width_; i < end; i += kWide) store(to + i, scale * load(x + i));
-        return;
-      }
       for (int64_t r = 0; r < count; ++r) {
         T* to = out + (rb + r * sb) * width_;
         for (int64_t v = 0; v < width_; v += kWide) {
           const Vec<T> x = scale * a.get(ra + r * sa, width_, v);
-          store(to + v, sums ? load(to + v) + x : x);
+          if (how == Move::copy)
+            store(to + v, x);
+          else if (how == Move::sum)
+            store(to + v, load(to + v) + x);
+          else
+            store(to + v, combine<Binary::maximum>(load(to + v), x));
         }
       }
     });
@@ -475,6 +490,8 @@ class Layers {
     bool back_framed;
     int64_t back_frame_y, back_frame_x, back_row;
     Taps forward, backward;  // within a group
+    Winograd<T>** fast;      // of each group, or null
+    Winograd<T>** fast_back;
   };
 
   void plan_convolutions(Arena& arena) {
@@ -484,6 +501,7 @@ class Layers {
       if (layer.kind != LayerKind::conv) continue;
       const auto& n = layer.conv;
       ConvPlan& plan = plans_[l];
+      plan.fast = plan.fast_back = nullptr;
       const int64_t area = n.kernel_height * n.kernel_width, in = n.in / n.groups, out = n.out / n.groups;
       const int64_t reach_y = n.dilation_height * (n.kernel_height - 1),
                     reach_x = n.dilation_width * (n.kernel_width - 1);
@@ -509,6 +527,7 @@ class Layers {
             from[k] = ((i * framed_y + y * n.dilation_height) * framed_x + x * n.dilation_width) * width_;
           }
       plan.forward = {in * area, in * area, at, from};
+      plan_winograd(layer, out_y, out_x, arena, plan);
       if (!with_gradient_) continue;
       int64_t *back_at = arena.take<int64_t>(out * area), *back_from = arena.take<int64_t>(out * area);
       for (int64_t o = 0, k = 0; o < out; ++o)
@@ -520,6 +539,25 @@ class Layers {
                            width_;
           }
       plan.backward = {out * area, area, back_at, back_from};
+    }
+  }
+
+  void plan_winograd(const Layer& layer, int64_t out_y, int64_t out_x, Arena& arena, ConvPlan& plan) {
+    const auto& n = layer.conv;
+    if (n.kernel_height != 3 || n.kernel_width != 3 || n.dilation_height != 1 || n.dilation_width != 1) return;
+    const int64_t in = n.in / n.groups, out = n.out / n.groups;
+    const WinogradMap map{in, out, n.height, n.width, n.pad_height, n.pad_width, out_y, out_x};
+    const WinogradMap back{out, in, out_y, out_x, 2 - n.pad_height, 2 - n.pad_width, n.height, n.width};
+    if (!map.pays() || !back.pays()) return;
+    plan.fast = arena.take<Winograd<T>*>(n.groups);
+    if (with_gradient_) plan.fast_back = arena.take<Winograd<T>*>(n.groups);
+    for (int64_t g = 0; g < n.groups; ++g) {
+      const T* w = weight(layer.weight) + g * out * in * 9;
+      plan.fast[g] = new (arena.take<Winograd<T>>(1)) Winograd<T>(
+          map, width_, arena, with_gradient_, [=](int64_t o, int64_t i, int tap) { return w[(o * in + i) * 9 + tap]; });
+      if (with_gradient_)
+        plan.fast_back[g] = new (arena.take<Winograd<T>>(1)) Winograd<T>(
+            back, width_, arena, false, [=](int64_t i, int64_t o, int tap) { return w[(o * in + i) * 9 + 8 - tap]; });
     }
   }
 
@@ -543,6 +581,13 @@ class Layers {
     const T *w = weight(layer.weight), *bias = weight(layer.bias), *in = at(values, layer.a);
     T* out = at(values, layer.out);
     int64_t map = n.height * n.width * width_;
+    if (plan.fast != nullptr) {
+      const int64_t own_out = n.out / n.groups;
+      for (int64_t g = 0; g < n.groups; ++g)
+        plan.fast[g]->convolve(in + g * (n.in / n.groups) * map, bias == nullptr ? nullptr : bias + g * own_out, false,
+                               out + g * own_out * plan.height * plan.columns);
+      return;
+    }
     if (plan.framed) {
       T* framed = values[layer.scratch];
       frame(n.in, n.height, n.width * width_, n.pad_height, n.pad_width * width_, in, framed);
@@ -562,6 +607,19 @@ class Layers {
     const int64_t out_map = plan.height * plan.columns, in_map = n.height * n.width * width_;
     const T *w = weight(layer.weight), *d = at(cotangents_, layer.out);
     T* to = at(cotangents_, layer.a);
+    if (gradient && layer.bias >= 0)
+      for (int64_t o = 0; o < n.out; ++o) {
+        T* sum = lanes_[layer.bias] + o * kWide;
+        store(sum, load(sum) + rows_sum(out_map / kWide, [=](int64_t r) { return load(d + o * out_map + r * kWide); }));
+      }
+    if (plan.fast != nullptr) {
+      for (int64_t g = 0; g < n.groups; ++g) {
+        const T* own = d + g * own_out * out_map;
+        if (gradient) plan.fast[g]->weight_gradient(at(values, layer.a) + g * own_in * in_map, own);
+        plan.fast_back[g]->convolve(own, nullptr, layer.add_a, to + g * own_in * in_map);
+      }
+      return;
+    }
     if (gradient) {
       const T* in = plan.framed ? values[layer.scratch] : at(values, layer.a);
       const int64_t map = plan.framed ? (n.height + 2 * n.pad_height) * (n.width + 2 * n.pad_width) * width_ : in_map;
@@ -569,12 +627,6 @@ class Layers {
       for (int64_t g = 0; g < n.groups; ++g)
         convolve_products<T>(own_out, plan.height, plan.columns, plan.forward, d + g * own_out * out_map,
                              in + g * own_in * map, plan.row, lanes_[layer.weight] + g * weights * kWide);
-      if (layer.bias >= 0)
-        for (int64_t o = 0; o < n.out; ++o) {
-          T* sum = lanes_[layer.bias] + o * kWide;
-          store(sum,
-                load(sum) + rows_sum(out_map / kWide, [=](int64_t r) { return load(d + o * out_map + r * kWide); }));
-        }
     }
     int64_t back_map = out_map;
     if (plan.back_framed) {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nodeshape._ode.program import STATE, TIME, Builder, Program, Ref, Shape, dense
+from nodeshape._ode.program import MOVES, STATE, TIME, Builder, Program, Ref, Shape, dense
 
 FREE, BATCHED, MERGED = "free", "batched", "merged"
 aten = torch.ops.aten
@@ -106,14 +106,15 @@ BINARIES: dict[Any, str] = {
 ADVICE = {
     "native_dropout": "call f.eval() before fuse, or leave dropout out of f",
     "bernoulli": "call f.eval() before fuse, or leave dropout out of f",
-    "rand": "an ODE's f is not random: draw the numbers before the solve and keep them in a buffer",
-    "randn": "an ODE's f is not random: draw the numbers before the solve and keep them in a buffer",
+    **dict.fromkeys(
+        ("rand", "randn", "rand_like", "randn_like"),
+        "an ODE's f is not random: draw the numbers before the solve and keep them in a buffer",
+    ),
     "_native_batch_norm_legit": "call f.eval(), which freezes the statistics, or use GroupNorm or LayerNorm",
     "_native_batch_norm_legit_functional": "call f.eval(), which freezes the statistics, or use GroupNorm or LayerNorm",
     "batch_norm": "call f.eval(), which freezes the statistics, or use GroupNorm or LayerNorm",
     "where": "write it with relu, clamp, maximum, minimum or abs",
     "detach": "let gradients through, or make what is detached a buffer",
-    "_softmax": "write it as exp(x) / exp(x).sum(...)",
     "max_pool2d_with_indices": "use a convolution or a mean; a state keeps its size anyway",
     "embedding": "look embeddings up before the solve and make them part of the state",
     "index": "choose elements by slices",
@@ -206,12 +207,12 @@ class Lowering:
             raise FuseError(
                 f"f must return the shape of its state: samples are {[y.shape for y in inputs]}, it returned {shapes}"
             )
+        parts = [self.value(x) for x in found]
         out = self.builder.buffer((self.builder.sizes[STATE],))
         offset = 0
-        for x in found:
-            value = self.value(x)
-            self.builder.move(value.ref, (1,), Ref(out.buffer, offset), (1,), (prod(value.shape),), "dy/dt")
-            offset += prod(value.shape)
+        for part in parts:
+            self.builder.move(part.ref, (1,), Ref(out.buffer, offset), (1,), (prod(part.shape),), "dy/dt")
+            offset += prod(part.shape)
         return self._without_last_copy(out, found)
 
     def _without_last_copy(self, out: Ref, found: list[Any]) -> Ref:
@@ -382,7 +383,9 @@ class Lowering:
         keywords = {name: self._argument(x) for name, x in node.kwargs.items()}
         rule = RULES.get(target)
         if rule is None:
-            advice = ADVICE.get(_name(node), "solve this f without fuse, or write it with operations that README lists")
+            advice = ADVICE.get(
+                _name(node), "solve this f without fuse, or write it with operations that the reference of fuse lists"
+            )
             raise NotLowered(f"there is no layer for it: {advice}")
         return rule(self, node, args, keywords)
 
@@ -607,6 +610,12 @@ def _elu(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]
     return low._unary("elu", args[0], [alpha * scale, scale, inner])
 
 
+@rule(aten.celu.default)
+def _celu(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    alpha = float(_get(args, keywords, 1, "alpha", 1.0))
+    return low._unary("elu", args[0], [alpha, 1.0, 1 / alpha])
+
+
 @rule(aten.gelu.default)
 def _gelu(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     return low._unary("gelu_tanh" if _get(args, keywords, 1, "approximate", "none") == "tanh" else "gelu", args[0])
@@ -786,22 +795,82 @@ def _pad(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]
     return x
 
 
+def _along(low: Lowering, x: Operand, along: Any) -> set[int]:
+    """Dimensions of a sample; all that a value has where none are named."""
+    rank = len(x.shape) + (x.kind == BATCHED)
+    if along is None or along == []:
+        along = range(rank)
+    return {low.dimension(x, d) for d in (along if isinstance(along, (list, tuple, range)) else [along])}
+
+
+def _reduced(low: Lowering, x: Operand, dims: set[int], function: str) -> Value:
+    """The sum, mean or largest of ``x`` along some dimensions, which stay as 1; of "largest" without a gradient."""
+    value = low.value(x)
+    kept = tuple(1 if d in dims else size for d, size in enumerate(value.shape))
+    out = low.builder.buffer(kept)
+    strides = tuple(0 if d in dims else stride for d, stride in enumerate(dense(kept)))
+    scale = 1 / prod(value.shape[d] for d in dims) if function == "mean" else 1.0
+    mode = MOVES.index("largest" if function == "largest" else "sum")
+    low.builder.move(value.ref, dense(value.shape), out, strides, value.shape, function, scale=scale, function=mode)
+    return Value(out, kept, value.kind)
+
+
+def _with(low: Lowering, function: str, a: Value, b: Value) -> Value:
+    """function(a, b), b broadcast to a."""
+    out = low.builder.binary(function, a.ref, dense(a.shape), b.ref, low.spread(b, a.kind, a.shape), a.shape)
+    return Value(out, a.shape, a.kind)
+
+
+def _exponentials(low: Lowering, x: Operand, dims: set[int]) -> tuple[Value, Value, Value]:
+    """The largest m of x, e^(x - m), and its sum: of which nothing depends on m, so that it needs no gradient."""
+    value = low.value(x)
+    peak = _reduced(low, value, dims, "largest")
+    powers = low._unary("exp", _with(low, "subtract", value, peak))
+    return peak, powers, _reduced(low, powers, dims, "sum")
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+def _softmax(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    _, powers, total = _exponentials(low, args[0], _along(low, args[0], args[1]))
+    return _with(low, "divide", powers, total)
+
+
+@rule(aten.logsumexp.default)
+def _logsumexp(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    peak, _, total = _exponentials(low, args[0], _along(low, args[0], args[1]))
+    return low._as_shape(_with(low, "add", low._unary("log", total), peak), *low.classify(node.meta["val"]))
+
+
+@rule(aten.linalg_vector_norm.default)
+def _vector_norm(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    if float(_get(args, keywords, 1, "ord", 2)) != 2:
+        raise NotLowered("it is not of order 2")
+    dims = _along(low, args[0], _get(args, keywords, 2, "dim", None))
+    total = _reduced(low, low._unary("square", args[0]), dims, "sum")
+    return low._as_shape(low._unary("sqrt", total), *low.classify(node.meta["val"]))
+
+
+@rule(aten.var.correction, aten.var.dim)
+def _variance(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = low.value(args[0])
+    dims = _along(low, x, _get(args, keywords, 1, "dim", None))
+    count = prod(x.shape[d] for d in dims)
+    if node.target is aten.var.dim:
+        correction = float(bool(_get(args, keywords, 2, "unbiased", True)))
+    else:
+        given = keywords.get("correction")
+        correction = 1.0 if given is None else float(given)
+    distance = _with(low, "subtract", x, _reduced(low, x, dims, "mean"))
+    mean = _reduced(low, low._unary("square", distance), dims, "mean")
+    return low._as_shape(low.affine(mean, count / (count - correction), 0.0), *low.classify(node.meta["val"]))
+
+
 @rule(aten.sum.dim_IntList, aten.mean.dim)
 def _sum(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     kind, shape = low.classify(node.meta["val"])
-    x = low.value(args[0])
-    rank = len(x.shape) + (x.kind == BATCHED)
-    along = _get(args, keywords, 1, "dim", None)
-    along = range(rank) if along is None or along == [] else along
-    dims = {low.dimension(x, d) for d in along}
-    kept = tuple(1 if d in dims else size for d, size in enumerate(x.shape))
-    out = low.builder.buffer(kept)
-    strides = tuple(0 if d in dims else stride for d, stride in enumerate(dense(kept)))
-    mean = node.target is aten.mean.dim
-    count = prod(x.shape[d] for d in dims)
-    name, scale = ("mean", 1 / count) if mean else ("sum", 1.0)
-    low.builder.move(x.ref, dense(x.shape), out, strides, x.shape, name, scale=scale, sums=True)
-    return Value(out, shape, kind)
+    dims = _along(low, args[0], _get(args, keywords, 1, "dim", None))
+    out = _reduced(low, args[0], dims, "mean" if node.target is aten.mean.dim else "sum")
+    return Value(out.ref, shape, kind)
 
 
 @rule(aten.sum.default, aten.mean.default)

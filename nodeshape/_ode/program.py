@@ -20,6 +20,8 @@ UNARY = (
 )
 BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
 
+MOVES = ("copy", "sum", "largest")
+
 Shape = tuple[int, ...]
 STATE, TIME = 0, 1  # buffers
 
@@ -137,12 +139,20 @@ class Builder:
         return out
 
     def move(
-        self, a: Ref, a_strides: Shape, out: Ref, out_strides: Shape, shape: Shape, name: str, *, scale: float = 1.0,
-        sums: bool = False,
-    ) -> None:  # fmt: skip
-        """Elements of a that strides choose, to where others say; or their sums, where those of ``out`` are 0."""
+        self,
+        a: Ref,
+        a_strides: Shape,
+        out: Ref,
+        out_strides: Shape,
+        shape: Shape,
+        name: str,
+        *,
+        scale: float = 1.0,
+        function: int = 0,
+    ) -> None:
+        """Elements of a that strides choose, to where others say; those whose place is the same, by one of MOVES."""
         numbers = strided(shape, a_strides, out_strides)
-        self.add("move", a, out, numbers, name, shape, 0, function=int(sums), constants=[scale])
+        self.add("move", a, out, numbers, name, shape, 0, function=function, constants=[scale])
 
     def finish(self, result: Ref) -> Program:
         """The program whose dy/dt is the whole buffer ``result``."""
