@@ -44,7 +44,8 @@ class Winograd {
   }
 
   /// out (+)= start + the convolution of x; `start` is one number per output channel, or null.
-  NODESHAPE_OUTLINE void convolve(const T* x, const T* start, bool add, T* out) const {
+  NODESHAPE_OUTLINE void convolve(const T* x, const T* start, bool add, T* out) {
+    held_ = block_ == map_.tiles() ? x : nullptr;
     for (int64_t first = 0; first < map_.tiles(); first += block_) {
       const int64_t count = tiles_from(first), columns = count * width_;
       transform_inputs(x, first, count);
@@ -56,12 +57,12 @@ class Winograd {
     }
   }
 
-  /// Gather the gradient of the filter, for cotangents d of the output.
+  /// Gather the gradient of the filter, for cotangents d of the output of the latest convolve() of x.
   NODESHAPE_OUTLINE void weight_gradient(const T* x, const T* d) {
     const int64_t in = padded<T>(map_.in);
     for (int64_t first = 0; first < map_.tiles(); first += block_) {
       const int64_t count = tiles_from(first), columns = count * width_;
-      transform_inputs(x, first, count);
+      if (held_ != x) transform_inputs(x, first, count);
       transform_cotangents(d, first, count);
       for (int xi = 0; xi < winograd::kProducts; ++xi) {
         transpose<T>(map_.in, columns, inputs_ + xi * stride(map_.in), columns, turned_, in);
@@ -182,12 +183,13 @@ class Winograd {
 
   const WinogradMap map_;
   const int64_t width_;
-  int64_t block_;          // tiles at a time
-  T *inputs_, *outputs_;   // [36, channels, block * width]
-  T* nothing_;             // [width]
-  T* filters_;             // [36, out, padded in]
-  T* gradient_ = nullptr;  // the same
-  T* turned_ = nullptr;    // [block * width, padded in]
+  int64_t block_;            // tiles at a time
+  const T* held_ = nullptr;  // whose transform is in `inputs_`
+  T *inputs_, *outputs_;     // [36, channels, block * width]
+  T* nothing_;               // [width]
+  T* filters_;               // [36, out, padded in]
+  T* gradient_ = nullptr;    // the same
+  T* turned_ = nullptr;      // [block * width, padded in]
 };
 
 }  // namespace nodeshape::NODESHAPE_TARGET

@@ -20,7 +20,7 @@ class Layers {
   /// `width`, a multiple of the vector; without a gradient one tape, whose values overwrite each other.
   NODESHAPE_OUTLINE Layers(const Program& program, const T* const* weights, Arena& arena, int64_t width, int64_t tapes,
                            bool with_gradient)
-      : p_(program), weights_(weights), width_(width), with_gradient_(with_gradient) {
+      : p_(program), weights_(weights), width_(width), members_(width), with_gradient_(with_gradient) {
     const int64_t elements = with_gradient ? p_.kept : p_.brief;
     values_ = arena.take<T*>(tapes * p_.buffer_count);
     for (int64_t k = 0; k < tapes; ++k) {
@@ -51,7 +51,8 @@ class Layers {
     }
   }
 
-  int64_t width() const { return width_; }
+  /// Only the first `count` lanes have a cotangent from now on.
+  void set_members(int64_t count) { members_ = count; }
 
   /// out[state, width] = f(t, in); `in` and `out` stay in place while the tape is used.
   NODESHAPE_OUTLINE void eval(int64_t tape, double t, T* in, T* out) {
@@ -200,7 +201,7 @@ class Layers {
         const int64_t rows = outputs_first ? n.out : n.in, columns = outputs_first ? n.in : n.out;
         const int64_t stride = padded<T>(columns);
         transpose<T>(columns, width_, right, width_, turned_, stride);
-        gemm<T, true>(rows, stride, width_, {left, width_, 1}, turned_, stride, matrices_[layer.weight], stride);
+        gemm<T, true>(rows, stride, members_, {left, width_, 1}, turned_, stride, matrices_[layer.weight], stride);
         if (layer.bias >= 0) add_lanes(n.out, d, lanes_[layer.bias]);
       }
       in += n.in * width_;
@@ -679,6 +680,7 @@ class Layers {
   const Program& p_;
   const T* const* weights_;
   const int64_t width_;
+  int64_t members_;
   const bool with_gradient_;
   T** values_;  // [tapes, buffers]
   ConvPlan* plans_;

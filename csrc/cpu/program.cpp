@@ -11,14 +11,18 @@
 namespace nodeshape {
 namespace NODESHAPE_TARGET {
 
-/// Vectors of samples that a tile takes: four hide most of what the weights cost to read, if enough tiles are left to
-/// share out and the tile stays in the cache. It depends on the problem alone.
+/// Vectors of samples that a tile takes: several hide what the weights cost to read, as long as the tile stays in the
+/// cache and, where there is work to share out, enough tiles are left for it. It depends on the problem alone.
 template <class T>
 int64_t tile_vectors(const Program& program, int64_t samples) {
-  constexpr int64_t kTiles = 4, kMostElements = (int64_t(1) << 19) / int64_t(sizeof(T));
+  constexpr int64_t kMostElements = (int64_t(1) << 19) / int64_t(sizeof(T));
+  constexpr double kLittleWork = 32e3;
   int64_t vectors = 4;
-  while (vectors > 1 && (samples < kTiles * vectors * kLanes<T> || program.kept * vectors * kLanes<T> > kMostElements))
+  while (vectors > 1) {
+    const int64_t tiles = vectors == 4 || program.operations > kLittleWork ? 4 : 1;
+    if (samples >= tiles * vectors * kLanes<T> && program.kept * vectors * kLanes<T> <= kMostElements) break;
     vectors /= 2;
+  }
   return vectors;
 }
 

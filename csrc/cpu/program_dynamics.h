@@ -52,7 +52,8 @@ class ProgramTile {
     for (int64_t i = 0; i < sample_; ++i)
       for (int64_t lane = members; lane < kWidth; ++lane) y[i * kWidth + lane] = y[i * kWidth + members - 1];
   }
-  void read_cotangent(const T* tensor, int members, T* lambda) const {
+  void read_cotangent(const T* tensor, int members, T* lambda) {
+    layers_.set_members(members);
     read(tensor, members, lambda);
     for (int64_t i = 0; i < sample_ && members < kWidth; ++i)
       for (int64_t lane = members; lane < kWidth; ++lane) lambda[i * kWidth + lane] = 0;

@@ -92,44 +92,70 @@ class Fused(nn.Module):
                 or torch.autograd.forward_ad._current_level >= 0
             ):
                 return "a torch.func transform or forward-mode differentiation is active"
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if self.__dict__[name]:
-                return "Fused has hooks"
+        own = self.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return "Fused has hooks"
         if self._modes and self._modes != _modes(self.func):
             return "f was fused in another mode: call train() or eval() before fuse"
         weights = self._weights(first.dtype)
         if isinstance(weights, str):
             return weights
+        dtype = first.dtype
         for x in weights:
-            if not x.is_cpu or x.dtype != first.dtype:
+            if x is None:
+                return "a weight of f is gone"
+            if x.dtype is not dtype or not x.is_cpu:
                 return f"a weight is {x.dtype} on {x.device}, the state {first.dtype} on {first.device}"
         return weights
 
     def _weights(self, dtype: torch.dtype) -> list[Tensor] | str:
         lowered = self._lowered
-        own = [self._input(name, dtype) if isinstance(name, str) else None for name in lowered.weights]
-        if lowered.prelude is not None:
-            made = lowered.prelude(*(self._input(name, dtype) for name in lowered.prelude_inputs))
-            own = [made[name] if isinstance(name, int) else x for name, x in zip(lowered.weights, own)]
-        if any(x is None for x in own):
+        named = self._named()
+        if named is None:
             return "a weight of f is gone"
-        return own  # type: ignore[return-value]
+        for name, x in lowered.constants.items():
+            named[name] = x.to(dtype) if x.is_floating_point() else x
+        if lowered.prelude is None:
+            return [named[name] for name in lowered.weights]  # type: ignore[index]
+        made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
+        return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
-    def _input(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """A parameter or buffer by its path; or a constant that f made."""
-        constant = self._lowered.constants.get(name)
-        if constant is not None:
-            return constant.to(dtype) if constant.is_floating_point() else constant
-        module: Any = self
-        *path, last = self._lowered.paths[name]
-        for part in path:
-            module = module.__dict__["_modules"].get(part)
-            if module is None:
-                return None
-        found: Tensor | None = module.__dict__["_parameters"].get(last)
-        if found is None:
-            found = module.__dict__["_buffers"].get(last)
-        return found if found is not None else getattr(module, last, None)
+    def _named(self) -> dict[str, Tensor] | None:
+        """The inputs of the trace that are parameters and buffers, by name; None if one of them is not there.
+
+        The way to each is remembered, as walking it is most of what a small solve costs in Python, and walked again
+        when a module on it is no longer the one that was there.
+        """
+        modules = self.__dict__["_modules"]
+        ways = self.__dict__.get("_ways")
+        if ways is None or ways[0] is not modules or any(own.get(name) is not child for own, name, child in ways[1]):
+            ways = self.__dict__["_ways"] = self._walk()
+        try:
+            return {name: own[last] for name, own, last in ways[2]}
+        except KeyError:
+            self.__dict__["_ways"] = None
+            return None
+
+    def _walk(self) -> tuple[Any, ...]:
+        """The dictionary to begin at, those on the way with what was found in them, those of the tensors."""
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        ends = []
+        for name, (*path, last) in self._lowered.paths.items():
+            module: Any = self
+            for part in path:
+                own = module.__dict__["_modules"]
+                module = own.get(part)
+                links[id(own), part] = (own, part, module)
+                if module is None:
+                    break
+            places = ({}, {}) if module is None else (module.__dict__["_parameters"], module.__dict__["_buffers"])
+            ends.append((name, places[0] if last in places[0] else places[1], last))
+        return self.__dict__["_modules"], list(links.values()), ends
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_ways", None)
+        return state
 
     def pack(self, y0: State) -> Tensor:
         """The state as the op takes it, ``[batch, ...]``."""
