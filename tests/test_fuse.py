@@ -18,6 +18,8 @@ from problems import relative_error
 from torch import Tensor, nn
 
 import nodeshape as ns
+from nodeshape._ode import program_op
+from nodeshape._ode.method import METHODS
 
 FIXED = ("euler", "midpoint", "heun3", "rk4", "dopri5")
 ISAS = instruction_sets()
@@ -429,6 +431,34 @@ def test_a_block_and_stats_take_it() -> None:
     block, plain = ns.ODEBlock(fused, method="rk4", steps=2), ns.ODEBlock(f, method="rk4", steps=2)
     assert relative_error([block(y0).detach()], [plain(y0).detach()]) < 1e-12
     assert block.stats.nfe_forward.tolist() == [8, 8, 8]
+
+
+@pytest.mark.parametrize("name", ["time", "hamiltonian"])
+def test_the_op_is_a_good_citizen(name: str) -> None:
+    fused, _ = fused_problem(name)
+    y0, rk4 = problem(name)[1], METHODS["rk4"]
+    weights = fused.weights_for(y0, rk4, "discrete")
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    program = (fused.program.code, fused.program.constants, program_op.tableau_of(rk4))
+    inputs = [fused.pack(y0).requires_grad_(), t, [x.detach().clone().requires_grad_() for x in weights]]
+    torch.library.opcheck(torch.ops.nodeshape.solve.default, (*inputs, *program, [2, 2], 1e-9, 50, 1, 1, 0, 1e-3))
+
+
+def test_compilers_and_exporters_take_it() -> None:
+    fused, _ = fused_problem("time")
+    y0 = problem("time")[1].requires_grad_()
+    block = ns.ODEBlock(fused, method="rk4", steps=2)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    expected = block(y0)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), y0)
+    assert torch.equal(compiled(y0), expected)
+    assert torch.equal(torch.autograd.grad(compiled(y0).square().sum(), y0)[0], gradient)
+    y0 = y0.detach()
+    assert torch.equal(torch.export.export(block, (y0,)).module()(y0), expected)
+    traced = torch.jit.trace(block, (y0,))(y0)
+    assert relative_error([traced.detach()], [expected.detach()]) < 1e-12
+    replica = fused._replicate_for_data_parallel()
+    assert ns.backend(replica, y0, method="rk4", steps=2).name == "fused"
 
 
 def test_one_sample_without_a_batch() -> None:

@@ -85,6 +85,8 @@ class Fused(nn.Module):
         if [(*lead, *shape) for shape in self._shapes] != [tuple(x.shape) for x in tensors]:
             return f"f was fused for samples {self._shapes}, the state is {[list(x.shape) for x in tensors]}"
         if not compiling:
+            if torch._C._get_tracing_state() is not None:
+                return "torch.jit.trace records f itself, which runs anywhere"
             if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
                 return f"the state is a {type(first).__name__}"
             if (

@@ -75,9 +75,8 @@ def solve(
         drift_tolerance,
     )
     op = torch.ops.nodeshape.solve.default
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     try:
-        if traced:
+        if torch.compiler.is_compiling():
             ys, _, forward, residual = op(y0, t, weights, *scheme)
         elif recorded:
             ys, _, forward, residual = fused._Recorded.apply("solve", scheme, y0, t, *weights)
