@@ -444,6 +444,25 @@ def test_the_op_is_a_good_citizen(name: str) -> None:
     torch.library.opcheck(torch.ops.nodeshape.solve.default, (*inputs, *program, [2, 2], 1e-9, 50, 1, 1, 0, 1e-3))
 
 
+def test_a_program_that_is_not_one_is_refused_before_any_work() -> None:
+    fused, _ = fused_problem("separable")
+    y0, euler = problem("separable")[1], METHODS["euler"]
+    weights = [x.detach() for x in fused.weights_for(y0, euler, "discrete")]
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    code, refused = fused.program.code, 0
+    for position in range(len(code)):
+        for number in (-1, 2, 2**40, -(2**62)):
+            wrong = code.clone()
+            wrong[position] = number
+            program = (wrong, fused.program.constants, program_op.tableau_of(euler))
+            try:
+                torch.ops.nodeshape.solve(y0, t, weights, *program, [1], 1e-9, 50, 0, 1, 0, 1e-3)
+            except RuntimeError as error:
+                refused += 1
+                assert str(error).startswith(("program: ", "solve: ")), error
+    assert refused > len(code)
+
+
 def test_compilers_and_exporters_take_it() -> None:
     fused, _ = fused_problem("time")
     y0 = problem("time")[1].requires_grad_()
