@@ -202,6 +202,18 @@ class Shared(nn.Module):
         return self.a(self.scale * y) @ self.matrix.t() - y.mean(dim=1, keepdim=True)
 
 
+class FrozenBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.norm.running_mean.normal_()  # type: ignore[union-attr]
+        self.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        self.eval()
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.conv(y)))
+
+
 class Attention(nn.Module):
     """Products of values, sums inside a sample, permutations."""
 
@@ -242,6 +254,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {
     "norm": (NormMLP, lambda n: torch.randn(n, 6)),
     "separable": (Separable, lambda n: torch.randn(n, 6, 4, 5)),
     "shared": (Shared, lambda n: torch.randn(n, 4)),
+    "frozen batch norm": (FrozenBatchNorm, lambda n: torch.randn(n, 3, 4, 4)),
     "attention": (Attention, lambda n: torch.randn(n, 3, 4)),
     "odds": (Odds, lambda n: torch.randn(n, 6)),
 }
@@ -405,6 +418,15 @@ def test_it_moves_between_dtypes_and_loads_states() -> None:
     assert "torch.float32" in ns.backend(fused, y0, method="euler", steps=2).reason
     fused.double().load_state_dict(state)
     assert_same(fused, f, y0, method="euler", steps=2)
+
+
+def test_layers_that_have_modes_are_solved_in_the_one_they_were_fused_in() -> None:
+    f, y0 = problem("frozen batch norm")
+    fused = ns.fuse(f, y0)
+    assert not f.norm.training and not fused.training
+    assert ns.backend(fused, y0, method="euler", steps=2).name == "fused"
+    fused.train()
+    assert "another mode" in ns.backend(fused, y0, method="euler", steps=2).reason
 
 
 def test_what_the_kernel_does_not_do_takes_the_plain_loop() -> None:

@@ -47,7 +47,7 @@ class Fused(nn.Module):
         self._batched = tensors[0].dim() >= 2
         self._shapes = [tuple(x.shape[1:] if self._batched else x.shape) for x in tensors]
         self._modes = _modes(func)
-        self.train(getattr(func, "training", True))
+        self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
     @property
     def program(self) -> Program:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log, prod
 from pathlib import Path
 from typing import Any
@@ -1105,3 +1105,21 @@ def _instance_norm(low: Lowering, node: fx.Node, args: list[Any], keywords: dict
         raise NotLowered("it has running statistics: use InstanceNorm with track_running_stats=False")
     channels = x.shape[0]
     return _norm(low, x, channels, weight, bias, prod(x.shape[1:]), channels, float(eps), "instance norm")
+
+
+@rule(aten._native_batch_norm_legit_no_training.default)
+def _batch_norm(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    """Of frozen statistics: (x - mean) / sqrt(variance + eps), scaled and shifted, channel by channel."""
+    x, weight, bias, mean, variance, _, eps = args[:7]
+    columns = (x.shape[0], *(1 for _ in x.shape[1:]))
+
+    def column(part: Operand) -> Value:
+        return replace(low.value(part), shape=columns)
+
+    deviation = low._unary("sqrt", low.affine(column(variance), 1.0, float(eps)))
+    out = _with(low, "divide", _with(low, "subtract", low.value(x), column(mean)), deviation)
+    if weight is not None:
+        out = _with(low, "multiply", out, column(weight))
+    if bias is not None:
+        out = _with(low, "add", out, column(bias))
+    return [out, None, None]
