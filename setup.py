@@ -27,6 +27,8 @@ CPU_NAME, CUDA_NAME = (f"{PACKAGE_FOLDER.replace('/', '.')}.{name}" for name in 
 REPOSITORY = "https://github.com/nodeshape/nodeshape"
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+#: Files in csrc/cpu that are compiled for each instruction set and dtype.
+KERNELS = ("program", "kernels")
 #: Contraction is off so that a sum rounds the same way wherever the compiler has inlined it; kernels call fma by name.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"portable": []}
@@ -108,7 +110,8 @@ class BuildLibrary(build_ext):
         print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
         command = [*shlex.split(find_compiler()), *FLAGS]
         extra = shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", ""))
-        units = [(CPU / "ops.cpp", "ops", [*torch_flags, *extra]), (CPU / "isa.cpp", "isa", extra)]
+        units = [(CPU / f"{name}.cpp", name, [*torch_flags, *extra]) for name in ("ops", "program_ops")]
+        units.append((CPU / "isa.cpp", "isa", extra))
         for name, flags in INSTRUCTION_SETS.items():
             for scalar in ("float", "double"):
                 kernel_flags = [
@@ -118,7 +121,7 @@ class BuildLibrary(build_ext):
                     *flags,
                     *extra,
                 ]
-                units.append((CPU / "kernels.cpp", f"kernels_{name}_{scalar}", kernel_flags))
+                units += [(CPU / f"{kind}.cpp", f"{kind}_{name}_{scalar}", kernel_flags) for kind in KERNELS]
         self.build_library(command, units, [*link, *extra], target)
 
     def build_library(

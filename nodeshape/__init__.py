@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from nodeshape._models.fewest_steps import fewest_steps as fewest_steps
     from nodeshape._ode.backend import Backend as Backend
     from nodeshape._ode.backend import backend as backend
+    from nodeshape._ode.fuse import Fused as Fused
+    from nodeshape._ode.fuse import fuse as fuse
     from nodeshape._ode.interpolation import DenseSolution as DenseSolution
+    from nodeshape._ode.lowering import FuseError as FuseError
     from nodeshape._ode.odeint import odeint as odeint
     from nodeshape._ode.odeint import odeint_adjoint as odeint_adjoint
     from nodeshape._ode.odeint_event import odeint_event as odeint_event
@@ -32,6 +35,9 @@ __version__ = "0.1.0"
 _HOME = {
     "backend": "_ode.backend",
     "Backend": "_ode.backend",
+    "fuse": "_ode.fuse",
+    "Fused": "_ode.fuse",
+    "FuseError": "_ode.lowering",
     "odeint": "_ode.odeint",
     "odeint_event": "_ode.odeint_event",
     "DenseSolution": "_ode.interpolation",

@@ -10,15 +10,16 @@ namespace {
 
 struct Candidate {
   Kernels kernels;
+  ProgramKernels programs;
   bool supported;
 };
 
-#define NODESHAPE_KERNELS(isa) \
-  Kernels { #isa, kernels_##isa##_float, kernels_##isa##_double }
+#define NODESHAPE_KERNELS(isa)                                                   \
+  Kernels{#isa, kernels_##isa##_float, kernels_##isa##_double}, ProgramKernels { \
+    program_##isa##_float, program_##isa##_double                                \
+  }
 
-}  // namespace
-
-const Kernels& kernels() {
+const Candidate& chosen() {
   // Widest first. The compiler's builtins ask the processor and, for its registers, the operating system.
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -34,16 +35,21 @@ const Kernels& kernels() {
   std::string known;
   for (const Candidate& candidate : candidates) {
     if (forced == nullptr || *forced == '\0') {
-      if (candidate.supported) return candidate.kernels;
+      if (candidate.supported) return candidate;
       continue;
     }
     if (candidate.kernels.isa == std::string(forced)) {
-      if (candidate.supported) return candidate.kernels;
+      if (candidate.supported) return candidate;
       throw std::runtime_error(std::string("NODESHAPE_ISA=") + forced + ": this processor does not have it; unset it");
     }
     known += std::string(known.empty() ? "" : ", ") + candidate.kernels.isa;
   }
   throw std::runtime_error(std::string("NODESHAPE_ISA=") + forced + " is not known here: choose one of " + known);
 }
+
+}  // namespace
+
+const Kernels& kernels() { return chosen().kernels; }
+const ProgramKernels& program_kernels() { return chosen().programs; }
 
 }  // namespace nodeshape

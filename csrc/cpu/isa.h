@@ -2,10 +2,12 @@
 #pragma once
 
 #include "kernels.h"
+#include "program_kernels.h"
 
 namespace nodeshape {
 
 /// The widest instruction set of this machine, or the one NODESHAPE_ISA names; throws if the machine lacks that one.
 const Kernels& kernels();
+const ProgramKernels& program_kernels();
 
 }  // namespace nodeshape

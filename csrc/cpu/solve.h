@@ -15,9 +15,11 @@ int64_t worthwhile(const W& weights, double evaluations, int64_t most) {
   return threads < double(most) ? larger(1, int64_t(threads)) : most;
 }
 
-/// Results do not depend on how samples are grouped, so groups may be as many as keep all threads busy.
-template <class D, class T>
-void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all) {
+/// Calls solve(dynamics, arena, group) for groups of samples. Results do not depend on how samples are grouped, so
+/// groups may be as many as keep all threads busy.
+template <class D, class T, class Solve>
+void forward_groups(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all,
+                    Solve&& solve) {
   const int64_t slots = ceil_div(problem.samples, D::kSamples);
   const Executor executor{worthwhile(weights, double(slots) * double(problem.grid.total_steps()), all.threads),
                           all.run};
@@ -30,21 +32,29 @@ void forward(const typename D::Weights& weights, const ForwardProblem<T>& proble
         Arena arena;
         D dynamics(weights, arena, 1, false);
         dynamics.join(team, arena);
-        solve_forward(dynamics, arena, problem, {0, 1});
+        solve(dynamics, arena, Group{0, 1});
       });
   }
   const int64_t group = larger(1, smaller(weights.group(), ceil_div(slots, executor.threads)));
   share(executor, ceil_div(slots, group), [&](int64_t task, Arena& arena) {
     const Group members{task * group * D::kSamples, int(smaller(group, slots - task * group))};
     D dynamics(weights, arena, members.count, false);
-    solve_forward(dynamics, arena, problem, members);
+    solve(dynamics, arena, members);
   });
 }
 
-/// Parameter gradients are summed within chunks and then over chunks, in an order that depends on the problem alone, so
-/// that they are the same for any number of threads.
 template <class D, class T>
-void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& all) {
+void forward(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all) {
+  forward_groups<D>(weights, problem, all,
+                    [&](D& f, Arena& arena, Group group) { solve_forward(f, arena, problem, group); });
+}
+
+/// Calls sweep(dynamics, arena, group, gradient of the times) for groups of samples. Parameter gradients are summed
+/// within chunks and then over chunks, in an order that depends on the problem alone, so that they are the same for any
+/// number of threads.
+template <class D, class T, class Sweep>
+void backward_groups(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& all,
+                     Sweep&& sweep) {
   constexpr int64_t kChunks = 64, kWantedChunks = 8;
   const int64_t slots = ceil_div(problem.samples, D::kSamples), parameters = weights.parameters(),
                 times = problem.grid.count;
@@ -61,7 +71,7 @@ void backward(const typename D::Weights& weights, const BackwardProblem<T>& prob
     for (int64_t g = groups * chunk / chunks; g < groups * (chunk + 1) / chunks; ++g) {
       const Arena::Mark mark = arena.mark();
       const Group members{g * group * D::kSamples, int(smaller(group, slots - g * group))};
-      BackwardSweep<D, Arena>(dynamics, arena, problem, members, time_rows + chunk * times).run();
+      sweep(dynamics, arena, members, time_rows + chunk * times);
       arena.release(mark);
     }
     dynamics.take_gradient(rows + chunk * parameters);
@@ -78,6 +88,13 @@ void backward(const typename D::Weights& weights, const BackwardProblem<T>& prob
     problem.grad_t[j] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) problem.grad_t[j] += time_rows[chunk * times + j];
   }
+}
+
+template <class D, class T>
+void backward(const typename D::Weights& weights, const BackwardProblem<T>& problem, const Executor& all) {
+  backward_groups<D>(weights, problem, all, [&](D& f, Arena& arena, Group group, double* grad_t) {
+    BackwardSweep<D, Arena>(f, arena, problem, group, grad_t).run();
+  });
 }
 
 }  // namespace nodeshape::NODESHAPE_TARGET

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from nodeshape._ode.graph import leaves
+from nodeshape._ode.options import CALLBACKS
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.solver import Plan, mixed_norm
 from nodeshape._ode.step import Size
 from nodeshape._ode.surroundings import Surroundings
-
-CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def adjoint_solution(

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from nodeshape._ode import fused
+from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
-from nodeshape._ode.options import read_options
+from nodeshape._ode.options import CALLBACKS, read_options
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ def backend(
     settings = read_options(options)
     step_size = settings.get("step_size", step_size)
     scheme = get_method(method or default_method(steps, step_size, adjoint))
-    weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params, event_fn, return_dense)
+    how = Request(scheme, steps, step_size, settings, adjoint_params, adjoint, (rtol, atol))
+    weights = fused_weights(func, y0, how, event_fn is None and not return_dense)
     if isinstance(weights, str):
         return Backend("plain", weights)
-    return Backend("fused", f"{type(func).__name__} has a kernel for {y0.dtype} on {y0.device}")
+    first = y0[0] if isinstance(y0, tuple) else y0
+    return Backend("fused", f"{type(func).__name__} has a kernel for {first.dtype} on {first.device}")
 
 
 backend.__module__ = "nodeshape"
@@ -92,31 +95,80 @@ FUSED_OPTIONS = frozenset(
 )
 
 
+#: Options that ask for error control.
+ERROR_CONTROL = frozenset(
+    {
+        "first_step",
+        "min_step",
+        "max_step",
+        "max_num_steps",
+        "max_steps",
+        "safety",
+        "ifactor",
+        "dfactor",
+        "step_t",
+        "jump_t",
+        "step_control",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a solve is asked for.
+
+    Attributes:
+        steps, step_size: of equal steps; both None where none are given.
+        tolerances: rtol and atol as given.
+    """
+
+    method: Method
+    steps: int | None
+    step_size: float | None
+    options: Mapping[str, Any]
+    adjoint_params: Any = None
+    adjoint: str = "discrete"
+    tolerances: tuple[Any, Any] = (None, None)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether error control chooses the steps."""
+        if self.steps is not None or self.step_size is not None or "grid_constructor" in self.options:
+            return False
+        asked = self.tolerances[0] is not None or self.tolerances[1] is not None
+        return bool(self.method.error) or asked or any(name in ERROR_CONTROL for name in self.options)
+
+
 def fused_weights(
     func: Any,
     y0: Any,
-    method: Method,
-    steps: int | None,
-    step_size: float | None,
-    options: Mapping[str, Any],
-    adjoint_params: Any,
-    event_fn: Any = None,
-    return_dense: bool = False,
+    how: Request,
+    states_only: bool = True,
 ) -> list[Tensor] | str:
-    """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason."""
-    if steps is None and step_size is None:
-        return "error control chooses the steps"
-    if not method.one_stage:
-        return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
+    """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason.
+
+    Args:
+        states_only: whether no event and no dense output is asked for.
+    """
+    options, method = how.options, how.method
+    program = isinstance(func, Fused)
     if options.get("fused") is False:
         return "options={'fused': False}"
-    if event_fn is not None or return_dense:
+    if how.adaptive:
+        return "error control chooses the steps"
+    if not (method.one_stage or program):
+        return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
+    if not states_only:
         return "events and dense output take the plain loop"
+    if any(name in getattr(func, "__dict__", ()) for name in CALLBACKS):
+        return "its callbacks are told of steps"
     if options:
         if options.get("stage_solver", "anderson") != "anderson":
             return f"the stage solver is {options['stage_solver']}"
         if not options.keys() <= FUSED_OPTIONS:
             return f"option {min(options.keys() - FUSED_OPTIONS)!r} takes the plain loop"
-    if adjoint_params is not None:
+    if how.adjoint_params is not None:
         return "adjoint_params chooses what to differentiate by"
+    if isinstance(func, Fused):
+        return func.weights_for(y0, method, how.adjoint)
     return fused.weights_for(func, y0)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
-from nodeshape._ode import fused
+from nodeshape._ode import fused, program_op
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
-from nodeshape._ode.backend import default_method, fused_weights
+from nodeshape._ode.backend import Request, default_method, fused_weights
 from nodeshape._ode.compiled import compiled_step
 from nodeshape._ode.event import EventFunction, integrate_until_event, with_moving_time
 from nodeshape._ode.field import State, is_tracing
+from nodeshape._ode.fuse import Fused
 from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import (
@@ -39,22 +40,6 @@ TOLERANCES = (1e-7, 1e-9)
 REVERSIBLE_TOLERANCES = (1e-4, 1e-6)
 #: Options that the backward pass of ``continuous`` does not take over.
 NOT_OF_ADJOINT = ("norm", "step_control", "on_failure", "compile")
-#: Options that ask for error control.
-ERROR_CONTROL = frozenset(
-    {
-        "first_step",
-        "min_step",
-        "max_step",
-        "max_num_steps",
-        "max_steps",
-        "safety",
-        "ifactor",
-        "dfactor",
-        "step_t",
-        "jump_t",
-        "step_control",
-    }
-)
 #: Types a state may have.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -226,11 +211,12 @@ def odeint(
     if adjoint == "reversible" and method is None and rtol is None and atol is None:
         rtol, atol = REVERSIBLE_TOLERANCES
     step_size = _given_steps(settings, steps, step_size, times, adjoint, event_fn is not None)
-    weights = fused_weights(func, y0, scheme, steps, step_size, settings, adjoint_params, event_fn, return_dense)
+    how = Request(scheme, steps, step_size, settings, adjoint_params, adjoint, (rtol, atol))
+    weights = fused_weights(func, y0, how, event_fn is None and not return_dense)
     if not isinstance(weights, str):
-        return _fused(func, weights, tensors[0], t, times, steps, step_size, scheme, adjoint, settings, return_stats)
+        return _fused(func, weights, y0, t, times, steps, step_size, scheme, adjoint, settings, return_stats)
     _check_results(times, event_fn is not None, return_stats, return_dense)
-    adaptive = _is_adaptive(scheme, steps, step_size, rtol, atol, settings)
+    adaptive = how.adaptive
     if not adaptive and steps is None and step_size is None and "grid_constructor" not in settings:
         steps = 1
     if not symbolic:
@@ -318,17 +304,10 @@ def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor |
 def _takes_one_step(method: str | None, rtol: Any, atol: Any, settings: Mapping[str, Any]) -> bool:
     """Whether a call without steps takes one in each interval."""
     scheme = get_method(method or default_method(None, None))
-    return "grid_constructor" not in settings and not _is_adaptive(scheme, None, None, rtol, atol, settings)
-
-
-def _is_adaptive(
-    scheme: Method, steps: int | None, step_size: float | None, rtol: Any, atol: Any, settings: Mapping[str, Any]
-) -> bool:
-    """Whether error control chooses the steps."""
-    if steps is not None or step_size is not None or "grid_constructor" in settings:
-        return False
-    asked = rtol is not None or atol is not None or any(name in ERROR_CONTROL for name in settings)
-    return bool(scheme.error) or asked
+    return (
+        "grid_constructor" not in settings
+        and not Request(scheme, None, None, settings, tolerances=(rtol, atol)).adaptive
+    )
 
 
 def _given_steps(
@@ -507,7 +486,7 @@ def _backward_plan(plan: Plan, settings: dict[str, Any]) -> tuple[Plan, dict[str
         steps = step_size = None
     rtol, atol = settings.get("adjoint_rtol", plan.rtol), settings.get("adjoint_atol", plan.atol)
     tolerance = rtol if plan.adaptive or "adjoint_rtol" in settings or "adjoint_atol" in settings else None
-    adaptive = _is_adaptive(scheme, steps, step_size, tolerance, None, own)
+    adaptive = Request(scheme, steps, step_size, own, tolerances=(tolerance, None)).adaptive
     if not adaptive and steps is None and step_size is None and "grid_constructor" not in own:
         steps = 1
     backward = Plan(
@@ -529,7 +508,7 @@ def _backward_plan(plan: Plan, settings: dict[str, Any]) -> tuple[Plan, dict[str
 def _fused(
     func: Any,
     weights: list[Tensor],
-    y0: Tensor,
+    y0: Any,
     t: Tensor,
     times: list[float],
     steps: int | None,
@@ -539,16 +518,18 @@ def _fused(
     settings: Mapping[str, Any],
     return_stats: bool,
 ) -> Any:
-    if steps is not None:
-        counts = [int(steps)] * (len(times) - 1)
+    if step_size is None:
+        counts = [int(steps or 1)] * (len(times) - 1)
     else:
-        assert step_size is not None
         counts = [steps_of(end - start, step_size) for start, end in pairwise(times)]
-    tolerance = STAGE_TOLERANCE[y0.dtype]
-    ys, evaluations, residual = fused.solve(
-        func,
+    program = func if isinstance(func, Fused) else None
+    start = y0 if program is None else program.pack(y0)
+    tolerance = STAGE_TOLERANCE[start.dtype]
+    solve: Any = fused.solve if program is None else program_op.solve
+    ys, evaluations, residual = solve(
+        func if program is None else program.program,
         weights,
-        y0,
+        start,
         t,
         counts,
         scheme,
@@ -558,9 +539,10 @@ def _fused(
         settings.get("checkpoint_every"),
         settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
     )
+    solution: Any = ys if program is None else program.unpack(ys)
     if not return_stats:
-        return ys
-    return ys, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
+        return solution
+    return solution, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
 
 
 def _own_times(func: Dynamics, y0: State, t: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Any:

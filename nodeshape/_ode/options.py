@@ -17,6 +17,8 @@ MOST_STEPS = 10_000_000
 MOST_ITERATIONS = 2**31 - 1
 #: A rebuilt trajectory may be this many times further off than a stage.
 DRIFT_PER_STAGE_TOLERANCE = 1e3
+#: Attributes of f that are told of steps.
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 STAGE_SOLVERS = ("anderson", "newton", "krylov")
 
 

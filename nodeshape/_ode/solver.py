@@ -15,14 +15,12 @@ from nodeshape._ode.control import Controller, Norm, rms
 from nodeshape._ode.field import Field, State
 from nodeshape._ode.loop import Callbacks, Loop
 from nodeshape._ode.method import Method
-from nodeshape._ode.options import DRIFT_PER_STAGE_TOLERANCE, steps_of
+from nodeshape._ode.options import CALLBACKS, DRIFT_PER_STAGE_TOLERANCE, steps_of
 from nodeshape._ode.per_sample import SampleSteps
 from nodeshape._ode.recompute import Recorder
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.stage import COARSE_TOLERANCE, MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.stats import SolverStats
-
-CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 @dataclass

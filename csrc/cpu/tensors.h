@@ -1,0 +1,56 @@
+// Tensors that the ops make, and torch's threads.
+#pragma once
+
+#include <atomic>
+
+#include "../ops.h"
+#include "pages.h"
+
+namespace nodeshape {
+
+inline int64_t element_size(int32_t dtype) { return dtype == aoti_torch_dtype_float32() ? 4 : 8; }
+
+inline std::atomic<int64_t> most_threads = 1;  // that shared a solve's work since tests last asked
+
+inline Tensor empty(const Sizes& sizes, int32_t dtype) {
+  checked_bytes("a tensor", sizes, element_size(dtype));
+  const Sizes strides = dense_strides(sizes);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+/// As empty(), for what the backward pass needs and nobody else sees; a large one has the memory of the one before it.
+inline Tensor empty_stored(const Sizes& sizes, int32_t dtype) {
+  const size_t bytes = size_t(checked_bytes("stages", sizes, element_size(dtype)));
+  size_t block = 0;
+  void* data = torch_from_blob != nullptr && Pages::suit(bytes) ? Pages::take(bytes, &block) : nullptr;
+  if (data == nullptr) return empty(sizes, dtype);
+  const Sizes strides = dense_strides(sizes);
+  AtenTensorHandle handle;
+  const AOTITorchError error = torch_from_blob(
+      data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0,
+      [](void* p, void* context) { Pages::give(p, reinterpret_cast<size_t>(context)); },
+      reinterpret_cast<void*>(block));
+  if (error != AOTI_TORCH_SUCCESS) Pages::give(data, block);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
+}
+
+/// Torch's intra-op threads.
+inline Executor executor() {
+  return {int64_t(torch::stable::get_num_threads()), [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
+            std::atomic<int64_t> threads = 0;
+            torch::stable::parallel_for(0, tasks, 1, [&threads, task, context](int64_t begin, int64_t end) {
+              ++threads;  // each gets one piece of the range
+              for (int64_t i = begin; i < end; ++i) task(i, context);
+            });
+            int64_t most = most_threads;
+            while (most < threads && !most_threads.compare_exchange_weak(most, threads)) {
+            }
+          }};
+}
+
+}  // namespace nodeshape

@@ -1,0 +1,394 @@
+"""``fuse``: a user's f as a program for the fused solver, traced by torch.export and checked against f."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nodeshape._ode import fused, program_op
+from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower
+from nodeshape._ode.method import METHODS, Method
+from nodeshape._ode.program import Program
+
+State = Tensor | tuple[Tensor, ...]
+#: Largest relative difference from f, in float64, of values and of gradients.
+SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-9
+#: Layers whose f depends on whether they are trained or evaluated.
+MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+class Fused(nn.Module):
+    """f as a program: what :func:`fuse` returns, to call as f; ``odeint`` and ``ODEBlock`` solve it in the kernel.
+
+    Parameters and buffers are those of f, which is the submodule ``func``; they may change between solves. What f reads
+    from Python attributes is what it was when it was fused, for the kernel.
+
+    ``print(fused)`` shows the program.
+    """
+
+    __module__ = "nodeshape"
+
+    def __init__(self, func: Callable[..., Any], y0: State, lowered: Lowered) -> None:
+        super().__init__()
+        self.func = func
+        owner = getattr(func, "__self__", None)
+        if isinstance(owner, nn.Module):  # of a method
+            self.owner = owner
+        self._lowered = lowered
+        self._tuple = not isinstance(y0, Tensor)
+        tensors = y0 if isinstance(y0, tuple) else (y0,)
+        self._batched = tensors[0].dim() >= 2
+        self._shapes = [tuple(x.shape[1:] if self._batched else x.shape) for x in tensors]
+        self._modes = _modes(func)
+        self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
+
+    @property
+    def program(self) -> Program:
+        """What the kernel runs."""
+        return self._lowered.program
+
+    def forward(self, t: Tensor, y: Any) -> Any:
+        """f itself."""
+        return self.func(t, y)
+
+    def __repr__(self) -> str:
+        name = type(self.func).__name__ if isinstance(self.func, nn.Module) else "function"
+        state = ", ".join(str(list(shape)) for shape in self._shapes)
+        program = str(self.program).replace("\n", "\n  ")
+        return f"Fused({name}), a sample is {state}\n  {program}"
+
+    def weights_for(self, y0: State, method: Method, adjoint: str) -> list[Tensor] | str:
+        """The program's weights; or why the fused solver does not take a solve from ``y0`` in given steps."""
+        compiling = torch.compiler.is_compiling()
+        if fused._turned_off(compiling):
+            return "NODESHAPE_FUSED=0"
+        if fused._missing is not None:
+            return fused._missing
+        if adjoint != "discrete" and not method.one_stage:
+            return f"adjoint={adjoint!r} of {method.name} takes the plain loop"
+        if len(method.b) > program_op.MOST_STAGES:
+            return f"{method.name} has more than {program_op.MOST_STAGES} stages"
+        if isinstance(y0, Tensor) == self._tuple:
+            return "the state is not the tensor, or tuple, that f was fused for"
+        tensors = y0 if isinstance(y0, tuple) else (y0,)
+        first = tensors[0]
+        if not first.is_cpu or first.dtype not in (torch.float32, torch.float64):
+            return f"the state is {first.dtype} on {first.device}"
+        lead = first.shape[:1] if self._batched else ()
+        if [(*lead, *shape) for shape in self._shapes] != [tuple(x.shape) for x in tensors]:
+            return f"f was fused for samples {self._shapes}, the state is {[list(x.shape) for x in tensors]}"
+        if not compiling:
+            if torch._C._get_tracing_state() is not None:
+                return "torch.jit.trace records f itself, which runs anywhere"
+            if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
+                return f"the state is a {type(first).__name__}"
+            if (
+                torch._C._functorch.peek_interpreter_stack() is not None
+                or torch.autograd.forward_ad._current_level >= 0
+            ):
+                return "a torch.func transform or forward-mode differentiation is active"
+        own = self.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return "Fused has hooks"
+        if self._modes and self._modes != _modes(self.func):
+            return "f was fused in another mode: call train() or eval() before fuse"
+        weights = self._weights(first.dtype)
+        if isinstance(weights, str):
+            return weights
+        dtype = first.dtype
+        for x in weights:
+            if x is None:
+                return "a weight of f is gone"
+            if x.dtype is not dtype or not x.is_cpu:
+                return f"a weight is {x.dtype} on {x.device}, the state {first.dtype} on {first.device}"
+        return weights
+
+    def _weights(self, dtype: torch.dtype) -> list[Tensor] | str:
+        lowered = self._lowered
+        named = self._named()
+        if named is None:
+            return "a weight of f is gone"
+        for name, x in lowered.constants.items():
+            named[name] = x.to(dtype) if x.is_floating_point() else x
+        if lowered.prelude is None:
+            return [named[name] for name in lowered.weights]  # type: ignore[index]
+        made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
+        return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
+
+    def _named(self) -> dict[str, Tensor] | None:
+        """The inputs of the trace that are parameters and buffers, by name; None if one of them is not there.
+
+        The way to each is remembered, as walking it is most of what a small solve costs in Python, and walked again
+        when a module on it is no longer the one that was there.
+        """
+        modules = self.__dict__["_modules"]
+        ways = self.__dict__.get("_ways")
+        if ways is None or ways[0] is not modules or any(own.get(name) is not child for own, name, child in ways[1]):
+            ways = self.__dict__["_ways"] = self._walk()
+        try:
+            return {name: own[last] for name, own, last in ways[2]}
+        except KeyError:
+            self.__dict__["_ways"] = None
+            return None
+
+    def _walk(self) -> tuple[Any, ...]:
+        """The dictionary to begin at, those on the way with what was found in them, those of the tensors."""
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        ends = []
+        for name, (*path, last) in self._lowered.paths.items():
+            module: Any = self
+            for part in path:
+                own = module.__dict__["_modules"]
+                module = own.get(part)
+                links[id(own), part] = (own, part, module)
+                if module is None:
+                    break
+            places = ({}, {}) if module is None else (module.__dict__["_parameters"], module.__dict__["_buffers"])
+            ends.append((name, places[0] if last in places[0] else places[1], last))
+        return self.__dict__["_modules"], list(links.values()), ends
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_ways", None)
+        return state
+
+    def pack(self, y0: State) -> Tensor:
+        """The state as the op takes it, ``[batch, ...]``."""
+        if isinstance(y0, Tensor):
+            return y0 if self._batched else y0[None]
+        lead = y0[0].shape[0] if self._batched else 1
+        return torch.cat([x.reshape(lead, -1) for x in y0], dim=1)
+
+    def unpack(self, ys: Tensor) -> State:
+        """A solution of the op, ``[times, batch, ...]``, as the caller's."""
+        if not self._tuple:
+            return ys if self._batched else ys[:, 0]
+        lead = ys.shape[:2] if self._batched else ys.shape[:1]
+        parts = ys.split([prod(shape) for shape in self._shapes], dim=2)
+        return tuple(x.reshape(*lead, *shape) for x, shape in zip(parts, self._shapes))
+
+
+def fuse(f: Callable[..., Any], y0: State) -> Fused:
+    """f as a module that :func:`odeint` and :class:`ODEBlock` solve in the fused C++ kernel, weights shared with f.
+
+    f is traced once by torch.export and lowered to a program of layers, which is compared with f at random points in
+    float64, values and gradients. Linear layers, convolutions of stride 1 (any groups and dilation), layer, group and
+    instance norms, the usual activations, arithmetic with broadcasting inside a sample, powers, sums and means over a
+    sample, concatenation, slices, reshapes and matrix products lower; time may be a feature or a channel.
+
+    Args:
+        f: a module or function ``f(t, y) -> dy/dt`` that treats each sample by itself.
+        y0: a state ``[batch, ...]``, or a tuple of such, for the shapes of a sample; any batch will do later. A tensor
+            of one dimension is one sample.
+
+    Returns:
+        A module to call as f; ``print`` shows its program. Where a solve cannot take the kernel (another shape of
+        samples, error control, a GPU), it takes the plain loop; ``nodeshape.backend`` says which and why.
+
+    Raises:
+        FuseError: an operation does not lower, with its file and line and what to write instead; or the program does
+            not compute what f does.
+        TypeError: ``y0`` is not made of tensors.
+    """
+    tensors = y0 if isinstance(y0, tuple) else (y0,)
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"y0 must be a tensor or a tuple of tensors, got {type(y0).__name__}")
+    if fused._missing is not None:
+        raise FuseError(fused._missing)
+    if isinstance(f, Fused):
+        f = f.func
+    batched = tensors[0].dim() >= 2
+    if any((x.dim() >= 2) != batched or (batched and x.shape[0] != tensors[0].shape[0]) for x in tensors):
+        raise FuseError(f"the tensors of y0 must share the batch, got {[list(x.shape) for x in tensors]}")
+    made = Fused(f, y0, _trace(f, tensors, isinstance(y0, tuple), batched))
+    _check(made, tensors)
+    return made
+
+
+fuse.__module__ = "nodeshape"
+
+
+class _Called(nn.Module):
+    """f, which may be a function, as a module of ``(t, *tensors)`` with one tensor per part of the state."""
+
+    def __init__(self, func: Callable[..., Any], as_tuple: bool) -> None:
+        super().__init__()
+        self.func = func
+        self.as_tuple = as_tuple
+        owner = getattr(func, "__self__", None)
+        if isinstance(owner, nn.Module):
+            self.owner = owner
+
+    def forward(self, t: Tensor, y: tuple[Tensor, ...]) -> Any:
+        out = self.func(t, tuple(y) if self.as_tuple else y[0])
+        return tuple(out) if self.as_tuple else out
+
+
+def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, batched: bool) -> Lowered:
+    """The program of f.
+
+    Raises:
+        FuseError: f cannot be traced, or an operation does not lower.
+    """
+    _refuse_closures(f)
+    examples = tuple(_example(x.detach(), batched) for x in tensors)
+    time = torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device)
+    batch = torch.export.Dim("batch", min=2)
+    shapes = tuple({0: batch} if batched else {} for _ in examples)
+    quiet = logging.getLogger("torch").level
+    try:
+        logging.getLogger("torch").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                _Called(f, as_tuple), (time, examples), dynamic_shapes=({}, shapes), strict=False
+            ).run_decompositions(_decompositions())
+    except Exception as error:  # whatever f, or PyTorch's tracer of it, raises
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise FuseError(
+            f"f cannot be traced: {type(error).__name__}: {first}; f must be a function of tensors whose Python"
+            " does not look at their values or at the size of the batch"
+        ) from error
+    finally:
+        logging.getLogger("torch").setLevel(quiet)
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+        raise FuseError(f"f changes {changed[0]} in place: compute a new tensor, and keep no state between calls")
+    paths: dict[str, tuple[str, ...]] = {
+        **{name: tuple(path.split(".")) for name, path in signature.inputs_to_parameters.items()},
+        **{name: tuple(path.split(".")) for name, path in signature.inputs_to_buffers.items()},
+    }
+    constants = {
+        name: exported.constants[target].detach().clone()
+        for name, target in signature.inputs_to_lifted_tensor_constants.items()
+    }
+    user = [name for name in signature.user_inputs if isinstance(name, str)]
+    lowered = lower(exported.graph, {*paths, *constants}, user[1:], user[0])
+    lowered.paths, lowered.constants = paths, constants
+    return lowered
+
+
+def _example(x: Tensor, batched: bool) -> Tensor:
+    """A state like ``x`` of another batch, so that nothing that is traced can take its size for granted."""
+    if not batched:
+        return x.clone()
+    if x.shape[0] == 0:
+        raise FuseError("y0 must hold at least one sample")
+    return x[:1].expand(3, *x.shape[1:]).clone()
+
+
+def _decompositions() -> Any:
+    """PyTorch's, but for layers that the program has as they are."""
+    table = torch.export.default_decompositions()
+    for target in RULES:
+        table.pop(target, None)
+    return table
+
+
+def _refuse_closures(f: Callable[..., Any]) -> None:
+    """Raise FuseError where a function uses weights that it does not own."""
+    if isinstance(f, nn.Module) or isinstance(getattr(f, "__self__", None), nn.Module):
+        return
+    cells = [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
+    code = getattr(f, "__code__", None)
+    names = code.co_names if code is not None else ()
+    used = [*cells, *(f.__globals__[name] for name in names if name in getattr(f, "__globals__", {}))]
+    for x in used:
+        if isinstance(x, nn.Module) and next(x.parameters(), None) is None:
+            continue
+        if isinstance(x, nn.Module) or (isinstance(x, Tensor) and x.requires_grad):
+            raise FuseError(
+                f"f is a function that uses a {type(x).__name__} it does not own, whose weights would be frozen: make f"
+                " an nn.Module that has it as an attribute"
+            )
+
+
+def _modes(f: Any) -> tuple[bool, ...]:
+    """Whether each layer of f that depends on it is in training mode."""
+    return tuple(m.training for m in f.modules() if isinstance(m, MODAL)) if isinstance(f, nn.Module) else ()
+
+
+def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
+    """Raise FuseError unless one Euler step of the program is f, in values and gradients, in float64.
+
+    With h = 1 from t, y₁ − y₀ = f(t, y₀), and a cotangent w of y₁ gives y₀ the gradient w + Jᵀw, t + h the gradient
+    w · f and t, −w · f + w · ∂f/∂t.
+    """
+    try:
+        copy = deepcopy(made).double()
+    except Exception as error:  # whatever a module that cannot be copied raises
+        raise FuseError(f"f cannot be copied to be checked: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    batch = 5 if made._batched else 1
+    points = []
+    for x in tensors:
+        around = x.detach().double().cpu()
+        if made._batched:
+            rows = torch.arange(batch) % around.shape[0]
+            around = around[rows]
+        points.append((around + 0.1 * noise(around)).requires_grad_())
+    t = torch.tensor([0.3, 1.3], dtype=torch.float64, requires_grad=True)
+    y0: Any = tuple(points) if made._tuple else points[0]
+    weights = copy.weights_for(y0, METHODS["euler"], "discrete")
+    if isinstance(weights, str):
+        raise FuseError(f"f cannot be checked against its program: {weights}")
+    leaves = [x for x in copy.parameters() if x.requires_grad]
+    ys = copy.unpack(
+        program_op.solve(
+            copy.program, weights, copy.pack(y0), t, [1], METHODS["euler"], "discrete", 1e-12, 10, None, 1e-6
+        )[0]
+    )
+    ends = [y[1] for y in ys] if isinstance(ys, tuple) else [ys[1]]
+    slopes = copy(t[0], y0)
+    slopes = list(slopes) if made._tuple else [slopes]
+    cotangents = [noise(x) for x in slopes]
+    for end, start, slope in zip(ends, points, slopes):
+        _compare("values", [end - start], [slope], SAME_VALUES, float(start.detach().abs().max()))
+    inputs = [*points, t, *leaves]
+    loss = torch.stack([(w * y).sum() for w, y in zip(cotangents, ends)]).sum()
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    with torch.enable_grad():
+        along = torch.stack([(w * s).sum() for w, s in zip(cotangents, slopes)]).sum()
+    wanted: list[Tensor | None] = [None] * len(inputs)
+    if along.requires_grad:
+        wanted = list(torch.autograd.grad(along, inputs, allow_unused=True))
+    size = float(along.detach())
+    expected = [torch.zeros_like(x) if g is None else g for g, x in zip(wanted, inputs)]
+    for k, w in enumerate(cotangents):
+        expected[k] = expected[k] + w
+    expected[len(points)] = expected[len(points)] + torch.tensor([-size, size], dtype=torch.float64)
+    names = [
+        *(f"y0[{k}]" for k in range(len(points))),
+        "t",
+        *(name for name, x in copy.named_parameters() if x.requires_grad),
+    ]
+    scale = max(float(x.abs().nan_to_num().max()) for x in expected if x.numel())
+    for name, x, y in zip(names, found, expected):
+        _compare(f"the gradient of {name}", [torch.zeros_like(y) if x is None else x], [y], SAME_GRADIENTS, scale)
+
+
+def _compare(what: str, found: list[Tensor], expected: list[Tensor], tolerance: float, scale: float) -> None:
+    for x, y in zip(found, expected):
+        x, y = x.detach(), y.detach()
+        finite = torch.isfinite(y)
+        largest = max(scale, float(y[finite].abs().max()) if finite.any() else 0.0, 1e-300)
+        same = bool((torch.isfinite(x) == finite).all())
+        error = float((x - y)[finite].abs().max()) / largest if same and finite.any() else 0.0
+        if not same or not error <= tolerance:
+            raise FuseError(
+                f"the program does not compute what f does: {what} differ by {error:.1e} (relative; tolerance"
+                f" {tolerance:.0e}) at a random point near y0: f may depend on other samples, on chance, or detach what"
+                " it is differentiated by; solve it without fuse"
+            )

@@ -1,0 +1,625 @@
+"""``fuse``: a program computes what its f computes, in every method and mode, and says why where it cannot."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from fused_reference import instruction_sets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import relative_error
+from torch import Tensor, nn
+
+import nodeshape as ns
+from nodeshape._ode import program_op
+from nodeshape._ode.method import METHODS
+
+FIXED = ("euler", "midpoint", "heun3", "rk4", "dopri5")
+ISAS = instruction_sets()
+IMPLICIT = ("implicit_euler", "implicit_midpoint", "trapezoid", "sdirk2", "kvaerno3")
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int = 8, hidden: int = 64, activation: Callable[[], nn.Module] = nn.Tanh) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(dim, hidden), activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, dim)
+        )
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.net(y)
+
+
+class TimeMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 7), nn.Softplus(), nn.Linear(7, 3))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.net(torch.cat([y, torch.ones_like(y[:, :1]) * t], dim=1))
+
+
+class CubicMLP(nn.Module):
+    """Of torchdiffeq's ode_demo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 2))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.net(y**3)
+
+
+class LatentODE(nn.Module):
+    """Of torchdiffeq's latent_ode, as it is written there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elu = nn.ELU(inplace=True)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 20), nn.Linear(20, 20), nn.Linear(20, 4)
+        self.nfe = 0
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        self.nfe += 1
+        out = self.fc1(x)
+        out = self.elu(out)
+        out = self.fc2(out)
+        out = self.elu(out)
+        return self.fc3(out)
+
+
+class SiluConv(nn.Module):
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.conv2(nn.functional.silu(self.conv1(y)))
+
+
+class ConcatConv(nn.Module):
+    """The block of torchdiffeq's odenet_mnist, as it is written there."""
+
+    def __init__(self, dim: int = 4) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.GroupNorm(2, dim) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+        self.conv1, self.conv2 = nn.Conv2d(dim + 1, dim, 3, 1, 1), nn.Conv2d(dim + 1, dim, 3, 1, 1)
+
+    def timed(self, conv: nn.Module, t: Tensor, x: Tensor) -> Tensor:
+        tt = torch.ones_like(x[:, :1, :, :]) * t
+        return conv(torch.cat([tt, x], 1))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        out = self.relu(self.norm1(x))
+        out = self.relu(self.norm2(self.timed(self.conv1, t, out)))
+        return self.norm3(self.timed(self.conv2, t, out))
+
+
+class AugmentedConv(nn.Module):
+    """Of augmented neural ODEs (Dupont et al. 2019): 1×1, 3×3, 1×1, the time as a channel of each."""
+
+    def __init__(self, channels: int = 5, hidden: int = 6) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels + 1, hidden, 1)
+        self.conv2 = nn.Conv2d(hidden + 1, hidden, 3, padding=1)
+        self.conv3 = nn.Conv2d(hidden + 1, channels, 1)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        for i, conv in enumerate((self.conv1, self.conv2, self.conv3)):
+            x = conv(torch.cat([torch.ones_like(x[:, :1]) * t, x if i == 0 else torch.relu(x)], 1))
+        return x
+
+
+class GRUODE(nn.Module):
+    """Of GRU-ODE-Bayes (De Brouwer et al. 2019), without input."""
+
+    def __init__(self, hidden: int = 6) -> None:
+        super().__init__()
+        self.r, self.z, self.h = (nn.Linear(hidden, hidden, bias=bias) for bias in (True, False, True))
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        r, z = torch.sigmoid(self.r(h)), torch.sigmoid(self.z(h))
+        return (1 - z) * (torch.tanh(self.h(r * h)) - h)
+
+
+class GRUCellODE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 5)
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return self.cell(torch.zeros_like(h[:, :3]), h) - h
+
+
+class LotkaVolterra(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.tensor([1.5, 1.0]))
+        self.coupling = nn.Parameter(torch.tensor([1.0, 0.5]))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        prey, predator = y[..., 0], y[..., 1]
+        met = prey * predator
+        up = self.rates[0] * prey - self.coupling[0] * met
+        down = -self.rates[1] * predator + self.coupling[1] * met
+        return torch.stack([up, down], dim=-1)
+
+
+class Hamiltonian(nn.Module):
+    """A pendulum with a learned potential: a tuple state, and a time-dependent drive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stiffness = nn.Parameter(torch.tensor(0.7))
+        self.mix = nn.Linear(3, 3, bias=False)
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q, p = state
+        return p, -self.stiffness * torch.sin(q) - self.mix(q) * torch.cos(2 * t)
+
+
+class NormMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return y + self.down(nn.functional.gelu(self.up(self.norm(y)))) - 0.5 * y * t
+
+
+class Separable(nn.Module):
+    def __init__(self, channels: int = 6) -> None:
+        super().__init__()
+        self.depth = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.point = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.InstanceNorm2d(channels, affine=True)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.point(nn.functional.gelu(self.norm(self.depth(y)), approximate="tanh"))
+
+
+class Shared(nn.Module):
+    """Tied, frozen and buffered weights, a reparametrised layer, and a matrix used both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.matrix = nn.Parameter(torch.randn(4, 4) / 4)
+        self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+        self.register_buffer("scale", torch.rand(4))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        y = self.a(torch.tanh(y @ self.matrix)) + self.frozen * t
+        return self.a(self.scale * y) @ self.matrix.t() - y.mean(dim=1, keepdim=True)
+
+
+class FrozenBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.norm.running_mean.normal_()  # type: ignore[union-attr]
+        self.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        self.eval()
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.conv(y)))
+
+
+class Attention(nn.Module):
+    """Products of values, sums inside a sample, permutations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        scores = torch.softmax(self.q(y) @ self.k(y).transpose(1, 2), dim=-1)
+        return scores @ self.v(y) / (1 + y.norm(dim=2, keepdim=True)) - y * y.var(dim=1, keepdim=True)
+
+
+class Odds(nn.Module):
+    """What is left: functions of one element, slices with steps, powers, padding, maxima."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        a, b, c = y.split([2, 2, 2], dim=1)
+        a = torch.sqrt(1 + a.square()) * torch.reciprocal(2 + torch.sin(b)) + c.abs() ** 1.5
+        b = torch.log(3 + torch.tanh(b)) / (1 + torch.exp(-c)) + nn.functional.leaky_relu(b, 0.2)
+        c = nn.functional.mish(c) + torch.clamp(b, -0.3, 0.4) - torch.maximum(a, c) + 2.0**b
+        out = torch.cat([nn.functional.pad(a[:, :1], (0, 1)), b, c], dim=1)
+        return out - y[:, ::2].sum(dim=1, keepdim=True) / (4 + t)
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[int], Any]]] = {
+    "mlp": (MLP, lambda n: torch.randn(n, 8)),
+    "time": (TimeMLP, lambda n: torch.randn(n, 3)),
+    "cubic": (CubicMLP, lambda n: torch.randn(n, 2)),
+    "latent": (LatentODE, lambda n: torch.randn(n, 4)),
+    "conv": (SiluConv, lambda n: torch.randn(n, 4, 5, 6)),
+    "wide conv": (lambda: SiluConv(9), lambda n: torch.randn(n, 9, 7, 6)),
+    "concat conv": (ConcatConv, lambda n: torch.randn(n, 4, 4, 4)),
+    "augmented conv": (AugmentedConv, lambda n: torch.randn(n, 5, 3, 3)),
+    "gru": (GRUODE, lambda n: torch.randn(n, 6)),
+    "gru cell": (GRUCellODE, lambda n: torch.randn(n, 5)),
+    "lotka-volterra": (LotkaVolterra, lambda n: torch.rand(n, 2) + 0.5),
+    "hamiltonian": (Hamiltonian, lambda n: (torch.randn(n, 3), torch.randn(n, 3))),
+    "norm": (NormMLP, lambda n: torch.randn(n, 6)),
+    "separable": (Separable, lambda n: torch.randn(n, 6, 4, 5)),
+    "shared": (Shared, lambda n: torch.randn(n, 4)),
+    "frozen batch norm": (FrozenBatchNorm, lambda n: torch.randn(n, 3, 4, 4)),
+    "attention": (Attention, lambda n: torch.randn(n, 3, 4)),
+    "odds": (Odds, lambda n: torch.randn(n, 6)),
+}
+
+
+def problem(name: str, batch: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    torch.manual_seed(5)
+    make, state = CASES[name]
+    f, y0 = make(), state(batch)
+    f = f.to(dtype) if isinstance(f, nn.Module) else f
+    y0 = tuple(x.to(dtype) for x in y0) if isinstance(y0, tuple) else y0.to(dtype)
+    return f, y0
+
+
+@cache
+def fused_problem(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+    """A fused f and f, which share their weights; no test changes them."""
+    f, y0 = problem(name, dtype=dtype)
+    return ns.fuse(f, y0), f
+
+
+def solved(f: Any, y0: Any, t: Tensor, **settings: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Observations, and the gradients of a loss that weighs each of them differently, by y0, t and weights."""
+    leaves = [x.detach().clone().requires_grad_() for x in (y0 if isinstance(y0, tuple) else (y0,))]
+    t = t.clone().requires_grad_()
+    ys = ns.odeint(f, tuple(leaves) if isinstance(y0, tuple) else leaves[0], t, **settings)
+    ys = list(ys) if isinstance(ys, tuple) else [ys]
+    generator = torch.Generator().manual_seed(11)
+    loss = sum(
+        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum() + 0.5 * (y * y).sum()
+        for y in ys
+    )
+    weights = [x for x in f.parameters() if x.requires_grad]
+    grads = torch.autograd.grad(loss, [*leaves, t, *weights], allow_unused=True)
+    return [y.detach() for y in ys], [
+        torch.zeros_like(x) if g is None else g for g, x in zip(grads, [*leaves, t, *weights])
+    ]
+
+
+def assert_same(fused: Any, f: Any, y0: Any, values: float = 1e-12, gradients: float = 1e-10, **settings: Any) -> None:
+    first = y0[0] if isinstance(y0, tuple) else y0
+    t = torch.tensor([0.1, 0.4, 1.0], dtype=first.dtype)
+    chosen = {name: settings[name] for name in ("method", "steps", "adjoint", "options") if name in settings}
+    assert ns.backend(fused, y0, **chosen).name == "fused", ns.backend(fused, y0, **chosen)
+    found, expected = solved(fused, y0, t, **settings), solved(f, y0, t, **settings)
+    assert relative_error(found[0], expected[0]) < values
+    assert relative_error(found[1], expected[1]) < gradients
+
+
+TIGHT = {"stage_tolerance": 1e-13, "max_stage_iterations": 200}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_program_solves_as_its_f_does(name: str) -> None:
+    fused, f = fused_problem(name)
+    smooth = name not in ("odds", "concat conv")  # stages with kinks are not solved to the last digit
+    for method in (*FIXED, *(IMPLICIT if smooth else ())):
+        assert_same(fused, f, problem(name)[1], method=method, steps=2, options=TIGHT if method in IMPLICIT else None)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 33, 150])
+@pytest.mark.parametrize("name", ["mlp", "conv", "hamiltonian"])
+def test_any_batch_will_do(name: str, batch: int) -> None:
+    fused, f = fused_problem(name)
+    for method in ("euler", "rk4", "implicit_midpoint"):
+        y0 = problem(name, batch)[1]
+        assert_same(fused, f, y0, method=method, steps=2, options=TIGHT if method in IMPLICIT else None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32_a_program_is_as_exact_as_its_f(name: str) -> None:
+    fused, f = fused_problem(name, torch.float32)
+    y0 = problem(name, 20, torch.float32)[1]
+    assert_same(fused, f, y0, values=2e-5, gradients=2e-4, method="rk4", steps=2)
+
+
+@pytest.mark.parametrize("adjoint", ["reversible", "continuous"])
+@pytest.mark.parametrize("name", ["mlp", "augmented conv", "hamiltonian"])
+def test_methods_of_one_stage_have_all_gradient_modes(name: str, adjoint: str) -> None:
+    fused, f = fused_problem(name)
+    for method in ("euler", "implicit_euler", "implicit_midpoint"):
+        for extra in ({}, {"checkpoint_every": 2}) if adjoint == "reversible" else ({},):
+            options = TIGHT | extra
+            y0 = problem(name)[1]
+            assert_same(fused, f, y0, gradients=1e-9, method=method, steps=4, adjoint=adjoint, options=options)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["mlp", "separable", "attention", "wide conv"])
+def test_every_instruction_set_gives_the_same(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, f = fused_problem(name)
+    monkeypatch.setenv("NODESHAPE_ISA", isa)
+    for method in ("midpoint", "trapezoid"):
+        y0 = problem(name, 9)[1]
+        assert_same(fused, f, y0, method=method, steps=2, options=TIGHT if method in IMPLICIT else None)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    fused, _ = fused_problem("conv")
+    y0 = problem("conv", 70)[1]
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(solved(fused, y0, t, method="rk4", steps=3))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(found[0], found[1]):
+        assert all(torch.equal(a, b) for a, b in zip(one, three))
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    fused, _ = fused_problem("attention")
+    y0 = problem("attention", 100)[1]
+    for method in ("rk4", "implicit_midpoint"):
+        with torch.no_grad():
+            whole = ns.odeint(fused, y0, [0.0, 1.0], method=method, steps=3)
+            alone = ns.odeint(fused, y0[70:71], [0.0, 1.0], method=method, steps=3)
+        assert torch.equal(whole[:, 70:71], alone)
+
+
+def test_weights_are_those_of_f_and_may_change() -> None:
+    f, y0 = problem("shared")
+    fused = ns.fuse(f, y0)
+    assert {id(x) for x in fused.parameters()} == {id(x) for x in f.parameters()}
+    with torch.no_grad():
+        for x in f.parameters():
+            x.add_(0.1)
+        f.scale.mul_(2)
+    assert_same(fused, f, y0, method="rk4", steps=2)
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("shared", copy.deepcopy),  # whose parametrised layer torch does not pickle
+        ("lotka-volterra", lambda fused: pickle.loads(pickle.dumps(fused))),
+    ],
+)
+def test_a_copy_has_weights_of_its_own(name: str, way: Callable[[Any], Any]) -> None:
+    f, y0 = problem(name)
+    fused = ns.fuse(f, y0)
+    other = way(fused)
+    with torch.no_grad():
+        for x in f.parameters():
+            x.zero_()
+    assert ns.backend(other, y0, method="rk4", steps=2).name == "fused"
+    assert_same(other, other.func, y0, method="rk4", steps=2)
+    assert float(ns.odeint(other, y0, [0.0, 1.0], method="rk4", steps=2)[1].detach().sub(y0).abs().max()) > 1e-3
+
+
+def test_it_moves_between_dtypes_and_loads_states() -> None:
+    f, y0 = problem("mlp")
+    fused = ns.fuse(f, y0)
+    state = {name: x.clone() for name, x in fused.state_dict().items()}
+    assert set(state) == {f"func.{name}" for name in f.state_dict()}
+    fused.float()
+    assert ns.backend(fused, y0.float(), method="euler", steps=2).name == "fused"
+    assert "torch.float32" in ns.backend(fused, y0, method="euler", steps=2).reason
+    fused.double().load_state_dict(state)
+    assert_same(fused, f, y0, method="euler", steps=2)
+
+
+def test_layers_that_have_modes_are_solved_in_the_one_they_were_fused_in() -> None:
+    f, y0 = problem("frozen batch norm")
+    fused = ns.fuse(f, y0)
+    assert not f.norm.training and not fused.training
+    assert ns.backend(fused, y0, method="euler", steps=2).name == "fused"
+    fused.train()
+    assert "another mode" in ns.backend(fused, y0, method="euler", steps=2).reason
+
+
+def test_what_the_kernel_does_not_do_takes_the_plain_loop() -> None:
+    fused, f = fused_problem("mlp")
+    y0 = problem("mlp")[1]
+    for settings_, why in (
+        ({"method": "dopri5"}, "error control"),
+        ({"method": "euler", "steps": 2, "options": {"stage_solver": "newton"}}, "newton"),
+        ({"method": "rk4", "steps": 2, "adjoint": "continuous"}, "plain loop"),
+        ({"method": "euler", "steps": 2, "options": {"fused": False}}, "False"),
+    ):
+        found = ns.backend(fused, y0, **settings_)
+        assert found.name == "plain" and why in found.reason
+        result = ns.odeint(fused, y0, [0.0, 0.5], **settings_)
+        assert relative_error([result.detach()], [ns.odeint(f, y0, [0.0, 0.5], **settings_).detach()]) < 1e-12
+    other = torch.randn(2, 3, 8, dtype=torch.float64)
+    assert "fused for samples" in ns.backend(fused, other, method="euler", steps=2).reason
+    assert ns.odeint(fused, other, [0.0, 0.5], method="euler", steps=2).shape == (2, 2, 3, 8)
+
+
+def test_a_block_and_stats_take_it() -> None:
+    fused, f = fused_problem("conv")
+    y0 = problem("conv")[1]
+    block, plain = ns.ODEBlock(fused, method="rk4", steps=2), ns.ODEBlock(f, method="rk4", steps=2)
+    assert relative_error([block(y0).detach()], [plain(y0).detach()]) < 1e-12
+    assert block.stats.nfe_forward.tolist() == [8, 8, 8]
+
+
+@pytest.mark.parametrize("name", ["time", "hamiltonian"])
+def test_the_op_is_a_good_citizen(name: str) -> None:
+    fused, _ = fused_problem(name)
+    y0, rk4 = problem(name)[1], METHODS["rk4"]
+    weights = fused.weights_for(y0, rk4, "discrete")
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    program = (fused.program.code, fused.program.constants, program_op.tableau_of(rk4))
+    inputs = [fused.pack(y0).requires_grad_(), t, [x.detach().clone().requires_grad_() for x in weights]]
+    torch.library.opcheck(torch.ops.nodeshape.solve.default, (*inputs, *program, [2, 2], 1e-9, 50, 1, 1, 0, 1e-3))
+
+
+def test_a_program_that_is_not_one_is_refused_before_any_work() -> None:
+    fused, _ = fused_problem("separable")
+    y0, euler = problem("separable")[1], METHODS["euler"]
+    weights = [x.detach() for x in fused.weights_for(y0, euler, "discrete")]
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    code, refused = fused.program.code, 0
+    for position in range(len(code)):
+        for number in (-1, 2, 2**40, -(2**62)):
+            wrong = code.clone()
+            wrong[position] = number
+            program = (wrong, fused.program.constants, program_op.tableau_of(euler))
+            try:
+                torch.ops.nodeshape.solve(y0, t, weights, *program, [1], 1e-9, 50, 0, 1, 0, 1e-3)
+            except RuntimeError as error:
+                refused += 1
+                assert str(error).startswith(("program: ", "solve: ")), error
+    assert refused > len(code)
+
+
+def test_compilers_and_exporters_take_it() -> None:
+    fused, _ = fused_problem("time")
+    y0 = problem("time")[1].requires_grad_()
+    block = ns.ODEBlock(fused, method="rk4", steps=2)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    expected = block(y0)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), y0)
+    assert torch.equal(compiled(y0), expected)
+    assert torch.equal(torch.autograd.grad(compiled(y0).square().sum(), y0)[0], gradient)
+    y0 = y0.detach()
+    assert torch.equal(torch.export.export(block, (y0,)).module()(y0), expected)
+    traced = torch.jit.trace(block, (y0,))(y0)
+    assert relative_error([traced.detach()], [expected.detach()]) < 1e-12
+    replica = fused._replicate_for_data_parallel()
+    assert ns.backend(replica, y0, method="rk4", steps=2).name == "fused"
+
+
+def test_one_sample_without_a_batch() -> None:
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([y[0] * (1.5 - y[1]), y[1] * (y[0] - 1) * torch.cos(t)])
+
+    y0 = torch.tensor([1.0, 0.7], dtype=torch.float64)
+    fused = ns.fuse(f, y0)
+    assert ns.backend(fused, y0, method="rk4", steps=5).name == "fused"
+    found, expected = (ns.odeint(g, y0, [0.0, 0.5, 1.0], method="rk4", steps=5) for g in (fused, f))
+    assert relative_error([found], [expected]) < 1e-12
+
+
+def test_it_can_be_read() -> None:
+    text = repr(fused_problem("mlp")[0])
+    assert "Fused(MLP), a sample is [8]" in text
+    assert re.search(r"linear 8 → 64 +64 +512", text) and "per step it keeps 32 bytes" in text
+
+
+class Made(nn.Module):
+    def __init__(self, function: Callable[[Any, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, t: Tensor, y: Tensor) -> Any:
+        return self.function(self, t, y)
+
+
+def if_positive(self: Any, t: Tensor, y: Tensor) -> Tensor:
+    return y if y.sum() > 0 else -y
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
+    "sort": (lambda self, t, y: torch.sort(y, 1)[0], "aten.sort does not lower at .*test_fuse.py:[0-9]+ "),
+    "mean of the batch": (lambda self, t, y: y - y.mean(0), "aten.mean.dim .*along the batch, so samples would mix"),
+    "sum of all": (lambda self, t, y: y * y.sum(), "aten.sum .*name the dimensions of a sample"),
+    "transposed batch": (lambda self, t, y: (y @ y.T) @ y, "aten.permute .*out of the first dimension"),
+    "some samples": (lambda self, t, y: y[:1] + y, "aten.slice .*takes some samples"),
+    "dropout": (lambda self, t, y: nn.functional.dropout(y), r"native_dropout .*call f.eval\(\)"),
+    "random": (lambda self, t, y: y + torch.randn_like(y), "randn_like .*draw the numbers before the solve"),
+    "batch norm": (lambda self, t, y: nn.functional.batch_norm(y, None, None, training=True), "GroupNorm"),
+    "values": (if_positive, "cannot be traced: .*does not look at their values"),
+    "detach": (lambda self, t, y: self.layer(y).detach() * y, "gradient of .* differ"),
+    "another shape": (lambda self, t, y: torch.cat([y, y], 1), "must return the shape of its state"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_says_what_does_not_lower_and_what_to_do(name: str) -> None:
+    function, message = REFUSED[name]
+    with pytest.raises(ns.FuseError, match=message) as caught:
+        ns.fuse(Made(function), torch.randn(4, 3))
+    assert isinstance(caught.value, ValueError)
+
+
+def test_weights_that_a_function_does_not_own_are_refused() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(ns.FuseError, match=r"uses a Linear it does not own.*nn.Module"):
+        ns.fuse(lambda t, y: layer(y), torch.randn(4, 3))
+
+
+def test_a_strided_convolution_is_refused_by_name() -> None:
+    f = Made(lambda self, t, y: y)
+    f.layer = nn.Conv2d(2, 2, 3, stride=2)  # type: ignore[assignment]
+    f.function = lambda self, t, y: nn.functional.pad(self.layer(y), (0, 2, 0, 2))
+    with pytest.raises(ns.FuseError, match="stride is not 1"):
+        ns.fuse(f, torch.randn(2, 2, 5, 5))
+
+
+class Random(nn.Module):
+    """A random chain of layers over vectors of one width, each value made of earlier ones."""
+
+    UNARY = ("tanh", "sigmoid", "sin", "cos", "square", "abs", "neg", "relu")
+
+    def __init__(self, width: int, plan: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.plan = plan
+        self.linear = nn.ModuleList(nn.Linear(width, width) for _ in plan)
+        self.norm = nn.LayerNorm(width)
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        values = [y, y * t]
+        for k, (kind, first, second) in enumerate(self.plan):
+            a, b = values[first % len(values)], values[second % len(values)]
+            if kind < 8:
+                out = getattr(torch, self.UNARY[kind])(a)
+            else:
+                out = [
+                    lambda a, b, k: self.linear[k](a),
+                    lambda a, b, k: a + 0.5 * b,
+                    lambda a, b, k: a * torch.tanh(b),
+                    lambda a, b, k: a / (1 + b * b),
+                    lambda a, b, k: torch.cat([a[:, 1:], b[:, :1]], dim=1),
+                    lambda a, b, k: self.norm(a) * self.scale,
+                    lambda a, b, k: a - b.mean(dim=1, keepdim=True),
+                    lambda a, b, k: torch.cat([a, b], dim=1)[:, ::2],
+                    lambda a, b, k: b @ self.linear[0].weight + a.sum(dim=1, keepdim=True) * self.scale,
+                ][kind - 8](a, b, k)
+            values.append(out)
+        return torch.tanh(values[-1]) - 0.1 * y
+
+
+@settings(max_examples=12 if settings.default.max_examples < 100 else 2000)  # type: ignore[union-attr]
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.integers(0, 16), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
+    st.integers(1, 20),
+    st.sampled_from(["euler", "rk4", "implicit_midpoint"]),
+    st.sampled_from(ISAS or ["portable"]),
+)
+def test_random_programs(width: int, plan: list[tuple[int, int, int]], batch: int, method: str, isa: str) -> None:
+    f = Random(width, plan).double()
+    y0 = torch.randn(batch, width, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NODESHAPE_ISA", isa)
+        fused = ns.fuse(f, y0)
+        loose = method == "implicit_midpoint"
+        limits = {"values": 1e-9, "gradients": 1e-7} if loose else {}  # some of them have kinks
+        options = {"stage_tolerance": 1e-11} if loose else None
+        assert_same(fused, f, y0, method=method, steps=6, options=options, **limits)
