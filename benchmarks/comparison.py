@@ -273,14 +273,15 @@ def compare_stiff() -> None:
 
         return run
 
-    loose = {"stage_tolerance": 1e-6, "max_stage_iterations": 500}
+    loose: dict[str, Any] = {"stage_tolerance": 1e-6, "max_stage_iterations": 500}
+    krylov = {**loose, "stage_solver": "krylov"}
     row("nodeshape, implicit_euler, 20 steps", ours("implicit_euler", steps=20, options=loose))
-    row("nodeshape, implicit_midpoint, 20 steps", ours("implicit_midpoint", steps=20, options=loose))
-    row(
-        "nodeshape, implicit_euler, 20 steps, newton",
-        ours("implicit_euler", steps=20, options={"stage_solver": "newton"}),
-    )
-    row("nodeshape, implicit_euler, rtol 1e-2", ours("implicit_euler", rtol=1e-2, atol=1e-4, options=loose))
+    row("nodeshape, implicit_euler, 20 steps, krylov", ours("implicit_euler", steps=20, options=krylov))
+    newton = {"stage_solver": "newton"}
+    row("nodeshape, implicit_euler, 20 steps, newton", ours("implicit_euler", steps=20, options=newton))
+    row("nodeshape, kvaerno3, rtol 1e-2, krylov", ours("kvaerno3", rtol=1e-2, atol=1e-4, options=krylov))
+    row("nodeshape, dopri5, rtol 1e-2", ours("dopri5", rtol=1e-2, atol=1e-4))
+    row("nodeshape, tsit5, rtol 1e-2", ours("tsit5", rtol=1e-2, atol=1e-4))
     if torchdiffeq:
 
         def run() -> tuple[Tensor, str, str]:

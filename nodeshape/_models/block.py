@@ -20,7 +20,7 @@ class ODEBlock(nn.Module):
 
     Args:
         dynamics: module ``dynamics(t, y)``.
-        method: ``"euler"``, ``"implicit_euler"`` or ``"implicit_midpoint"``.
+        method: any of :func:`nodeshape.odeint`.
         step_size: of equal steps (default 0.05 if neither steps nor tolerances are given).
         steps: number of equal steps, instead of ``step_size``.
         adjoint: ``"discrete"``, ``"reversible"`` or ``"continuous"``, see :func:`nodeshape.odeint`.
