@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from math import cos, exp, sin
 
 import pytest
@@ -455,6 +458,17 @@ def test_the_state_at_an_event_is_that_of_its_time_in_every_mode(t: Tensor) -> N
         assert float(time) == pytest.approx(0.7) and abs(float(ys[-1])) < 1e-6
 
 
+def test_an_event_function_that_is_zero_from_some_time_on_is_met_at_that_time() -> None:
+    def event(t: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros_like(t) if t > 1.7 else y.sum() + 1
+
+    for options in ({}, {"step_size": 0.4}):
+        method = "rk4" if options else "dopri5"
+        time, ys = ns.odeint(decay, ONE, [0.0, 1.0], event_fn=event, method=method, options=options)
+        assert float(time) == pytest.approx(1.7, abs=1e-12)
+        assert float(ys[-1]) == pytest.approx(exp(-1.7), rel=1e-3)
+
+
 def test_an_event_that_is_not_a_number_or_never_comes_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="event_fn returned NaN"):
         ns.odeint(decay, ONE, [0.0, 1.0], event_fn=lambda t, y: y.sum() * torch.nan)
@@ -576,3 +590,243 @@ def test_the_backward_solve_is_what_adjoint_options_say() -> None:
         assert torch.isfinite(found) and float(ys[-1]) == float(fine[-1])
         rate = 2 + 10 * (1 + sin(12) / 12)  # the exact integral; y from the coarse solve
         assert float(found) == pytest.approx(-rate * float(ys[-1]), rel=0.5)
+
+
+# ---- compilers and exporters -----------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A module that solves in its forward pass, as users write it."""
+
+    def __init__(self, **solve: object) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.solve = solve
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.net(torch.cat([y, t.expand(y.shape[0], 1)], dim=1))
+        return out
+
+    def forward(self, y: Tensor, t: Tensor) -> Tensor:
+        return ns.odeint(self.f, y, t, **self.solve)[-1]
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        {"method": "euler", "steps": 3},
+        {"method": "rk4", "steps": 2},
+        {"method": "dopri5", "steps": 1},
+        {"method": "heun2"},
+        {"method": "implicit_midpoint", "steps": 1, "options": {"max_stage_iterations": 6, "stage_tolerance": 1e-3}},
+    ],
+    ids=lambda solve: solve["method"],
+)
+def test_given_steps_compile_into_one_graph_and_export(solve: dict[str, object]) -> None:
+    module, y, t = Around(**solve), torch.randn(3, 4), torch.tensor([0.0, 0.4, 1.0])
+    expected = module(y, t)
+    torch.autograd.backward(expected.square().sum())
+    gradient = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    torch._dynamo.reset()
+    found = torch.compile(module, fullgraph=True, backend="aot_eager")(y, t)
+    close = 1e-2 if "options" in solve else 1e-5
+    torch.testing.assert_close(found, expected, rtol=close, atol=0.1 * close)
+    found.square().sum().backward()
+    assert relative_error([p.grad for p in module.parameters()], gradient) < 10 * close
+    if solve["method"] != "implicit_midpoint":
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(module, (y, t), dynamic_shapes={"y": {0: batch}, "t": None})
+        other = torch.randn(7, 4)
+        torch.testing.assert_close(program.module()(other, t), module(other, t), rtol=1e-5, atol=1e-6)
+
+
+def test_a_traced_stage_that_is_not_solved_is_not_a_number() -> None:
+    torch._dynamo.reset()
+
+    def stiff(y: Tensor) -> Tensor:
+        rates = torch.tensor([1.0, 300.0, 7000.0, 2e5])
+        options = {"max_stage_iterations": 3}
+        return ns.odeint(lambda t, y: -rates * y, y, [0.0, 1.0], method="implicit_euler", steps=1, options=options)[-1]
+
+    assert torch.compile(stiff, fullgraph=True, backend="aot_eager")(torch.ones(2, 4)).isnan().all()
+
+
+def test_a_step_is_compiled_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile
+    count = 0
+
+    def counted(step: Callable[..., object], **how: object) -> object:
+        nonlocal count
+        count += 1
+        return compiled(step, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4).double()
+    y0 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(net(y)) * t
+
+    for state in (y0, (y0[:, :1], y0[:, 1:])):
+        g = f if isinstance(state, Tensor) else lambda t, y: f(t, torch.cat(y, dim=1)).split([1, 3], dim=1)
+        results = []
+        for options in ({"compile": True}, {"compile": True}, {}):
+            ys = ns.odeint(g, state, [0.0, 0.5, 1.0], method="rk4", steps=3, options=options)
+            ys = ys if isinstance(ys, Tensor) else torch.cat(ys, dim=2)
+            results.append([ys, *gradients(ys, (y0, net.weight))])
+        assert relative_error(results[0], results[2]) < 1e-12 and relative_error(results[1], results[2]) < 1e-12
+    assert count == 2  # once for each f
+    with pytest.raises(ValueError, match="compiles given steps of explicit methods"):
+        ns.odeint(f, y0, [0.0, 1.0], options={"compile": True})
+
+
+# ---- what a second look found ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"adjoint": "continuous"}, {"options": {"recompute": True}}])
+def test_times_count_as_they_are_where_a_solve_is_traced(how: dict[str, object]) -> None:
+    def end(y: Tensor, t: Tensor) -> Tensor:
+        return ns.odeint(lambda t, y: -y * (1 + t), y, t, method="rk4", steps=10, **how)[-1]
+
+    torch._dynamo.reset()
+    y, t = torch.ones(2, 2, dtype=torch.float64), torch.tensor([0.0, 0.3], dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(end, backend="eager")(y, t), end(y, t))
+
+
+def test_solves_are_freed_with_their_gradients() -> None:
+    class Token:
+        pass
+
+    for method in ("implicit_midpoint", "trapezoid", "rk4", "dopri5"):
+        layer = nn.Linear(3, 3).double()
+        token = Token()
+
+        def func(t: Tensor, y: Tensor, layer: nn.Linear = layer, token: Token = token) -> Tensor:
+            return torch.tanh(layer(y))
+
+        gone = weakref.ref(token)
+        how = {} if method == "dopri5" else {"steps": 3}
+        ns.odeint(func, torch.ones(2, 3, dtype=torch.float64), [0.0, 1.0], method=method, **how)[-1].sum().backward()
+        del func, token
+        gc.collect()
+        assert gone() is None, method
+
+
+def test_an_f_that_works_in_place_does_not_touch_events_or_own_times() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        y.neg_()
+        return y
+
+    y0 = torch.tensor([[2.0]], dtype=torch.float64, requires_grad=True)
+    time, ys = ns.odeint(func, y0, [0.0, 1.0], event_fn=lambda t, y: y.sum() - 1)
+    assert float(ys[-1]) == pytest.approx(1.0) and float(torch.autograd.grad(time, y0)[0]) == pytest.approx(0.5)
+    t = torch.tensor([[0.0, 0.0], [0.5, 1.0]], dtype=torch.float64, requires_grad=True)
+    ys = ns.odeint(func, torch.ones(2, 1, dtype=torch.float64), t)
+    assert ys[-1, :, 0].tolist() == pytest.approx([exp(-0.5), exp(-1)])
+
+
+def test_the_element_of_an_event_that_changed_its_sign_moves_it() -> None:
+    y0 = ONE.clone().requires_grad_()
+    for how in ({}, {"adjoint": "continuous"}, {"options": {"recompute": True}}):
+        time, _ = ns.odeint(
+            lambda t, y: -y * (1 + t.sin()),
+            y0,
+            [0.0, 1.0],
+            event_fn=lambda t, y: torch.stack([1e3 * (y.sum() - 0.5), 1e-9 * (1 + t)]),
+            **how,
+        )
+        assert float(torch.autograd.grad(time, y0)[0]) == pytest.approx(1 / (1 + sin(float(time))), rel=1e-4)
+    time, ys = ns.odeint(  # without a slope at its zero: the value stands, the gradient is infinite
+        lambda t, y: -torch.ones_like(y),
+        y0,
+        [0.0, 1.0],
+        method="rk4",
+        step_size=0.25,
+        event_fn=lambda t, y: (y.sum() - 0.5) ** 3,
+    )
+    assert float(time) == pytest.approx(0.5, abs=1e-4) and float(ys[-1]) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_autocast_counts_as_it_was_in_the_forward_pass() -> None:
+    torch.manual_seed(0)
+    layer, y0 = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    for how in ({"options": {"recompute": True}}, {"adjoint": "reversible"}, {"adjoint": "continuous"}):
+        seen: list[torch.dtype] = []
+
+        def func(t: Tensor, y: Tensor, seen: list[torch.dtype] = seen) -> Tensor:
+            out = layer(y)
+            seen.append(out.dtype)
+            return torch.tanh(out)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = ns.odeint(func, y0, [0.0, 1.0], method="euler", steps=2, **how)
+        before = len(seen)
+        with suppress(ns.StageSolveError):  # of a step that is undone, to the rounding of 8 bits
+            ys.sum().backward()
+        assert len(seen) > before and set(seen) == {torch.bfloat16}
+
+
+def test_a_sample_that_is_not_finite_at_the_start_spoils_no_gradient() -> None:
+    rate = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    y0 = torch.tensor([[2.0], [torch.nan]], dtype=torch.float64)
+    for func in (lambda t, y: rate / y, lambda t, y: torch.log(rate * y)):
+        alone = torch.autograd.grad(ns.odeint(func, y0[:1], [0.0, 1.0])[-1].sum(), rate)[0]
+        ys = ns.odeint(func, y0, [0.0, 1.0], options={"on_failure": "nan"})
+        (found,) = torch.autograd.grad(ys[-1, 0].sum(), rate)
+        assert bool(ys[:, 1].isnan().all()) and float(found) == pytest.approx(float(alone), rel=1e-6)
+
+
+def test_a_smallest_step_without_a_result_is_an_error_or_a_failed_sample() -> None:
+    y0 = torch.tensor([[0.1], [2.0]], dtype=torch.float64)
+    for control in ("shared", "per_sample"):
+        options = {"min_step": 1e-3, "step_control": control}
+        with pytest.raises(ns.StepSizeError, match="min_step"):
+            ns.odeint(lambda t, y: y * y, y0, [0.0, 1.0], options=options)
+        options["on_failure"] = "nan"
+        ys, stats = ns.odeint(lambda t, y: y * y, y0, [0.0, 1.0], options=options, return_stats=True)
+        assert list(stats.failures) == [1] and float(ys[-1, 0]) == pytest.approx(1 / 9, rel=1e-3)
+    alone = torch.tensor(2.0, dtype=torch.float64)  # no batch at all
+    ys = ns.odeint(lambda t, y: y * y, alone, [0.0, 1.0], options={"on_failure": "nan"})
+    assert bool(ys[-1].isnan())
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5"])
+def test_each_stage_is_taken_anew_with_its_own_dropout_mask(method: str) -> None:
+    torch.manual_seed(0)
+    drop, layer = nn.Dropout(0.3), nn.Linear(4, 4).double()
+    y0 = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return drop(torch.tanh(layer(y)))
+
+    torch.manual_seed(5)
+    options = {"recompute": True}
+    ys = ns.odeint(func, y0, [0.0, 1.0], method=method, steps=4, options=options)
+    (found,) = gradients(ys, (layer.weight,))
+    for i, j in ((0, 0), (2, 3)):  # by differences, with the same masks
+        ends = []
+        for shift in (1e-6, -1e-6):
+            with torch.no_grad():
+                layer.weight[i, j] += shift
+            torch.manual_seed(5)
+            again = ns.odeint(func, y0, [0.0, 1.0], method=method, steps=4, options=options).detach()
+            weights = torch.randn(ys.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+            ends.append(float((again * weights).sum() + 0.5 * (again * again).sum()))
+            with torch.no_grad():
+                layer.weight[i, j] -= shift
+        assert float(found[i, j]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5)
+
+
+def test_what_gradients_that_step_anew_do_not_take_is_refused() -> None:
+    y0 = ONE.clone().requires_grad_()
+    for options in ({"on_failure": "nan"}, {"jump_t": [0.5]}):
+        with pytest.raises(ValueError, match=r"does not go with options={'recompute': True}"):
+            ns.odeint(decay, y0, [0.0, 1.0], options={**options, "recompute": True})
+    with pytest.raises(ValueError, match=r"'on_failure': 'nan'} does not go with return_dense"):
+        ns.odeint(decay, y0, [0.0, 1.0], options={"on_failure": "nan"}, return_dense=True)
+    with pytest.raises(RuntimeError, match=r"cannot be evaluated sample by sample .*'step_control': 'shared'"):
+        options = {"step_control": "per_sample"}
+        ns.odeint(lambda t, y: -y if t < 0.5 else y, torch.ones(2, 1), [0.0, 1.0], options=options)

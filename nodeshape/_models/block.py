@@ -58,7 +58,15 @@ class ODEBlock(nn.Module):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        given = (step_size, steps, rtol, atol, eval_rtol, eval_atol, (options or {}).get("step_size"))
+        given = (
+            step_size,
+            steps,
+            rtol,
+            atol,
+            eval_rtol,
+            eval_atol,
+            *map((options or {}).get, ("step_size", "grid_constructor")),
+        )
         if all(x is None for x in given):
             step_size = DEFAULT_STEP_SIZE
         self.dynamics = dynamics

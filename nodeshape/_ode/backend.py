@@ -86,6 +86,7 @@ FUSED_OPTIONS = frozenset(
         "checkpoint_every",
         "drift_tolerance",
         "fused",
+        "recompute",
         "step_control",
         "min_step",
         "max_steps",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._ode.field import Field
+from nodeshape._ode.field import Field, State
 from nodeshape._ode.method import Method
 from nodeshape._ode.step import end, stages
 
@@ -21,9 +21,10 @@ _KEPT: OrderedDict[tuple[Any, ...], tuple[Any, Step]] = OrderedDict()
 MOST_KEPT = 32
 
 
-def compiled_step(field: Field, method: Method) -> Step:
+def compiled_step(func: Callable[[Tensor, Any], Any], y0: State, method: Method) -> Step:
     """A step of an explicit method, compiled when it is first taken."""
-    key = (id(field.func), method.name, field.layout)
+    field = Field(func, y0)  # of its own, which knows nothing of one solve
+    key = (id(func), method.name, field.layout)
     if key not in _KEPT:
 
         def evaluate(t: Tensor, y: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def compiled_step(field: Field, method: Method) -> Step:
         def step(y: Tensor, times: Sequence[Tensor], h: Tensor) -> Tensor:
             return end(method, y, h, stages(evaluate, method, y, times, h))
 
-        _KEPT[key] = field.func, torch.compile(step)
+        _KEPT[key] = func, torch.compile(step)
         if len(_KEPT) > MOST_KEPT:
             _KEPT.popitem(last=False)
     _KEPT.move_to_end(key)

@@ -82,7 +82,7 @@ class Controller:
 
     def accepts(self, h: float, ratio: float) -> bool:
         """Whether to keep a step of ``h``, positive."""
-        return ratio <= 1.0 or h <= self.min_step
+        return ratio <= 1.0 or (h <= self.min_step and isfinite(ratio))
 
     def next(self, h: float, ratio: float) -> float:
         """The step to try after one of ``h`` that had this error."""

@@ -19,11 +19,12 @@ MOST_STEPS = 1_000_000
 EventFunction = Callable[[Tensor, Any], Tensor]
 
 
-def integrate_until_event(plan: Plan, event_fn: EventFunction) -> tuple[Tensor, Tensor]:
+def integrate_until_event(plan: Plan, event_fn: EventFunction) -> tuple[Tensor, Tensor, int]:
     """Step from the first time towards the second, and beyond, until an element of ``event_fn(t, y)`` changes its sign.
 
     Returns:
-        the time of the event, a scalar, and the packed states at the start and at the event, ``[2, ...]``.
+        the time of the event, a scalar; the packed states at the start and at the event, ``[2, ...]``; and which
+        element of ``event_fn`` it was.
 
     Raises:
         StepSizeError: error control cannot go on.
@@ -38,7 +39,7 @@ def integrate_until_event(plan: Plan, event_fn: EventFunction) -> tuple[Tensor, 
         return bool((_values(plan, event_fn, t, y).sign() != signs).any())
 
     if bool((signs == 0).any()):
-        return loop._at(t0), torch.stack([y, y])
+        return loop._at(t0), torch.stack([y, y]), int((signs == 0).nonzero()[0])
     for piece in _pieces(plan, y):
         if not passed(piece.t_end, piece.y_end):
             continue
@@ -51,7 +52,8 @@ def integrate_until_event(plan: Plan, event_fn: EventFunction) -> tuple[Tensor, 
 
         high = _first_change(values, signs)
         x = _part(plan, high)
-        return loop._at(piece.t + high * piece.h), torch.stack([y, piece.states(x)[0]])
+        changed = int((values(high).sign() != signs).nonzero()[0])
+        return loop._at(piece.t + high * piece.h), torch.stack([y, piece.states(x)[0]]), changed
     raise RuntimeError(f"event_fn did not change its sign in {MOST_STEPS} steps from t={t0:g}")
 
 
@@ -73,7 +75,7 @@ def _first_change(values: Callable[[float], Tensor], signs: Tensor) -> float:
             return high
         f = values(x)
         if bool((f.sign() != signs).any()):
-            if abs(high - x) < 4e-16 or not bool(f.any()):
+            if high - x < 4e-16:
                 return x
             high, f_high = x, f
             f_low = 0.5 * f_low if side == 1 else f_low
@@ -85,7 +87,7 @@ def _first_change(values: Callable[[float], Tensor], signs: Tensor) -> float:
 
 
 def with_moving_time(
-    func: Callable[[Tensor, Any], Any], event_fn: EventFunction, event_t: Tensor, solution: Any
+    func: Callable[[Tensor, Any], Any], event_fn: EventFunction, event_t: Tensor, solution: Any, element: int
 ) -> tuple[Tensor, Any]:
     """Time and states of an event, differentiable by whatever moves the event.
 
@@ -101,19 +103,20 @@ def with_moving_time(
         return function(t, given if many else given[0])
 
     with torch.enable_grad():
-        points = tuple(x.detach().requires_grad_() for x in states)
-        slopes = called(func, now.detach(), tuple(x.detach() for x in points))
+        points = tuple(x.detach().clone().requires_grad_() for x in states)
+        clock = now.detach().to(states[0].real.dtype)
+        slopes = called(func, clock, tuple(x.detach().clone() for x in points))  # of copies, which func may change
         slopes = tuple(x.detach() for x in slopes) if many else (slopes.detach(),)
         values = called(event_fn, now, points).reshape(-1)
         if not values.requires_grad:
             return event_t.detach(), solution
-        value = values[values.detach().abs().argmin()]
+        value = values[element]
         to_t, *to_states = torch.autograd.grad(value, (now, *points), allow_unused=True, retain_graph=True)
         fixed = called(event_fn, now.detach(), tuple(x.detach() for x in points)).reshape(-1)
-        fixed = fixed[values.detach().abs().argmin()]  # which may depend on parameters of event_fn
+        fixed = fixed[element]  # which may depend on parameters of event_fn
     # With the state at a time that stays, y, the time T of the event moves by dT = −dc / (∂c/∂t + ∂c/∂y · f).
     drift = (event_t - event_t.detach()).to(states[0].dtype)
-    still = tuple(x - f * drift for x, f in zip(states, slopes))
+    still = tuple(x - f.to(x.dtype) * drift for x, f in zip(states, slopes))
     rate = torch.zeros_like(value) if to_t is None else to_t
     rate = rate + sum((g * f).sum() for g, f in zip(to_states, slopes) if g is not None)
     moved = fixed - fixed.detach()
@@ -121,19 +124,19 @@ def with_moving_time(
         if g is not None:
             moved = moved + (g * (x - x.detach())).sum()
     shift: Tensor = _Once.apply(-moved / rate.detach())
-    time = event_t.detach() + (shift - shift.detach()).to(event_t.dtype)
-    ends = tuple(x + f * (shift - shift.detach()).to(x.dtype) for x, f in zip(still, slopes))
+    time = event_t.detach() + shift.to(event_t.dtype)
+    ends = tuple(x + f * shift.to(x.dtype) for x, f in zip(still, slopes))
     whole = solution if many else (solution,)
     joined = tuple(torch.cat([x[:-1], end[None]]) for x, end in zip(whole, ends))
     return time, joined if many else joined[0]
 
 
 class _Once(torch.autograd.Function):
-    """A value that is differentiated once: the formula's own derivative would lack how f and the event bend."""
+    """0 that is differentiated as a value, once: the formula's own derivative would lack how f and the event bend."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return torch.zeros_like(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Field:
         tracing = is_tracing()
         self._watch = not tracing
         self._copy = tracing or torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors)
-        self._last: tuple[Tensor, int] | None = None
+        self._last: tuple[ref[Tensor], int] | None = None
         self._first = True
         self._start: tuple[Tensor, Tensor, Tensor] | None = None
         self._latest: tuple[Tensor, Tensor, Tensor] | None = None
@@ -120,12 +121,13 @@ class Field:
                     " wrong: let func compute a new tensor (y * 2, not y.mul_(2))"
                 )
         if self._watch and not out.is_inference():
-            if self._last is not None and self._last[0]._version != self._last[1]:
+            last = None if self._last is None else self._last[0]()
+            if last is not None and self._last is not None and last._version != self._last[1]:
                 raise RuntimeError(
                     "func wrote into the tensor that it had returned before, which the solver still needs: let func"
                     " return a new tensor (torch.matmul(y, a), not torch.matmul(y, a, out=buffer))"
                 )
-            self._last = out, out._version
+            self._last = ref(out), out._version  # weakly: its graph may lead back here
         if self.remembers:
             self._latest = t.detach(), y.detach(), out.detach()
         return out
@@ -135,7 +137,15 @@ class Field:
         if self.takes_columns:
             return self.evaluate(t.reshape(-1, *(1,) * (y.dim() - 1)), y)
         # f sees each sample as a batch of one; of a copy, which it may change.
-        each: Tensor = torch.func.vmap(self._alone)(t, y.clone())
+        try:
+            each: Tensor = torch.func.vmap(self._alone, randomness="different")(t, y.clone())
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            raise RuntimeError(
+                f"func cannot be evaluated sample by sample ({reason}): use options={{'step_control': 'shared'}}"
+            ) from error
         return each
 
     def _alone(self, t: Tensor, y: Tensor) -> Tensor:
@@ -188,7 +198,8 @@ class Field:
         """f, neither counted nor guarded."""
         out = self._of_state(t, y)
         if self.frozen is not None:
-            out = out.masked_fill(self.frozen.reshape(-1, *(1,) * (out.dim() - 1)), 0.0)
+            many = (-1, *(1,) * (out.dim() - 1)) if self.batched else ()
+            out = out.masked_fill(self.frozen.reshape(many), 0.0)
         return out
 
     def _of_state(self, t: Tensor, y: Tensor) -> Tensor:

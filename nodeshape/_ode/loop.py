@@ -150,7 +150,8 @@ class Loop:
                     self.callbacks.step(self._time(start), y.clone(), self._time(abs(length)))
                 if self.solve is not None:
                     self.solve.where = start, length
-                known = slope if method.starts_with_slope and not self.perturb else None
+                reused = method.starts_with_slope and not self.perturb and self.recorder is None
+                known = slope if reused else None
                 now = times[k * per_step : (k + 1) * per_step]
                 before = self.recorder.before() if self.recorder is not None else None
                 if self.compiled is not None:
@@ -292,7 +293,10 @@ class Loop:
                     f" {ratio:.1e} of the tolerance); loosen rtol and atol, name times at which func jumps in"
                     " options={'jump_t': ...}, or use an implicit method if the problem is stiff",
                 )
-                slope, h = self.field(self._at(t), y), 1e-6 * abs(limit - t)
+                slope, h = (
+                    self.field(self._at(t), y),
+                    1e-6 * (max(1.0, abs(t)) if limit in (inf, -inf) else abs(limit - t)),
+                )
                 continue
             step = target - t
             if self.callbacks is not None:
@@ -331,6 +335,15 @@ class Loop:
                 self.rejected += 1
                 yield None, y
                 h = proposed
+                if pieces and size <= control.min_step:
+                    self._give_up(
+                        estimate,
+                        control,
+                        y,
+                        f"a step of the smallest size allowed, {size:.3g}, has no finite result at t={t:.6g}: lower"
+                        " options={'min_step': ...}, or use an implicit method if the problem is stiff",
+                    )
+                    slope = self.field(self._at(t), y)
 
     # ---- samples that fail -------------------------------------------------------------------------------------------
 
@@ -349,7 +362,9 @@ class Loop:
         lost = ~torch.isfinite(y.detach()).reshape(self.field.samples, self.field.size).all(dim=1)
         if bool(lost.any()):
             self.fail(lost, lambda i: f"the state at t={self.times[0]:.6g} is not finite")
-            y = torch.where(self._column(lost, y), 0.0, y)
+            good = (~lost).nonzero()[:, 0]
+            harmless = y.detach()[good[0]] if self.field.batched and len(good) else torch.zeros_like(y.detach())
+            y = torch.where(self._column(lost, y), harmless, y)
         return y
 
     def _without_failed(self, y: Tensor, lead: int = 0) -> Tensor:
@@ -406,7 +421,7 @@ class Loop:
             ]
         if self.solve is not None:
             self.solve.where = t, h
-        known = slope if method.starts_with_slope else None
+        known = slope if method.starts_with_slope and self.recorder is None else None
         slopes = stages(self.field, method, y, times, size, known, slope.detach(), self.solve)
         after = end(method, y, size, slopes)
         return Piece(method, t, h, t_end, start, size, y, after, [*slopes, slope, slopes[-1]], before)

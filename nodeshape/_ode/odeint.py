@@ -22,6 +22,7 @@ from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import (
     ADJOINTS,
+    CALLBACKS,
     DRIFT_PER_STAGE_TOLERANCE,
     check_steps,
     read_options,
@@ -201,7 +202,16 @@ def odeint(
                 "adjoint_params": adjoint_params,
             },
         )
-    symbolic = isinstance(t, Tensor) and is_tracing() and step_size is None and "step_size" not in settings
+    symbolic = (
+        isinstance(t, Tensor)
+        and is_tracing()
+        and step_size is None
+        and "step_size" not in settings
+        and adjoint == "discrete"
+        and adjoint_params is None
+        and event_fn is None
+        and not (return_dense or settings.get("recompute", False) or any(hasattr(func, name) for name in CALLBACKS))
+    )
     if isinstance(t, Tensor) and symbolic and (steps is not None or _takes_one_step(method, rtol, atol, settings)):
         times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
     else:
@@ -397,23 +407,27 @@ def _plain(
     recompute = stored or adjoint == "reversible"
     plan.loop.keep = return_dense
     if plan.settings.get("compile", False) and not is_tracing():
-        if plan.adaptive or not plan.method.explicit or recompute or return_dense or event_fn is not None:
+        other = plan.adaptive or "grid_constructor" in plan.settings or not plan.method.explicit
+        if other or recompute or return_dense or event_fn is not None:
             raise ValueError(
                 "options={'compile': True} compiles given steps of explicit methods, differentiated by"
                 " adjoint='discrete' or 'continuous', without return_dense or event_fn"
             )
-        plan.loop.compiled = compiled_step(plan.field, plan.method)
+        plan.loop.compiled = compiled_step(plan.func, plan.y0, plan.method)
+    if plan.settings.get("on_failure") == "nan" and (return_dense or event_fn is not None):
+        raise ValueError("options={'on_failure': 'nan'} does not go with return_dense or event_fn")
     if recompute or adjoint == "continuous":
         plan.mode = "options={'recompute': True}" if adjoint == "discrete" else f"adjoint={adjoint!r}"
         _refuse(plan, adjoint, return_dense and recording)
     if event_fn is not None and (not recording or not (recompute or adjoint == "continuous")):
-        found, ys = integrate_until_event(plan, event_fn)
-        return _moving(plan, event_fn, found, plan.field.unpack(ys, (2,)))
+        found, ys, element = integrate_until_event(plan, event_fn)
+        return _moving(plan, event_fn, found, plan.field.unpack(ys, (2,)), element)
     event_t: Tensor | None = None
+    element = 0
     if recording and (recompute or adjoint == "continuous"):
         if event_fn is not None:
             with torch.no_grad():
-                event_t, _ = integrate_until_event(plan, event_fn)
+                event_t, _, element = integrate_until_event(plan, event_fn)
             t = torch.stack([t[0].double(), event_t.to(t.device).double()])
             plan = replace(plan, times=t.tolist(), t=None)
         plan.loop.t = None
@@ -432,7 +446,7 @@ def _plain(
             ys = adjoint_solution(plan, backward, own, discovers, y, t, parameters)
         if event_t is not None:
             assert event_fn is not None
-            return _moving(plan, event_fn, event_t, plan.field.unpack(ys, (2,)))
+            return _moving(plan, event_fn, event_t, plan.field.unpack(ys, (2,)), element)
     else:
         ys = plan.run()
     solution: Any = DenseSolution(plan) if return_dense else plan.field.unpack(ys, (len(plan.times),))
@@ -444,11 +458,13 @@ def _plain(
     return solution, stats
 
 
-def _moving(plan: Plan, event_fn: EventFunction, event_t: Tensor, solution: State) -> tuple[Tensor, State]:
+def _moving(
+    plan: Plan, event_fn: EventFunction, event_t: Tensor, solution: State, element: int
+) -> tuple[Tensor, State]:
     """An event's time and states, differentiable where gradients are recorded."""
     if not torch.is_grad_enabled():
         return event_t, solution
-    return with_moving_time(plan.func, event_fn, event_t, solution)
+    return with_moving_time(plan.func, event_fn, event_t, solution, element)
 
 
 def _refuse(plan: Plan, adjoint: str, dense: bool) -> None:
@@ -461,9 +477,11 @@ def _refuse(plan: Plan, adjoint: str, dense: bool) -> None:
         )
     if dense:
         raise ValueError(f"return_dense keeps every step, which {plan.mode} does not: use adjoint='discrete'")
+    if plan.settings.get("on_failure") == "nan":
+        raise ValueError(f"options={{'on_failure': 'nan'}} does not go with {plan.mode}: use adjoint='discrete'")
     if adjoint == "continuous":
         return
-    for name in ("grid_constructor", "perturb"):
+    for name in ("grid_constructor", "perturb", "jump_t"):
         if name in plan.settings:
             raise ValueError(f"option {name!r} does not go with {plan.mode}: use adjoint='discrete'")
 
@@ -601,7 +619,7 @@ def _slopes(func: Dynamics, times: Tensor, states: Any) -> list[Tensor]:
     one = isinstance(states, Tensor)
     first = states if one else states[0]
     rows = [
-        func(t.to(first.device, first.real.dtype), states[k] if one else tuple(x[k] for x in states))
+        func(t.to(first.device, first.real.dtype), states[k].clone() if one else tuple(x[k].clone() for x in states))
         for k, t in enumerate(times)
     ]
     return [torch.stack(rows)] if one else [torch.stack(x) for x in zip(*rows)]

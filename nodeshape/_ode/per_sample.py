@@ -117,7 +117,9 @@ class SampleSteps:
                 done = done.index_fill(0, there[t_end == loop.times[-1]], True)
                 attempts[there[(self.observed[:, None] == self.sign * t_end).any(dim=0)]] = 0
                 slope = slope.index_copy(0, there, self._slope_at_end(last, t_end, there))
-            self._give_up(rows, t, target, now, attempts, ratio, done, lost)
+            self._give_up(
+                rows, t, (target == now) | (~kept & (size <= self.control.min_step)), attempts, ratio, done, lost
+            )
         return states.assembled(lost, y)
 
     # ---- one attempt -------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ class SampleSteps:
         column = self._column(size, y)
         if loop.solve is not None:
             loop.solve.where, loop.solve.rows = (t, h), rows
-        known = slope if method.starts_with_slope else None
+        known = slope if method.starts_with_slope and loop.recorder is None else None
         slopes = stages(loop.field, method, y, times, column, known, slope.detach(), loop.solve)
         self.evaluations[rows] += loop.field.evaluations - evaluations
         return _Attempt(t, h, t_end, y, end(method, y, column, slopes), slopes, before)
@@ -314,14 +316,13 @@ class SampleSteps:
         self,
         rows: Tensor,
         t: Tensor,
-        target: Tensor,
-        now: Tensor,
+        stuck: Tensor,
         attempts: Tensor,
         ratio: Tensor,
         done: Tensor,
         lost: Tensor,
     ) -> None:
-        stuck, many = target == now, attempts[rows] >= self.most_steps
+        many = attempts[rows] >= self.most_steps
         many = many & ~done[rows]
         failed = (stuck | many).nonzero()[:, 0].tolist()
         if not failed:
@@ -331,7 +332,7 @@ class SampleSteps:
             reason = (
                 f"has made {self.most_steps} attempts, as many as allowed"
                 if bool(many[k])
-                else "needs steps below the resolution of time"
+                else "needs steps below min_step or the resolution of time"
             )
             remedy = "raise options={'max_num_steps': ...}, " if bool(many[k]) else ""
             return (

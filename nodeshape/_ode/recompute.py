@@ -8,7 +8,7 @@ through the very same stage (Hairer, Lubich & Wanner, *Geometric Numerical Integ
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
 from functools import partial
@@ -90,7 +90,7 @@ class Recorder:
         self._taken = 0 if observed else self._taken + 1
         every = self.checkpoint_every
         keep = self.stored or (every is not None and self._taken > 0 and self._taken % every == 0)
-        own = keep and (self.stored or isinstance(t, Tensor) or not observed)
+        own = keep and (isinstance(t, Tensor) or not observed)
         self.steps.append(Step(t, h, self.mark(slopes), before, y.detach() if own else None, rows))
 
     def finish(self) -> None:
@@ -122,10 +122,9 @@ class Recorder:
             if self.steps:
                 restore(self.steps[0].before)
             for step in reversed(self.steps):
-                if self.varying:  # each evaluation is to see what the step's first one saw
-                    self.field.before = partial(restore, step.before)
+                again = partial(restore, step.before) if self.varying else None
                 try:
-                    y, lam = self._back(step, ys, grads, y, lam, parameters, with_time)
+                    y, lam = self._back(step, ys, grads, y, lam, parameters, with_time, again)
                 finally:
                     self.field.before = None
         return lam, self._to_times.tolist(), self._to_parameters, self._products
@@ -139,6 +138,7 @@ class Recorder:
         lam: Tensor,
         parameters: Sequence[Tensor],
         with_time: bool,
+        again: Callable[[], None] | None,
     ) -> tuple[Tensor, Tensor]:
         """State and λ = dL/dy at the start of a step, from those at its end."""
         rows = step.rows
@@ -148,6 +148,7 @@ class Recorder:
         if self.stored:
             start = step.state if step.state is not None else ys[int(interval[0])]
         else:
+            self.field.before = again  # of an equation each evaluation is to see the same surroundings
             start, guess = self._undo(step, y_end)
             stored, known = self._known(step, interval, ys)
             self._check_drift(
@@ -156,6 +157,9 @@ class Recorder:
             if self._changed is not None and bool(known.any()):
                 raise RuntimeError(self._changed)
             start = torch.where(known.reshape(-1, *(1,) * (start.dim() - 1)), stored, start)
+        self.field.before = None if self.method.explicit else again
+        if again is not None:
+            again()
         lam_start = self._differentiate(step, start, guess, lam_end, parameters, with_time)
         assert lam_start is not None
         begun = self._begun(step, interval)

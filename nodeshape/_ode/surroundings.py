@@ -1,4 +1,4 @@
-"""What f depends on besides time and state: random numbers, and the weights, buffers and mode of its modules.
+"""What f depends on besides: random numbers, autocast, and the weights, buffers and mode of its modules.
 
 A backward pass that evaluates f again does so among the surroundings of the forward pass, and leaves none of its own.
 """
@@ -42,6 +42,8 @@ class Surroundings:
         self._versions = [x._version for x in self._tensors()]
         self._frozen = [x for x in self._tensors() if not x.requires_grad]
         self._frozen_versions = [x._version for x in self._frozen]
+        kind = device.type
+        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._latest: Snapshot | None = None
         self._seen: list[tuple[int, int]] = []
 
@@ -80,7 +82,9 @@ class Surroundings:
             for module, mode, own in zip(self._modules, self._modes, self._parameters):
                 module.training = mode
                 module._parameters.update(own)
-            yield self._restore
+            enabled, kind = self._autocast
+            with torch.autocast(self._device.type, dtype=kind, enabled=enabled):
+                yield self._restore
         finally:
             self._set_random(random)
             for module, mode, own in zip(self._modules, modes, parameters):
