@@ -22,6 +22,25 @@ def decay(t: Tensor, y: Tensor) -> Tensor:
     return -y
 
 
+class CountCalls(list[float]):
+    """The times at which a module's own forward is called while the context lasts: none, if a kernel solves."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.forward, self.kind = type(module).forward, type(module)
+
+    def __enter__(self) -> CountCalls:
+        def counted(module: nn.Module, t: Tensor, y: Tensor) -> Tensor:
+            self.append(float(t.flatten()[0]))
+            out: Tensor = self.forward(module, t, y)
+            return out
+
+        self.kind.forward = counted
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kind.forward = self.forward
+
+
 # ---- what f depends on besides time and state -----------------------------------------------------------------------
 
 
@@ -576,6 +595,27 @@ def test_zero_tolerances_error_control_options_and_one_time() -> None:
     alone = ns.odeint(decay, ONE, [0.0])
     alone.zero_()
     assert float(ONE) == 1.0
+
+
+def test_backend_says_what_odeint_does() -> None:
+    torch.manual_seed(0)
+    func, y0 = ns.MLPDynamics(3), torch.randn(2, 3)
+    times = {"one interval": [0.0, 1.0], "two": [0.0, 0.5, 1.0], "own": torch.tensor([[0.0, 0.0], [0.5, 1.0]])}
+    choices: list[dict[str, object]] = [
+        {},
+        {"method": "euler"},
+        {"adjoint": "reversible"},
+        {"adjoint": "reversible", "options": {"step_size": 0.3}},
+        {"method": "euler", "options": {"step_size": 0.3}},
+        {"method": "euler", "options": {"step_size": 0.25}},
+        {"method": "euler", "options": {"max_step": 0.1}},
+        {"method": "euler", "step_size": 0.3, "adjoint_params": ()},
+    ]
+    for name, t in times.items():
+        for choice in choices:
+            with CountCalls(func) as calls:
+                ns.odeint(func, y0, t, **choice)
+            assert ns.backend(func, y0, t, **choice).name == ("plain" if calls else "fused"), (name, choice)
 
 
 def test_the_backward_solve_is_what_adjoint_options_say() -> None:

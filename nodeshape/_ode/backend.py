@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from nodeshape._ode import fused
 from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
-from nodeshape._ode.options import CALLBACKS, read_options
+from nodeshape._ode.options import CALLBACKS, check_steps, read_options, steps_of, uniform_grid
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,18 @@ def backend(
 ) -> Backend:
     """Say which path :func:`odeint` takes for these arguments, and why, without solving.
 
-    All arguments are those of :func:`odeint`, which says what they mean; times, tolerances and results do not matter.
+    All arguments are those of :func:`odeint`, which says what they mean. Without ``t`` they are judged as if all times
+    were on the grid of the option ``step_size``.
 
     Raises:
         ValueError: an unknown method or option.
     """
     settings = read_options(options)
-    step_size = settings.get("step_size", step_size)
-    scheme = get_method(method or default_method(steps, step_size, adjoint))
-    how = Request(scheme, steps, step_size, settings, adjoint_params, adjoint, (rtol, atol))
+    times: list[float] = []
+    if t is not None:
+        times = (t.unique() if t.dim() == 2 else t).tolist() if isinstance(t, Tensor) else list(t)
+    asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
+    how = Request.of(*asked, times, event_fn is not None)
     weights = fused_weights(func, y0, how, event_fn is None and not return_dense)
     if isinstance(weights, str):
         return Backend("plain", weights)
@@ -96,6 +100,8 @@ FUSED_OPTIONS = frozenset(
 )
 
 
+#: Of a ``reversible`` solve that names neither a method nor steps: its order is 2.
+REVERSIBLE_TOLERANCES = (1e-4, 1e-6)
 #: Options that ask for error control.
 ERROR_CONTROL = frozenset(
     {
@@ -131,6 +137,43 @@ class Request:
     adjoint: str = "discrete"
     tolerances: tuple[Any, Any] = (None, None)
 
+    @classmethod
+    def of(
+        cls,
+        method: str | None,
+        steps: int | None,
+        step_size: float | None,
+        tolerances: tuple[Any, Any],
+        adjoint: str,
+        options: Mapping[str, Any],
+        adjoint_params: Any = None,
+        times: Sequence[float] = (),
+        event: bool = False,
+    ) -> Request:
+        """The request of a call, its defaults filled in.
+
+        The option ``step_size`` is torchdiffeq's: a grid from the first time on, between whose points observations are
+        interpolated. It becomes a ``grid_constructor`` unless all observations are on the grid.
+
+        Raises:
+            ValueError: steps are given twice, or out of range.
+        """
+        options, given = dict(options), options.get("step_size")
+        if given is not None and step_size is not None:
+            raise ValueError(f"step_size is given twice: {step_size!r}, and {given!r} in options")
+        size = step_size if given is None else given
+        scheme = get_method(method or default_method(steps, size, adjoint))
+        if adjoint == "reversible" and method is None and tolerances == (None, None):
+            tolerances = REVERSIBLE_TOLERANCES
+        if steps is not None or size is not None:
+            check_steps(steps, size)
+            if "grid_constructor" in options:
+                raise ValueError("give steps, step_size or grid_constructor, not two of them")
+        if given is not None and adjoint != "reversible" and not event and not _on_grid(times, given):
+            del options["step_size"]
+            size, options["grid_constructor"] = None, uniform_grid(given)
+        return cls(scheme, steps, size, options, adjoint_params, adjoint, tolerances)
+
     @property
     def adaptive(self) -> bool:
         """Whether error control chooses the steps."""
@@ -138,6 +181,16 @@ class Request:
             return False
         asked = self.tolerances[0] is not None or self.tolerances[1] is not None
         return bool(self.method.error) or asked or any(name in ERROR_CONTROL for name in self.options)
+
+
+def _on_grid(times: Sequence[float], step_size: float) -> bool:
+    """Whether steps of ``step_size`` from the first time on end at every other one."""
+    for start, end in pairwise(times):
+        steps_of(end - start, step_size)  # which refuses too many
+        count = abs(end - start) / step_size
+        if abs(count - round(count)) > 1e-6 * max(1.0, count):
+            return False
+    return True
 
 
 def fused_weights(

@@ -24,12 +24,11 @@ from nodeshape._ode.options import (
     ADJOINTS,
     CALLBACKS,
     DRIFT_PER_STAGE_TOLERANCE,
-    check_steps,
     read_options,
     steps_of,
 )
 from nodeshape._ode.recompute import recomputed_solution
-from nodeshape._ode.solver import Plan, uniform_grid
+from nodeshape._ode.solver import Plan
 from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._ode.stats import SolverStats
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 TOLERANCES = (1e-7, 1e-9)
-#: Of a ``reversible`` solve that names neither a method nor steps: its order is 2.
-REVERSIBLE_TOLERANCES = (1e-4, 1e-6)
 #: Options that the backward pass of ``continuous`` does not take over.
 NOT_OF_ADJOINT = ("norm", "step_control", "on_failure", "compile")
 #: Types a state may have.
@@ -217,25 +214,21 @@ def odeint(
     else:
         symbolic = False
         t, times = _times(t)
-    scheme = get_method(method or default_method(steps, settings.get("step_size", step_size), adjoint))
-    if adjoint == "reversible" and method is None and rtol is None and atol is None:
-        rtol, atol = REVERSIBLE_TOLERANCES
-    step_size = _given_steps(settings, steps, step_size, times, adjoint, event_fn is not None)
-    how = Request(scheme, steps, step_size, settings, adjoint_params, adjoint, (rtol, atol))
+    asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
+    how = Request.of(*asked, times, event_fn is not None)
     weights = fused_weights(func, y0, how, event_fn is None and not return_dense)
     if not isinstance(weights, str):
-        return _fused(func, weights, y0, t, times, steps, step_size, scheme, adjoint, settings, return_stats)
+        return _fused(func, weights, y0, t, times, how, return_stats)
     _check_results(times, event_fn is not None, return_stats, return_dense)
-    adaptive = how.adaptive
-    if not adaptive and steps is None and step_size is None and "grid_constructor" not in settings:
-        steps = 1
+    one_each = not how.adaptive and how.steps is None and how.step_size is None
+    steps = 1 if one_each and "grid_constructor" not in how.options else how.steps
     if not symbolic:
-        _check_resolution(tensors[0], times, steps, step_size, adaptive)
-    rtol, atol = (default if value is None else value for value, default in zip((rtol, atol), TOLERANCES))
+        _check_resolution(tensors[0], times, steps, how.step_size, how.adaptive)
+    rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     _check_tolerances(rtol, atol)
     traced = t.double() if symbolic or (torch.is_grad_enabled() and t.requires_grad) else None
-    plan = Plan(func, y0, times, traced, scheme, steps, step_size, adaptive, rtol, atol, settings)
-    plan.per_sample = adaptive and _per_sample(func, plan, adjoint, event_fn is not None or return_dense)
+    plan = Plan(func, y0, times, traced, how.method, steps, how.step_size, how.adaptive, rtol, atol, dict(how.options))
+    plan.per_sample = how.adaptive and _per_sample(func, plan, event_fn is not None or return_dense)
     return _plain(plan, t, adjoint, event_fn, return_stats, return_dense, adjoint_params)
 
 
@@ -313,47 +306,8 @@ def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor |
 
 def _takes_one_step(method: str | None, rtol: Any, atol: Any, settings: Mapping[str, Any]) -> bool:
     """Whether a call without steps takes one in each interval."""
-    scheme = get_method(method or default_method(None, None))
-    return (
-        "grid_constructor" not in settings
-        and not Request(scheme, None, None, settings, tolerances=(rtol, atol)).adaptive
-    )
-
-
-def _given_steps(
-    settings: dict[str, Any],
-    steps: int | None,
-    step_size: float | None,
-    times: Sequence[float],
-    adjoint: str,
-    event: bool,
-) -> float | None:
-    """The size of equal steps in each interval, if that is how they are given.
-
-    The option ``step_size`` is torchdiffeq's: a grid from the first time on, between whose points observations are
-    interpolated. It becomes a ``grid_constructor`` unless all observations are on the grid.
-    """
-    given = settings.get("step_size")
-    if given is not None and step_size is not None:
-        raise ValueError(f"step_size is given twice: {step_size!r}, and {given!r} in options")
-    size = step_size if given is None else given
-    if steps is not None or size is not None:
-        check_steps(steps, size)
-        if "grid_constructor" in settings:
-            raise ValueError("give steps, step_size or grid_constructor, not two of them")
-    if given is None or adjoint == "reversible" or event:
-        return size
-    off = [abs(b - a) / given for a, b in pairwise(times)]
-    if len(times) > 2 and any(abs(x - round(x)) > 1e-6 * max(1.0, x) for x in off[:-1]):
-        settings["grid_constructor"] = uniform_grid(given)
-        del settings["step_size"]
-        return None
-    if off and abs(off[-1] - round(off[-1])) > 1e-6 * max(1.0, off[-1]):  # the last step is the shorter one
-        steps_of(times[-1] - times[0], given)
-        settings["grid_constructor"] = uniform_grid(given)
-        del settings["step_size"]
-        return None
-    return float(given)
+    how = Request.of(method, None, None, (rtol, atol), "discrete", settings)
+    return "grid_constructor" not in settings and not how.adaptive
 
 
 def _check_results(times: list[float], event: bool, return_stats: bool, return_dense: bool) -> None:
@@ -375,7 +329,7 @@ def _check_tolerances(rtol: Any, atol: Any) -> None:
         raise ValueError(f"rtol and atol may not both be 0, got {rtol!r} and {atol!r}")
 
 
-def _per_sample(func: Dynamics, plan: Plan, adjoint: str, one_clock: bool) -> bool:
+def _per_sample(func: Dynamics, plan: Plan, one_clock: bool) -> bool:
     """Whether each sample takes steps of its own: where f is known, or declared, not to couple them."""
     asked = plan.settings.get("step_control")
     why = None
@@ -524,22 +478,13 @@ def _backward_plan(plan: Plan, settings: dict[str, Any]) -> tuple[Plan, dict[str
 
 
 def _fused(
-    func: Any,
-    weights: list[Tensor],
-    y0: Any,
-    t: Tensor,
-    times: list[float],
-    steps: int | None,
-    step_size: float | None,
-    scheme: Method,
-    adjoint: str,
-    settings: Mapping[str, Any],
-    return_stats: bool,
+    func: Any, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
 ) -> Any:
-    if step_size is None:
-        counts = [int(steps or 1)] * (len(times) - 1)
+    scheme, settings = how.method, how.options
+    if how.step_size is None:
+        counts = [int(how.steps or 1)] * (len(times) - 1)
     else:
-        counts = [steps_of(end - start, step_size) for start, end in pairwise(times)]
+        counts = [steps_of(end - start, how.step_size) for start, end in pairwise(times)]
     program = func if isinstance(func, Fused) else None
     start = y0 if program is None else program.pack(y0)
     tolerance = STAGE_TOLERANCE[start.dtype]
@@ -551,7 +496,7 @@ def _fused(
         t,
         counts,
         scheme,
-        adjoint,
+        how.adjoint,
         settings.get("stage_tolerance", tolerance),
         settings.get("max_stage_iterations", MAX_STAGE_ITERATIONS),
         settings.get("checkpoint_every"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from math import ceil, isfinite, isnan
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nodeshape._ode.method import get_method
@@ -147,3 +148,16 @@ def steps_of(length: float, step_size: float) -> int:
             f"step_size {step_size:g} cuts an interval into more than {MOST_STEPS} steps: take a larger one"
         )
     return max(1, ceil(count))
+
+
+def uniform_grid(step_size: float) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Steps of ``step_size`` from the first time on, the last one shorter; as in torchdiffeq."""
+
+    def constructor(func: Any, y0: Any, t: Tensor) -> Tensor:
+        start, end = t[0], t[-1]
+        count = steps_of(float(end.detach()) - float(start.detach()), step_size)
+        size = step_size if float(end.detach()) > float(start.detach()) else -step_size
+        inner = torch.arange(count, dtype=t.dtype, device=t.device) * size + start
+        return torch.cat([inner, end[None]])
+
+    return constructor

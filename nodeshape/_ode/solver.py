@@ -249,18 +249,5 @@ def mixed_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms).max() if norms else torch.zeros(())
 
 
-def uniform_grid(step_size: float) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Steps of ``step_size`` from the first time on, the last one shorter; as in torchdiffeq."""
-
-    def constructor(func: Any, y0: Any, t: Tensor) -> Tensor:
-        start, end = t[0], t[-1]
-        count = steps_of(float(end.detach()) - float(start.detach()), step_size)
-        size = step_size if float(end.detach()) > float(start.detach()) else -step_size
-        inner = torch.arange(count, dtype=t.dtype, device=t.device) * size + start
-        return torch.cat([inner, end[None]])
-
-    return constructor
-
-
 #: Attempts between two observations.
 MOST_ATTEMPTS = 1_000_000
