@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodeshape._ode.graph import leaves
+from nodeshape._ode.graph import leaves, refuse_untracked
 from nodeshape._ode.options import CALLBACKS
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.solver import Plan, mixed_norm
@@ -194,19 +194,11 @@ class _Augmented:
                 found: list[Tensor | None] = [None] * len(inputs)
             else:
                 if self.discovers:
-                    self._refuse_untracked_leaves(slope, inputs)
+                    refuse_untracked(slope, inputs)
                 found = list(torch.autograd.grad(slope, inputs, -a, allow_unused=True, retain_graph=True))
         products = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
         to_time = products.pop(0) if self.with_time else torch.zeros_like(t)
         return (to_time, slope.detach(), *products)
-
-    def _refuse_untracked_leaves(self, slope: Tensor, inputs: list[Tensor]) -> None:
-        known = {id(x) for x in inputs}
-        if any(id(x) not in known for x in leaves(slope)):
-            raise RuntimeError(
-                "func depends on a tensor that is not among its parameters, so the gradient would lack it: make func an"
-                " nn.Module that owns it, pass adjoint_params=[every tensor func depends on], or use adjoint='discrete'"
-            )
 
 
 def _norm(given: Any, plan: Plan) -> Callable[[Sequence[Tensor]], Tensor]:

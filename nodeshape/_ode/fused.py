@@ -143,20 +143,36 @@ def solve(
         StageSolveError: a stage was not solved; in the backward pass too.
         ReversalDriftError: in the backward pass of ``"reversible"``.
     """
+    kernel = KERNELS[type(dynamics)]
+
+    def scheme(recorded: bool) -> tuple[Any, ...]:
+        return (
+            *kernel.arguments(dynamics),
+            steps,
+            method.theta,
+            tolerance,
+            int(max_iterations),
+            adjoint if recorded else "none",
+            int(checkpoint_every or 0),
+            drift_tolerance,
+        )
+
+    return call(kernel.op, y0, t, weights, scheme)
+
+
+def call(
+    name: str, y0: Tensor, t: Tensor, weights: list[Tensor], scheme_of: Callable[[bool], tuple[Any, ...]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call an op the way this call is best recorded; what :func:`solve` returns.
+
+    Args:
+        name: of the op; its backward op has ``_backward`` behind.
+        scheme_of: whether a gradient is recorded, to the op's arguments behind the weights.
+    """
     if not (t.is_cpu and (t.dtype == torch.float32 or t.dtype == torch.float64)):
         t = t.to(device="cpu", dtype=torch.float64)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *weights))
-    scheme: tuple[Any, ...] = (
-        steps,
-        method.theta,
-        tolerance,
-        int(max_iterations),
-        adjoint if recorded else "none",
-        int(checkpoint_every or 0),
-        drift_tolerance,
-    )
-    kernel = KERNELS[type(dynamics)]
-    name, scheme = kernel.op, (*kernel.arguments(dynamics), *scheme)
+    scheme = scheme_of(recorded)
     op = getattr(torch.ops.nodeshape, name).default
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     try:
@@ -195,7 +211,7 @@ def _translated(error: RuntimeError) -> RuntimeError:
 # ---- shapes and gradients of the ops ---------------------------------------------------------------------------------
 
 
-def _stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> int:
+def stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> int:
     if adjoint == "discrete":
         return sum(steps)
     if adjoint == "reversible" and checkpoint_every > 0:
@@ -206,7 +222,7 @@ def _stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> i
 def _fake_solve(
     y0: Tensor, t: Tensor, steps: Sequence[int], adjoint: str, checkpoint_every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _stored_rows(steps, adjoint, checkpoint_every)
+    rows = stored_rows(steps, adjoint, checkpoint_every)
     batch, *shape = y0.shape
     if len(shape) == 3:
         shape = [_CONV_MAPS_KEPT if adjoint == "discrete" else 1, *shape[1:], shape[0]]
@@ -288,7 +304,7 @@ def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
         # An empty list of steps passes for a list of tensors, whose gradient is a list.
         return *_gradient(ctx, op, grad_ys, timed=ctx.needs_input_grad[1]), *(
-            [] if x == [] else None for x in ctx.scheme
+            [] if isinstance(x, list) and not x else None for x in ctx.scheme
         )
 
     return backward
@@ -300,25 +316,26 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     )
 
 
-def _register(name: str) -> None:
-    library = torch.library
-    ops = torch.ops.nodeshape
+def register(name: str, fake: Callable[..., Any]) -> None:
+    """Give an op and its backward op their shapes (``fake``) and gradients."""
 
-    # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
-    def solve(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
-        *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
-        return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
-
-    def solve_backward(
+    def fake_backward(
         grad_ys: Tensor, ys: Tensor, stages: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any
     ) -> Any:
         return _fake_backward(ys, t, weights)
 
-    library.register_fake(f"nodeshape::{name}", solve)
-    library.register_fake(f"nodeshape::{name}_backward", solve_backward)
-    backward = getattr(ops, f"{name}_backward")
+    library = torch.library
+    library.register_fake(f"nodeshape::{name}", fake)
+    library.register_fake(f"nodeshape::{name}_backward", fake_backward)
+    backward = getattr(torch.ops.nodeshape, f"{name}_backward")
     library.register_autograd(f"nodeshape::{name}", _formula(backward), setup_context=_setup_context)
     library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
+
+
+def _fake(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
+    # The scheme's arguments are the last seven of every op; mlp ops have the activation before them.
+    *_, steps, _, _, _, adjoint, checkpoint_every, _ = scheme
+    return _fake_solve(y0, t, steps, adjoint, checkpoint_every)
 
 
 def _load() -> str | None:
@@ -329,7 +346,7 @@ def _load() -> str | None:
     except OSError as error:
         return f"{_LIBRARY.name} does not load: {error}"
     for name in ("conv_solve", "mlp_solve"):
-        _register(name)
+        register(name, _fake)
     return None
 
 

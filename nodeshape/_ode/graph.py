@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +42,18 @@ def leaves(out: Tensor, end: Tensor | None = None) -> tuple[Tensor, ...]:
             found[leaf] = None
         stack.extend(parent for parent, _ in reversed(node.next_functions))
     return tuple(found)
+
+
+def refuse_untracked(out: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if ``out``, a value of f, was computed from a tensor that gets no gradient.
+
+    Args:
+        known: the tensors that get one.
+    """
+    ids = {id(x) for x in known}
+    if any(id(x) not in ids for x in leaves(out)):
+        raise RuntimeError(
+            "func depends on a tensor that is not among its parameters, nor used by its first evaluation, so the"
+            " gradient would lack it: make func an nn.Module that owns it, pass adjoint_params=[every tensor func"
+            " depends on], or use adjoint='discrete'"
+        )

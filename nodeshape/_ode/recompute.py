@@ -19,10 +19,11 @@ from torch import Tensor
 
 from nodeshape._errors import ReversalDriftError
 from nodeshape._ode.field import Field
-from nodeshape._ode.graph import leaves
+from nodeshape._ode.graph import refuse_untracked
 from nodeshape._ode.method import Method
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.stage import Time
+from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.step import Size, end, stages
 from nodeshape._ode.surroundings import Snapshot, Surroundings
 
@@ -77,6 +78,9 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self.surroundings = Surroundings(self.field.func, self.field.device)
+        self._times = torch.tensor(self.times, dtype=torch.float64)
+        self._sign = 1.0 if self.times[-1] > self.times[0] else -1.0
+        self._signed = [self._sign * x for x in self.times]
 
     def before(self) -> Snapshot:
         """To be called before a step, for :meth:`after`."""
@@ -95,7 +99,8 @@ class Recorder:
 
     def finish(self) -> None:
         """To be called behind the last step."""
-        self.varying = any(step.before is not self.before() for step in self.steps)
+        now = self.before()
+        self.varying = any(step.before is not now for step in self.steps)
 
     def mark(self, slopes: Sequence[Tensor]) -> Tensor:
         """A number per sample that another slope would not have."""
@@ -110,12 +115,13 @@ class Recorder:
 
     def gradients(
         self, ys: Tensor, grads: Tensor, parameters: Sequence[Tensor], with_time: bool
-    ) -> tuple[Tensor, list[float], list[Tensor], int]:
-        """dL/dy0, dL/dt, dL/dp of each parameter, and how many products with f's Jacobian that took."""
+    ) -> tuple[Tensor, list[float], list[Tensor], Tensor]:
+        """dL/dy0, dL/dt, dL/dp of each parameter, and the products with f's Jacobian that took, ``[samples]``."""
         self.surroundings.check_weights()
         self._to_times = torch.zeros(len(self.times), dtype=torch.float64)
         self._to_parameters = [torch.zeros_like(p) for p in parameters]
-        self._products, self.equations.products = 0, 0
+        self._products = 0
+        self.equations.stats = SolverStats.zeros(self.field.samples, self.field.device)
         self._changed: str | None = None
         lam, y = grads[-1], ys[-1]
         with self.surroundings.restored() as restore:
@@ -127,7 +133,8 @@ class Recorder:
                     y, lam = self._back(step, ys, grads, y, lam, parameters, with_time, again)
                 finally:
                     self.field.before = None
-        return lam, self._to_times.tolist(), self._to_parameters, self._products
+        products = self._products + self.equations.stats.nfe_backward
+        return lam, self._to_times.tolist(), self._to_parameters, products
 
     def _back(
         self,
@@ -173,7 +180,7 @@ class Recorder:
     def _undo(self, step: Step, y_end: Tensor) -> tuple[Tensor, Tensor]:
         """The state at the start of a step of a one-stage method, and its slope."""
         theta = self.method.theta
-        h, size = self._sizes(step, y_end)
+        h: Size = self._column(step.h, y_end) if isinstance(step.h, Tensor) else step.h
         time = self._seen(step.t + theta * step.h)
         c = -(1.0 - theta) * h
         if theta == 1.0:
@@ -182,7 +189,7 @@ class Recorder:
             equations = self.equations
             equations.sweep, equations.where, equations.rows = "reversed", (step.t, step.h), step.rows
             slope = equations(time, y_end, c, None)
-        return y_end - size * slope, slope
+        return y_end - h * slope, slope
 
     def _differentiate(
         self,
@@ -211,7 +218,7 @@ class Recorder:
         if lam is None:
             return None
         if self.discovers:
-            self._refuse_untracked(after, (y, t, size, *parameters))
+            refuse_untracked(after, (y, t, size, *parameters))
         self._products += len(method.b)
         wanted = [y, *([t, size] if with_time else []), *parameters]
         if not after.requires_grad:
@@ -228,8 +235,7 @@ class Recorder:
 
     def _share(self, step: Step, interval: Tensor, to_t: Tensor, to_h: Tensor) -> None:
         """Share dL/dt and dL/dh of a step between the ends of its interval: h = r L and t = t_j + s L."""
-        times = torch.tensor(self.times, dtype=torch.float64)
-        first, last = times[interval], times[interval + 1]
+        first, last = self._times[interval], self._times[interval + 1]
         length = last - first
         t, h = (torch.as_tensor(x, dtype=torch.float64).cpu().reshape(-1) for x in (step.t, step.h))
         to_t, to_h = to_t.reshape(-1).cpu(), to_h.reshape(-1).cpu()
@@ -248,17 +254,14 @@ class Recorder:
 
     def _begun(self, step: Step, interval: Tensor) -> Tensor:
         """Whether the step begins its interval, ``[n]``."""
-        times = torch.tensor(self.times, dtype=torch.float64)
         t = torch.as_tensor(step.t, dtype=torch.float64).cpu().reshape(-1)
-        return (times[interval] == t).to(self.field.device)
+        return (self._times[interval] == t).to(self.field.device)
 
     def _interval(self, step: Step) -> Tensor:
         """Which interval between observations a step is in, ``[n]``; on the CPU."""
-        sign = 1.0 if self.times[-1] > self.times[0] else -1.0
-        signed = [sign * x for x in self.times]
         if not isinstance(step.t, Tensor):
-            return torch.tensor([bisect_right(signed, sign * step.t) - 1])
-        return torch.searchsorted(torch.tensor(signed, dtype=torch.float64), sign * step.t.cpu(), right=True) - 1
+            return torch.tensor([bisect_right(self._signed, self._sign * step.t) - 1])
+        return torch.searchsorted(self._sign * self._times, self._sign * step.t.cpu(), right=True) - 1
 
     def _check_drift(self, step: Step, rebuilt: Tensor, stored: Tensor, known: Tensor, end: Tensor) -> None:
         if not bool(known.any()):
@@ -297,25 +300,9 @@ class Recorder:
                 raise RuntimeError(message)
             self._changed = self._changed or message  # unless the trajectory was not found again: that is known soon
 
-    def _refuse_untracked(self, after: Tensor, known: Sequence[Tensor]) -> None:
-        ids = {id(x) for x in known}
-        if any(id(x) not in ids for x in leaves(after)):
-            raise RuntimeError(
-                "func depends on a tensor that its first evaluation did not use, so the gradient would lack it: make"
-                " func an nn.Module that owns it, pass adjoint_params=[every tensor func depends on], or use"
-                " adjoint='discrete'"
-            )
-
     def _samples(self, x: Tensor) -> int:
         """Of a state of some samples."""
         return len(x) if self.field.batched else 1
-
-    def _sizes(self, step: Step, y: Tensor) -> tuple[Size, Any]:
-        """The size of a step for a stage equation and as a factor of a state."""
-        if isinstance(step.h, Tensor):
-            column = self._column(step.h, y)
-            return column, column
-        return step.h, step.h
 
     def _column(self, x: Tensor, y: Tensor) -> Tensor:
         kind = self.field.time_dtype
@@ -347,7 +334,7 @@ class _Recomputed(torch.autograd.Function):
             to_y0, to_times, to_parameters, products = recorder.gradients(
                 ys, grads[0], parameters, ctx.needs_input_grad[3]
             )
-        plan.count_backward(plan.field.evaluations - before + products + recorder.equations.products)
+        plan.count_backward(plan.field.evaluations - before + products)
         plan.field.evaluations = before
         to_t = torch.tensor(to_times, dtype=t.dtype, device=t.device) if ctx.needs_input_grad[3] else None
         return None, None, to_y0, to_t, *to_parameters

@@ -38,7 +38,6 @@ class StageEquations:
         evaluations: of f spent on stages, per sample, ``[samples]``; 0 before the first.
         residual: largest relative residual of a stage, ``[samples]``.
         calls: of f for stages, each for all samples.
-        products: with Jᵀ, of the transposed equations so far.
         closed: what f depends on besides time and state and that requires grad, for second derivatives; None before
             the first recorded stage.
         where: start and size of the step whose stages are solved, for the error message.
@@ -55,7 +54,6 @@ class StageEquations:
     evaluations: Tensor | int = 0
     residual: Tensor | float = 0.0
     stats: SolverStats | None = None
-    products: Tensor | int = 0
     calls: int = 0
     closed: tuple[Tensor, ...] | None = None
     where: tuple[Time, Time] = (0.0, 0.0)
@@ -166,10 +164,6 @@ class StageEquations:
         self.evaluations[self.rows] += stage.evaluations
         self.residual[self.rows] = torch.maximum(self.residual[self.rows], stage.residual.double())
 
-    def counted(self, evaluations: Tensor) -> Tensor:
-        """Evaluations of some samples as those of all: the most, where they are not all."""
-        return evaluations if len(evaluations) == self.field.samples else evaluations.max()
-
     def transposed(
         self, product: Callable[[Tensor], Tensor], v: Tensor, finite: Tensor, where: tuple[Time, Time]
     ) -> Tensor:
@@ -186,9 +180,10 @@ class StageEquations:
         rows = torch.where(finite, v.reshape(rows_of), torch.nan)
         stage = self.solver.solve(function, matrix, rows, 1.0, rows)
         self.solver.check(stage, *where, "transposed")
-        self.products = self.products + self.counted(stage.evaluations)
         if self.stats is not None:
-            self.stats.nfe_backward = self.stats.nfe_backward + self.counted(stage.evaluations)
+            self.stats.nfe_backward = self.stats.nfe_backward + (
+                stage.evaluations if len(finite) == self.field.samples else stage.evaluations.max()
+            )
         return stage.value.reshape(v.shape)
 
 

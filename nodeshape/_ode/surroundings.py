@@ -39,7 +39,6 @@ class Surroundings:
         self._buffer_names = [
             (module, name) for module in self._modules for name, x in module._buffers.items() if x is not None
         ]
-        self._versions = [x._version for x in self._tensors()]
         self._frozen = [x for x in self._tensors() if not x.requires_grad]
         self._frozen_versions = [x._version for x in self._frozen]
         kind = device.type
