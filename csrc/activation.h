@@ -41,7 +41,7 @@ NODESHAPE_INLINE Vec<float> tanh(Vec<float> x) {
 }
 
 NODESHAPE_INLINE Vec<float> sigmoid(Vec<float> x) {
-  const Vec<float> y = splat(1.0f) / (splat(1.0f) + exp(-x));
+  const Vec<float> y = quotient(splat(1.0f), splat(1.0f) + exp(-x));
   return x != x ? x : y;
 }
 

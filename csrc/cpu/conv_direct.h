@@ -4,7 +4,9 @@
 // As in gemm.h every element is one chain of fused multiply-adds, whatever its neighbours.
 #pragma once
 
+#include "arena.h"
 #include "gemm.h"
+#include "../program.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
@@ -127,6 +129,77 @@ struct Taps {
   const int64_t* at;    // [depth], of weights
   const int64_t* from;  // [depth], of pixels' lanes in a framed map
 };
+
+/// Sizes of one convolution, in pixels.
+struct ConvSizes {
+  int64_t in, out;         // maps of a group
+  int64_t in_y, in_x;      // of the framed input
+  int64_t out_y, out_x;    // of the output
+  int64_t top, side;       // frames of the output's cotangent
+  int64_t back_y, back_x;  // of the framed cotangent
+};
+
+inline ConvSizes conv_sizes(const Layer& layer) {
+  const auto& n = layer.conv;
+  const int64_t reach_y = n.dilation_height * (n.kernel_height - 1), reach_x = n.dilation_width * (n.kernel_width - 1);
+  const int64_t in_y = n.height + 2 * n.pad_height, in_x = n.width + 2 * n.pad_width;
+  return {n.in / n.groups,
+          n.out / n.groups,
+          in_y,
+          in_x,
+          in_y - reach_y,
+          in_x - reach_x,
+          reach_y - n.pad_height,
+          reach_x - n.pad_width,
+          n.height + reach_y,
+          n.width + reach_x};
+}
+
+/// Of a group's input maps, for the output; pixels are `width` elements.
+inline Taps forward_taps(const Layer& layer, const ConvSizes& c, int64_t width, Arena& arena) {
+  const auto& n = layer.conv;
+  const int64_t area = n.kernel_height * n.kernel_width;
+  int64_t *at = arena.take<int64_t>(c.in * area), *from = arena.take<int64_t>(c.in * area);
+  for (int64_t i = 0, k = 0; i < c.in; ++i)
+    for (int64_t y = 0; y < n.kernel_height; ++y)
+      for (int64_t x = 0; x < n.kernel_width; ++x, ++k) {
+        at[k] = k;
+        from[k] = ((i * c.in_y + y * n.dilation_height) * c.in_x + x * n.dilation_width) * width;
+      }
+  return {c.in * area, c.in * area, at, from};
+}
+
+/// Of the output's framed cotangents, for the input's.
+inline Taps backward_taps(const Layer& layer, const ConvSizes& c, int64_t width, Arena& arena) {
+  const auto& n = layer.conv;
+  const int64_t area = n.kernel_height * n.kernel_width;
+  int64_t *at = arena.take<int64_t>(c.out * area), *from = arena.take<int64_t>(c.out * area);
+  for (int64_t o = 0, k = 0; o < c.out; ++o)
+    for (int64_t y = 0; y < n.kernel_height; ++y)
+      for (int64_t x = 0; x < n.kernel_width; ++x, ++k) {
+        at[k] = o * c.in * area + y * n.kernel_width + x;
+        from[k] = ((o * c.back_y + (n.kernel_height - 1 - y) * n.dilation_height) * c.back_x +
+                   (n.kernel_width - 1 - x) * n.dilation_width) *
+                  width;
+      }
+  return {c.out * area, area, at, from};
+}
+
+/// to[maps, height + 2 top, columns + 2 side] = maps with a frame of zeros; sizes in elements of a row.
+template <class T>
+void frame(int64_t maps, int64_t height, int64_t columns, int64_t top, int64_t side, const T* from, T* to) {
+  const int64_t row = columns + 2 * side;
+  for (int64_t m = 0; m < maps; ++m) {
+    __builtin_memset(to, 0, (top * row + side) * sizeof(T));
+    T* out = to + top * row + side;
+    for (int64_t y = 0; y < height; ++y, from += columns, out += row) {
+      __builtin_memcpy(out, from, columns * sizeof(T));
+      if (y + 1 < height) __builtin_memset(out + columns, 0, 2 * side * sizeof(T));
+    }
+    __builtin_memset(out - 2 * side, 0, (top * row + side) * sizeof(T));
+    to += (height + 2 * top) * row;
+  }
+}
 
 /// out[outputs, height, columns] (+)= start + the convolution of a framed map x, whose rows have `x_row` elements.
 template <class T>

@@ -6,6 +6,7 @@
 #include "conv_direct.h"
 #include "conv_winograd.h"
 #include "gemm.h"
+#include "strides.h"
 #include "transpose.h"
 #include "../functions.h"
 
@@ -173,17 +174,8 @@ class Layers {
     const auto& n = layer.linear;
     const T *w = weight(layer.weight), *bias = weight(layer.bias), *in = at(values, layer.a);
     T* out = at(values, layer.out);
-    for (int64_t p = 0; p < n.positions; ++p, in += n.in * width_, out += n.out * width_) {
-      if (bias == nullptr) {
-        gemm<T, false>(n.out, width_, n.in, {w, n.row, n.column}, in, width_, out, width_);
-        continue;
-      }
-      for (int64_t o = 0; o < n.out; ++o) {
-        const Vec<T> start = splat(bias[o]);
-        for (int64_t v = 0; v < width_; v += kWide) store(out + o * width_ + v, start);
-      }
-      gemm<T, true>(n.out, width_, n.in, {w, n.row, n.column}, in, width_, out, width_);
-    }
+    for (int64_t p = 0; p < n.positions; ++p, in += n.in * width_, out += n.out * width_)
+      gemm<T, false>(n.out, width_, n.in, {w, n.row, n.column}, in, width_, out, width_, bias);
   }
 
   NODESHAPE_OUTLINE void linear_vjp(const Layer& layer, T* const* values, bool gradient) {
@@ -242,28 +234,6 @@ class Layers {
   }
 
   // ---- rows chosen by strides ---------------------------------------------------------------------------------------
-
-  /// Calls body(first, a, b, count, a stride, b stride) for each run along the last dimension: its rows from
-  /// `first` on in dense order, and where they begin in a and b.
-  template <class Body>
-  static void each_run(const Strides& n, Body&& body) {
-    const int64_t last = n.dims - 1, count = n.sizes[last];
-    int64_t index[kMostDims] = {}, a = 0, b = 0, first = 0;
-    while (true) {
-      body(first, a, b, count, n.a[last], n.b[last]);
-      first += count;
-      int64_t d = last - 1;
-      for (; d >= 0; --d) {
-        a += n.a[d];
-        b += n.b[d];
-        if (++index[d] < n.sizes[d]) break;
-        a -= n.sizes[d] * n.a[d];
-        b -= n.sizes[d] * n.b[d];
-        index[d] = 0;
-      }
-      if (d < 0) return;
-    }
-  }
 
   /// An operand's rows: of a buffer, or a weight's elements, the same in all lanes.
   struct Operand {
@@ -471,17 +441,6 @@ class Layers {
     return (s0 + s1) + (s2 + s3);
   }
 
-  /// Calls body(from, to, channel) for the runs of rows [0, size) that share a scale; row r is element first + r.
-  template <class Body>
-  static NODESHAPE_INLINE void each_channel(int64_t size, int64_t first, int64_t inner, int64_t count, Body&& body) {
-    for (int64_t r = 0; r < size;) {
-      const int64_t run = (first + r) / inner, rest = (run + 1) * inner - first;
-      const int64_t end = rest < size ? rest : size;
-      body(r, end, run % count);
-      r = end;
-    }
-  }
-
   // ---- conv ---------------------------------------------------------------------------------------------------------
 
   struct ConvPlan {
@@ -489,7 +448,7 @@ class Layers {
     int64_t height, columns, row;       // of the output, in lanes; elements of a row of the (framed) input
     int64_t back_height, back_columns;  // of the input, as the backward pass goes through it
     bool back_framed;
-    int64_t back_frame_y, back_frame_x, back_row;
+    int64_t back_row;
     Taps forward, backward;  // within a group
     Winograd<T>** fast;      // of each group, or null
     Winograd<T>** fast_back;
@@ -503,43 +462,19 @@ class Layers {
       const auto& n = layer.conv;
       ConvPlan& plan = plans_[l];
       plan.fast = plan.fast_back = nullptr;
-      const int64_t area = n.kernel_height * n.kernel_width, in = n.in / n.groups, out = n.out / n.groups;
-      const int64_t reach_y = n.dilation_height * (n.kernel_height - 1),
-                    reach_x = n.dilation_width * (n.kernel_width - 1);
-      const int64_t framed_y = n.height + 2 * n.pad_height, framed_x = n.width + 2 * n.pad_width;
-      const int64_t out_y = framed_y - reach_y, out_x = framed_x - reach_x;
-      plan.framed = n.pad_height > 0 || n.pad_width > 0;
-      plan.height = area == 1 && !plan.framed ? 1 : out_y;
-      plan.columns = out_y * out_x * width_ / plan.height;
-      plan.row = framed_x * width_;
-      plan.back_frame_y = reach_y - n.pad_height;
-      plan.back_frame_x = reach_x - n.pad_width;
-      plan.back_framed = plan.back_frame_y > 0 || plan.back_frame_x > 0;
-      const int64_t back_y = out_y + 2 * plan.back_frame_y, back_x = out_x + 2 * plan.back_frame_x;
-      plan.back_height = area == 1 && !plan.framed ? 1 : n.height;
+      const ConvSizes c = conv_sizes(layer);
+      const bool flat = n.kernel_height * n.kernel_width == 1 && c.in_y == n.height && c.in_x == n.width;
+      plan.framed = c.in_y > n.height || c.in_x > n.width;
+      plan.height = flat ? 1 : c.out_y;
+      plan.columns = c.out_y * c.out_x * width_ / plan.height;
+      plan.row = c.in_x * width_;
+      plan.back_framed = c.top > 0 || c.side > 0;
+      plan.back_height = flat ? 1 : n.height;
       plan.back_columns = n.height * n.width * width_ / plan.back_height;
-      plan.back_row = back_x * width_;
-
-      int64_t *at = arena.take<int64_t>(in * area), *from = arena.take<int64_t>(in * area);
-      for (int64_t i = 0, k = 0; i < in; ++i)
-        for (int64_t y = 0; y < n.kernel_height; ++y)
-          for (int64_t x = 0; x < n.kernel_width; ++x, ++k) {
-            at[k] = k;
-            from[k] = ((i * framed_y + y * n.dilation_height) * framed_x + x * n.dilation_width) * width_;
-          }
-      plan.forward = {in * area, in * area, at, from};
-      plan_winograd(layer, out_y, out_x, arena, plan);
-      if (!with_gradient_) continue;
-      int64_t *back_at = arena.take<int64_t>(out * area), *back_from = arena.take<int64_t>(out * area);
-      for (int64_t o = 0, k = 0; o < out; ++o)
-        for (int64_t y = 0; y < n.kernel_height; ++y)
-          for (int64_t x = 0; x < n.kernel_width; ++x, ++k) {
-            back_at[k] = o * in * area + y * n.kernel_width + x;
-            back_from[k] = ((o * back_y + (n.kernel_height - 1 - y) * n.dilation_height) * back_x +
-                            (n.kernel_width - 1 - x) * n.dilation_width) *
-                           width_;
-          }
-      plan.backward = {out * area, area, back_at, back_from};
+      plan.back_row = c.back_x * width_;
+      plan.forward = forward_taps(layer, c, width_, arena);
+      plan_winograd(layer, c.out_y, c.out_x, arena, plan);
+      if (with_gradient_) plan.backward = backward_taps(layer, c, width_, arena);
     }
   }
 
@@ -562,21 +497,6 @@ class Layers {
     }
   }
 
-  /// to[maps, height + 2 top, columns + 2 side] = maps with a frame of zeros; sizes in elements of a row.
-  void frame(int64_t maps, int64_t height, int64_t columns, int64_t top, int64_t side, const T* from, T* to) const {
-    const int64_t row = columns + 2 * side;
-    for (int64_t m = 0; m < maps; ++m) {
-      __builtin_memset(to, 0, (top * row + side) * sizeof(T));
-      T* out = to + top * row + side;
-      for (int64_t y = 0; y < height; ++y, from += columns, out += row) {
-        __builtin_memcpy(out, from, columns * sizeof(T));
-        if (y + 1 < height) __builtin_memset(out + columns, 0, 2 * side * sizeof(T));
-      }
-      __builtin_memset(out - 2 * side, 0, (top * row + side) * sizeof(T));
-      to += (height + 2 * top) * row;
-    }
-  }
-
   NODESHAPE_OUTLINE void conv(const Layer& layer, T* const* values, const ConvPlan& plan) {
     const auto& n = layer.conv;
     const T *w = weight(layer.weight), *bias = weight(layer.bias), *in = at(values, layer.a);
@@ -591,7 +511,7 @@ class Layers {
     }
     if (plan.framed) {
       T* framed = values[layer.scratch];
-      frame(n.in, n.height, n.width * width_, n.pad_height, n.pad_width * width_, in, framed);
+      frame<T>(n.in, n.height, n.width * width_, n.pad_height, n.pad_width * width_, in, framed);
       in = framed;
       map = (n.height + 2 * n.pad_height) * (n.width + 2 * n.pad_width) * width_;
     }
@@ -631,11 +551,10 @@ class Layers {
     }
     int64_t back_map = out_map;
     if (plan.back_framed) {
-      const int64_t out_x = n.width + 2 * n.pad_width - n.dilation_width * (n.kernel_width - 1);
-      const int64_t out_y = n.height + 2 * n.pad_height - n.dilation_height * (n.kernel_height - 1);
-      frame(n.out, out_y, out_x * width_, plan.back_frame_y, plan.back_frame_x * width_, d, scratch_);
+      const ConvSizes c = conv_sizes(layer);
+      frame<T>(n.out, c.out_y, c.out_x * width_, c.top, c.side * width_, d, scratch_);
       d = scratch_;
-      back_map = (out_y + 2 * plan.back_frame_y) * plan.back_row;
+      back_map = c.back_y * plan.back_row;
     }
     for (int64_t g = 0; g < n.groups; ++g)
       convolve<T>(own_in, plan.back_height, plan.back_columns, plan.backward, w + g * own_out * plan.forward.w_row,

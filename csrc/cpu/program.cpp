@@ -16,22 +16,30 @@ namespace NODESHAPE_TARGET {
 template <class T>
 int64_t tile_vectors(const Program& program, int64_t samples) {
   constexpr int64_t kMostElements = (int64_t(1) << 19) / int64_t(sizeof(T));
-  constexpr double kLittleWork = 32e3;
+  constexpr double kLittleWork = 32e3;  // operations per evaluation, of which a thread is not worth its wait
   int64_t vectors = 4;
   while (vectors > 1) {
-    const int64_t tiles = vectors == 4 || program.operations > kLittleWork ? 4 : 1;
+    const int64_t tiles = program.operations > kLittleWork ? 4 : vectors == 4 ? 2 : 1;
     if (samples >= tiles * vectors * kLanes<T> && program.kept * vectors * kLanes<T> <= kMostElements) break;
     vectors /= 2;
   }
   return vectors;
 }
 
-/// Calls body.operator()<D>(weights) for the dynamics that suits: tiles unless stages are iterated.
+/// Whether there are too few samples to fill the lanes with.
+template <class T>
+bool are_few(int64_t samples) {
+  return 2 * samples <= kLanes<T>;
+}
+
+/// Calls body.operator()<D>(weights) for the dynamics that suits: tiles unless stages are iterated or samples few.
 template <class T, class Body>
-void with_dynamics(const ProgramModel& model, int64_t vectors, bool iterates, int64_t tapes, Body&& body) {
+void with_dynamics(const ProgramModel& model, int64_t samples, bool iterates, int64_t tapes, Body&& body) {
   const T* const* weights = reinterpret_cast<const T* const*>(model.weights);
-  if (iterates) return body.template operator()<ProgramSamples<T>>({model.program, weights, tapes, 0});
-  const ProgramWeights<T> tiles{model.program, weights, tapes, vectors};
+  if (are_few<T>(samples)) return body.template operator()<ProgramRows<T>>({model.program, weights, tapes, 0, true});
+  if (iterates) return body.template operator()<ProgramSamples<T>>({model.program, weights, tapes, 0, false});
+  const int64_t vectors = tile_vectors<T>(model.program, samples);
+  const ProgramWeights<T> tiles{model.program, weights, tapes, vectors, false};
   if (vectors == 4) return body.template operator()<ProgramTile<T, 4>>(tiles);
   if (vectors == 2) return body.template operator()<ProgramTile<T, 2>>(tiles);
   return body.template operator()<ProgramTile<T, 1>>(tiles);
@@ -39,20 +47,21 @@ void with_dynamics(const ProgramModel& model, int64_t vectors, bool iterates, in
 
 /// The same for the loop in theta, whose tiles are of one vector: it is not worth compiling for more.
 template <class T, class Body>
-void with_theta_dynamics(const ProgramModel& model, bool iterates, Body&& body) {
+void with_theta_dynamics(const ProgramModel& model, int64_t samples, bool iterates, Body&& body) {
   const T* const* weights = reinterpret_cast<const T* const*>(model.weights);
-  if (iterates) return body.template operator()<ProgramSamples<T>>({model.program, weights, 1, 0});
-  return body.template operator()<ProgramTile<T, 1>>({model.program, weights, 1, 1});
+  if (are_few<T>(samples)) return body.template operator()<ProgramRows<T>>({model.program, weights, 1, 0, true});
+  if (iterates) return body.template operator()<ProgramSamples<T>>({model.program, weights, 1, 0, false});
+  return body.template operator()<ProgramTile<T, 1>>({model.program, weights, 1, 1, false});
 }
 
 template <class T>
 void program_forward(const ProgramModel& model, const ForwardProblem<T>& problem, const Executor& executor) {
   const bool iterates = !model.tableau.is_explicit();
   if (problem.store > 0)
-    return with_theta_dynamics<T>(
-        model, iterates, [&]<class D>(const ProgramWeights<T>& weights) { forward<D>(weights, problem, executor); });
-  const int64_t vectors = tile_vectors<T>(model.program, problem.samples);
-  with_dynamics<T>(model, vectors, iterates, 1, [&]<class D>(const ProgramWeights<T>& weights) {
+    return with_theta_dynamics<T>(model, problem.samples, iterates, [&]<class D>(const ProgramWeights<T>& weights) {
+      forward<D>(weights, problem, executor);
+    });
+  with_dynamics<T>(model, problem.samples, iterates, 1, [&]<class D>(const ProgramWeights<T>& weights) {
     forward_groups<D>(weights, problem, executor, [&](D& f, Arena& arena, Group group) {
       TableauSolve<D, Arena>(f, arena, problem, model.tableau, group).run();
     });
@@ -64,14 +73,14 @@ void program_backward(const ProgramModel& model, const BackwardProblem<T>& probl
   const bool iterates = !model.tableau.is_explicit();
   if (problem.adjoint != Adjoint::discrete)
     return with_theta_dynamics<T>(
-        model, iterates || problem.adjoint == Adjoint::reversible,
+        model, problem.samples, iterates || problem.adjoint == Adjoint::reversible,
         [&]<class D>(const ProgramWeights<T>& weights) { backward<D>(weights, problem, executor); });
-  const int64_t vectors = tile_vectors<T>(model.program, problem.samples);
-  with_dynamics<T>(model, vectors, iterates, model.tableau.stages, [&]<class D>(const ProgramWeights<T>& weights) {
-    backward_groups<D>(weights, problem, executor, [&](D& f, Arena& arena, Group group, double* grad_t) {
-      TableauSweep<D, Arena>(f, arena, problem, model.tableau, group, grad_t).run();
-    });
-  });
+  with_dynamics<T>(
+      model, problem.samples, iterates, model.tableau.stages, [&]<class D>(const ProgramWeights<T>& weights) {
+        backward_groups<D>(weights, problem, executor, [&](D& f, Arena& arena, Group group, double* grad_t) {
+          TableauSweep<D, Arena>(f, arena, problem, model.tableau, group, grad_t).run();
+        });
+      });
 }
 
 }  // namespace NODESHAPE_TARGET

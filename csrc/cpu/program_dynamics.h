@@ -1,8 +1,10 @@
-// Programs as dynamics of the time loops: a tile of samples that goes through time as one, for explicit steps; or
-// single samples, which iterate their stages each to its own tolerance and meet only in the lanes of an evaluation.
+// Programs as dynamics of the time loops: a tile of samples that goes through time as one, for explicit steps; single
+// samples, which iterate their stages each to its own tolerance and meet only in the lanes of an evaluation; or a few
+// samples, each in its own rows.
 #pragma once
 
 #include "layers.h"
+#include "layers_rows.h"
 #include "share.h"
 #include "../stage.h"
 
@@ -13,12 +15,13 @@ struct ProgramWeights {
   const Program& program;
   const T* const* weights;
   int64_t tapes;    // linearisations that are kept side by side
-  int64_t samples;  // of a slot, in vectors, or 0 where a slot is a lane
+  int64_t samples;  // of a slot, in vectors, or 0 where a slot is a sample
+  bool rows;        // whether it has the lanes to itself
 
   int64_t parameters() const { return program.parameters(); }
   int64_t group() const { return samples > 0 ? 1 : kMaxGroup; }
   double cost() const {
-    const double vectors = samples > 0 ? double(samples) : 2.0 / double(kLanes<T>);
+    const double vectors = samples > 0 ? double(samples) : (rows ? 1.2 : 2.0) / double(kLanes<T>);
     return 50 + 0.6 * vectors * program.operations;
   }
 };
@@ -192,6 +195,82 @@ class ProgramSamples {
   T *in_, *out_;         // [tapes, sample, width]
   T* w_ = nullptr;       // [sample, width]
   T* pulled_ = nullptr;  // [sample, width]
+};
+
+/// A slot is one sample, whose elements fill the lanes.
+template <class T>
+class ProgramRows {
+ public:
+  using Scalar = T;
+  using Weights = ProgramWeights<T>;
+  static constexpr int kSamples = 1;
+
+  ProgramRows(const Weights& weights, Arena& arena, int group, bool with_gradient)
+      : sample_(weights.program.state()),
+        layers_(weights.program, weights.weights, arena, group, with_gradient ? weights.tapes : 1, with_gradient) {
+    if (!with_gradient) return;
+    for (int s = 0; s < group; ++s) {
+      w_[s] = arena.take<T>(size());
+      ignored_[s] = arena.take<T>(size());
+    }
+  }
+
+  int64_t size() const { return padded<T>(sample_); }
+  int64_t sample() const { return sample_; }
+  int64_t kept() const { return sample_; }
+
+  void read(const T* tensor, int, T* y) const {
+    for (int64_t i = sample_; i < size(); ++i) y[i] = 0;
+    __builtin_memcpy(y, tensor, sample_ * sizeof(T));
+  }
+  void read_cotangent(const T* tensor, int members, T* lambda) const { read(tensor, members, lambda); }
+  void write(const T* y, int, T* tensor) const { __builtin_memcpy(tensor, y, sample_ * sizeof(T)); }
+  void pack(const T* y, int members, T* row) const { write(y, members, row); }
+  void keep(int, const T* y, int members, T* row) const { write(y, members, row); }
+  void unpack(const T* row, int members, T* y) const { read(row, members, y); }
+
+  void record(int stage) { tape_ = stage; }
+  NODESHAPE_OUTLINE void eval(double t, const Batch<T>& batch) {
+    layers_.eval(tape_, t, batch);
+    finish(batch);
+  }
+  void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
+  NODESHAPE_OUTLINE void vjp(const Batch<T>& batch) {
+    for (int i = 0; i < batch.count; ++i) __builtin_memcpy(w_[batch.slot[i]], batch.in[i], size() * sizeof(T));
+    layers_.vjp(tape_, batch, false);
+    finish(batch);
+  }
+  /// Of all slots of the group.
+  NODESHAPE_OUTLINE void pull(const Batch<T>& batch) {
+    layers_.vjp(tape_, batch, true);
+    finish(batch);
+  }
+  double pulled_time() const { return layers_.time_product(); }
+
+  void accumulate(double, double h, int count) {
+    const Vec<T> scale = splat(T(h));
+    Batch<T> batch;
+    for (int s = 0; s < count; ++s) {
+      T* w = w_[s];
+      each<T>(size(), [=](int64_t i) { store(w + i, scale * load(w + i)); });
+      batch.add(s, w, ignored_[s]);
+    }
+    layers_.vjp(tape_, batch, true);
+  }
+  double time_product() const { return layers_.time_product(); }
+  void take_gradient(T* row) { layers_.take_gradient(row); }
+
+ private:
+  void finish(const Batch<T>& batch) const {
+    for (int i = 0; i < batch.count; ++i)
+      for (int64_t e = sample_; e < size(); ++e) batch.out[i][e] = 0;
+  }
+
+  const int64_t sample_;
+  RowLayers<T> layers_;
+  int tape_ = 0;
+  T* w_[kMaxGroup];  // the latest arguments of vjp()
+  T* ignored_[kMaxGroup];
 };
 
 }  // namespace nodeshape::NODESHAPE_TARGET

@@ -71,6 +71,50 @@ NODESHAPE_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+/// A whole vector, or only its first elements.
+struct Whole {};
+struct Part {
+  int64_t count;  // from 1 to less than the lanes
+};
+
+template <class T>
+NODESHAPE_INLINE constexpr int64_t lanes_of(Whole) {
+  return kLanes<T>;
+}
+template <class T>
+NODESHAPE_INLINE int64_t lanes_of(Part n) {
+  return n.count;
+}
+
+template <class T>
+NODESHAPE_INLINE Vec<T> load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+NODESHAPE_INLINE void store(T* p, Vec<T> v, Whole) {
+  store(p, v);
+}
+#if defined(__AVX512F__)
+NODESHAPE_INLINE Vec<float> load(const float* p, Part n) { return _mm512_maskz_loadu_ps((1u << n.count) - 1, p); }
+NODESHAPE_INLINE Vec<double> load(const double* p, Part n) { return _mm512_maskz_loadu_pd((1u << n.count) - 1, p); }
+NODESHAPE_INLINE void store(float* p, Vec<float> v, Part n) { _mm512_mask_storeu_ps(p, (1u << n.count) - 1, v); }
+NODESHAPE_INLINE void store(double* p, Vec<double> v, Part n) { _mm512_mask_storeu_pd(p, (1u << n.count) - 1, v); }
+#else
+/// Zero beyond the part.
+template <class T>
+NODESHAPE_INLINE Vec<T> load(const T* p, Part n) {
+  Vec<T> v{};
+  for (int64_t i = 0; i < kLanes<T> - 1; ++i)
+    if (i < n.count) v[i] = p[i];
+  return v;
+}
+template <class T>
+NODESHAPE_INLINE void store(T* p, Vec<T> v, Part n) {
+  for (int64_t i = 0; i < kLanes<T> - 1; ++i)
+    if (i < n.count) p[i] = v[i];
+}
+#endif
+
 template <class T>
 NODESHAPE_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
@@ -166,10 +210,29 @@ NODESHAPE_INLINE T sum(Vec<T> v) {
   return lanes[0];
 }
 
+template <class T>
+NODESHAPE_INLINE T sum(Vec<T> v, Whole) {
+  return sum<T>(v);
+}
+template <class T>
+NODESHAPE_INLINE T sum(Vec<T> v, Part n) {
+  T total = 0;
+  for (int64_t i = 0; i < n.count; ++i) total += v[i];
+  return total;
+}
+
 /// Calls body(i) for i = 0, lanes, 2 lanes, ... below `size`, a multiple of lanes.
 template <class T, class Body>
 NODESHAPE_INLINE void each(int64_t size, Body&& body) {
   for (int64_t i = 0; i < size; i += kLanes<T>) body(i);
+}
+
+/// Calls body(i, Whole or Part) for i = 0, lanes, 2 lanes, ... below `count`.
+template <class T, class Body>
+NODESHAPE_INLINE void each_part(int64_t count, Body&& body) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, Whole{});
+  if (i < count) body(i, Part{count - i});
 }
 
 /// A range of channels, from a multiple of the lanes to another.
