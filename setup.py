@@ -28,7 +28,7 @@ REPOSITORY = "https://github.com/nodeshape/nodeshape"
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 #: Files in csrc/cpu that are compiled for each instruction set and dtype.
-KERNELS = ("program", "kernels")
+KERNELS = ("program", "adaptive", "kernels")
 #: Contraction is off so that a sum rounds the same way wherever the compiler has inlined it; kernels call fma by name.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"portable": []}

@@ -163,7 +163,8 @@ class Filters {
       if (part.begin >= part.end) continue;
       for (int64_t xi = 0; xi < winograd::kProducts; ++xi)
         detail::panels<T, Vectors, false>(part.begin, rows, part.end, channels_, {inputs + xi * in_stride, columns, 1},
-                                          transformed_ + place(xi, 0, from), width, outputs + xi * out_stride, width);
+                                          transformed_ + place(xi, 0, from), width, nullptr, outputs + xi * out_stride,
+                                          width);
       for (int64_t map = 0; map < maps; ++map)
         each_tile(shape, map * shape.tiles(), [&](int64_t row, int64_t top, int64_t left) {
           const int64_t last_i = shape.height - top, last_j = shape.width - left, corner = top * shape.width + left;

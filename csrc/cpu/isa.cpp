@@ -11,12 +11,14 @@ namespace {
 struct Candidate {
   Kernels kernels;
   ProgramKernels programs;
+  AdaptiveKernels adaptive;
   bool supported;
 };
 
-#define NODESHAPE_KERNELS(isa)                                                   \
-  Kernels{#isa, kernels_##isa##_float, kernels_##isa##_double}, ProgramKernels { \
-    program_##isa##_float, program_##isa##_double                                \
+#define NODESHAPE_KERNELS(isa)                                                         \
+  Kernels{#isa, kernels_##isa##_float, kernels_##isa##_double},                        \
+      ProgramKernels{program_##isa##_float, program_##isa##_double}, AdaptiveKernels { \
+    adaptive_##isa##_float, adaptive_##isa##_double                                    \
   }
 
 const Candidate& chosen() {
@@ -51,5 +53,6 @@ const Candidate& chosen() {
 
 const Kernels& kernels() { return chosen().kernels; }
 const ProgramKernels& program_kernels() { return chosen().programs; }
+const AdaptiveKernels& adaptive_kernels() { return chosen().adaptive; }
 
 }  // namespace nodeshape

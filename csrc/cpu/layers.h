@@ -55,13 +55,12 @@ class Layers {
   /// Only the first `count` lanes have a cotangent from now on.
   void set_members(int64_t count) { members_ = count; }
 
-  /// out[state, width] = f(t, in); `in` and `out` stay in place while the tape is used.
-  NODESHAPE_OUTLINE void eval(int64_t tape, double t, T* in, T* out) {
+  /// out[state, width] = f(t, in), at the time `t` of each lane; `in` and `out` stay in place while the tape is used.
+  NODESHAPE_OUTLINE void eval(int64_t tape, const T* t, T* in, T* out) {
     T** values = values_ + tape * p_.buffer_count;
     values[0] = in;
     values[p_.result] = out;
-    const Vec<T> time = splat(T(t));
-    for (int64_t v = 0; v < width_; v += kWide) store(values[1] + v, time);
+    __builtin_memcpy(values[1], t, width_ * sizeof(T));
     for (int64_t l = 0; l < p_.layer_count; ++l) forward(p_.layers[l], values, l);
   }
 

@@ -49,14 +49,14 @@ class RowLayers {
     }
   }
 
-  /// batch.out = f(t, batch.in), `state` elements each.
-  NODESHAPE_OUTLINE void eval(int64_t tape, double t, const Batch<T>& batch) {
+  /// batch.out = f(t, batch.in), at the time `t` of each slot.
+  NODESHAPE_OUTLINE void eval(int64_t tape, const T* t, const Batch<T>& batch) {
     T* const values = values_ + tape * slots_ * row_;
     const int64_t bytes = p_.state() * int64_t(sizeof(T));
     for (int i = 0; i < batch.count; ++i) {
       T* own = values + batch.slot[i] * row_;
       __builtin_memcpy(own + place_[0], batch.in[i], bytes);
-      own[place_[1]] = T(t);
+      own[place_[1]] = t[batch.slot[i]];
     }
     for (int64_t l = 0; l < p_.layer_count; ++l) {
       const Layer& layer = p_.layers[l];

@@ -26,12 +26,6 @@ int64_t tile_vectors(const Program& program, int64_t samples) {
   return vectors;
 }
 
-/// Whether there are too few samples to fill the lanes with.
-template <class T>
-bool are_few(int64_t samples) {
-  return 2 * samples <= kLanes<T>;
-}
-
 /// Calls body.operator()<D>(weights) for the dynamics that suits: tiles unless stages are iterated or samples few.
 template <class T, class Body>
 void with_dynamics(const ProgramModel& model, int64_t samples, bool iterates, int64_t tapes, Body&& body) {

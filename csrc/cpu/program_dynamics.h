@@ -26,6 +26,12 @@ struct ProgramWeights {
   }
 };
 
+/// Whether there are too few samples to fill the lanes with.
+template <class T>
+bool are_few(int64_t samples) {
+  return 2 * samples <= kLanes<T>;
+}
+
 /// A slot is `Vectors` vectors of samples.
 template <class T, int Vectors>
 class ProgramTile {
@@ -74,8 +80,13 @@ class ProgramTile {
   }
 
   void record(int stage) { tape_ = stage; }
-  NODESHAPE_OUTLINE void eval(double t, const Batch<T>& batch) {
-    layers_.eval(tape_, t, const_cast<T*>(batch.in[0]), batch.out[0]);
+  void eval(double t, const Batch<T>& batch) {
+    T times[kWidth];
+    for (T& time : times) time = T(t);
+    eval_at(times, batch);
+  }
+  NODESHAPE_OUTLINE void eval_at(const T* times, const Batch<T>& batch) {
+    layers_.eval(tape_, times, const_cast<T*>(batch.in[0]), batch.out[0]);
   }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
   NODESHAPE_OUTLINE void vjp(const Batch<T>& batch) {
@@ -93,6 +104,30 @@ class ProgramTile {
   }
   double time_product() const { return layers_.time_product(); }
   void take_gradient(T* row) { layers_.take_gradient(row); }
+
+  // A place is a lane.
+  static NODESHAPE_INLINE Vec<T> factor(const T* numbers, int, int64_t i) { return load(numbers + i % kWidth); }
+  template <class Body>
+  NODESHAPE_INLINE void sums(int, Body&& body, double* out) const {
+    for (int64_t v = 0; v < kWidth; v += kLanes<T>) {
+      Vec<T> sum{};
+      for (int64_t i = v; i < size(); i += kWidth) sum += body(i);
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) out[v + lane] = double(sum[lane]);
+    }
+  }
+  void put(const T* from, int place, T* const* slots) const {
+    for (int64_t e = 0; e < sample_; ++e) slots[0][e * kWidth + place] = from[e];
+  }
+  void get(const T* const* slots, int place, T* to) const {
+    for (int64_t e = 0; e < sample_; ++e) to[e] = slots[0][e * kWidth + place];
+  }
+  /// to += factor times the place's sample.
+  void add(const T* const* slots, int place, T factor, T* to) const {
+    for (int64_t e = 0; e < sample_; ++e) to[e] += factor * slots[0][e * kWidth + place];
+  }
+  void add_to(const T* from, int place, T factor, T* const* slots) const {
+    for (int64_t e = 0; e < sample_; ++e) slots[0][e * kWidth + place] += factor * from[e];
+  }
 
  private:
   const int64_t sample_;
@@ -117,6 +152,7 @@ class ProgramSamples {
     const int64_t tapes = with_gradient ? weights.tapes : 1, rows = sample_ * width_;
     in_ = arena.zeros<T>(tapes * rows);
     out_ = arena.zeros<T>(tapes * rows);
+    times_ = arena.take<T>(width_);
     if (!with_gradient) return;
     w_ = arena.zeros<T>(rows);
     pulled_ = arena.take<T>(rows);
@@ -145,7 +181,8 @@ class ProgramSamples {
       if (batch.slot[i] >= seen_) seen_ = batch.slot[i] + 1;
     }
     for (int64_t lane = seen_; lane < width_; ++lane) scatter(batch.in[0], in, lane);  // which nobody reads
-    layers_.eval(tape_, t, in, out);
+    for (int64_t lane = 0; lane < width_; ++lane) times_[lane] = T(t);
+    layers_.eval(tape_, times_, in, out);
     for (int i = 0; i < batch.count; ++i) gather(out, batch.slot[i], batch.out[i]);
   }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
@@ -193,6 +230,7 @@ class ProgramSamples {
   int tape_ = 0;
   int64_t seen_ = 0;     // slots that have ever been evaluated
   T *in_, *out_;         // [tapes, sample, width]
+  T* times_;             // [width]
   T* w_ = nullptr;       // [sample, width]
   T* pulled_ = nullptr;  // [sample, width]
 };
@@ -230,8 +268,13 @@ class ProgramRows {
   void unpack(const T* row, int members, T* y) const { read(row, members, y); }
 
   void record(int stage) { tape_ = stage; }
-  NODESHAPE_OUTLINE void eval(double t, const Batch<T>& batch) {
-    layers_.eval(tape_, t, batch);
+  void eval(double t, const Batch<T>& batch) {
+    T times[kMaxGroup];
+    for (T& time : times) time = T(t);
+    eval_at(times, batch);
+  }
+  NODESHAPE_OUTLINE void eval_at(const T* times, const Batch<T>& batch) {
+    layers_.eval(tape_, times, batch);
     finish(batch);
   }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
@@ -259,6 +302,29 @@ class ProgramRows {
   }
   double time_product() const { return layers_.time_product(); }
   void take_gradient(T* row) { layers_.take_gradient(row); }
+
+  // A place is a slot.
+  static NODESHAPE_INLINE Vec<T> factor(const T* numbers, int slot, int64_t) { return splat(numbers[slot]); }
+  template <class Body>
+  NODESHAPE_INLINE void sums(int, Body&& body, double* out) const {
+    Vec<T> sum{};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= sample_; i += kLanes<T>) sum += body(i);
+    double total = double(nodeshape::NODESHAPE_TARGET::sum<T>(sum));
+    if (i < sample_) {
+      const Vec<T> rest = body(i);
+      for (int64_t lane = 0; i + lane < sample_; ++lane) total += double(rest[lane]);
+    }
+    *out = total;
+  }
+  void put(const T* from, int place, T* const* slots) const { read(from, 1, slots[place]); }
+  void get(const T* const* slots, int place, T* to) const { write(slots[place], 1, to); }
+  void add(const T* const* slots, int place, T factor, T* to) const {
+    for (int64_t e = 0; e < sample_; ++e) to[e] += factor * slots[place][e];
+  }
+  void add_to(const T* from, int place, T factor, T* const* slots) const {
+    for (int64_t e = 0; e < sample_; ++e) slots[place][e] += factor * from[e];
+  }
 
  private:
   void finish(const Batch<T>& batch) const {

@@ -1,7 +1,7 @@
 // The solvers of programs of one instruction set, as the ops see them.
 #pragma once
 
-#include "../program.h"
+#include "../control.h"
 
 namespace nodeshape {
 
@@ -9,6 +9,19 @@ struct ProgramModel {
   const Program& program;
   const void* const* weights;  // [weights], float or double
   Tableau tableau;
+};
+
+/// A program under error control.
+struct AdaptiveModel {
+  const Program& program;
+  const void* const* weights;  // [weights], float or double
+  Embedded method;
+};
+
+template <class T>
+struct AdaptiveKernelsOf {
+  void (*forward)(const AdaptiveModel&, const AdaptiveProblem<T>&, const Executor&);
+  void (*backward)(const AdaptiveModel&, const AdaptiveBackwardProblem<T>&, const Executor&);
 };
 
 template <class T>
@@ -22,13 +35,24 @@ struct ProgramKernels {
   const ProgramKernelsOf<double>& float64;
 };
 
+struct AdaptiveKernels {
+  const AdaptiveKernelsOf<float>& float32;
+  const AdaptiveKernelsOf<double>& float64;
+};
+
 #if defined(__x86_64__)
 extern const ProgramKernelsOf<float> program_avx512_float;
 extern const ProgramKernelsOf<double> program_avx512_double;
+extern const AdaptiveKernelsOf<float> adaptive_avx512_float;
+extern const AdaptiveKernelsOf<double> adaptive_avx512_double;
 extern const ProgramKernelsOf<float> program_avx2_float;
 extern const ProgramKernelsOf<double> program_avx2_double;
+extern const AdaptiveKernelsOf<float> adaptive_avx2_float;
+extern const AdaptiveKernelsOf<double> adaptive_avx2_double;
 #endif
 extern const ProgramKernelsOf<float> program_portable_float;
 extern const ProgramKernelsOf<double> program_portable_double;
+extern const AdaptiveKernelsOf<float> adaptive_portable_float;
+extern const AdaptiveKernelsOf<double> adaptive_portable_double;
 
 }  // namespace nodeshape

@@ -49,6 +49,18 @@ void forward(const typename D::Weights& weights, const ForwardProblem<T>& proble
                     [&](D& f, Arena& arena, Group group) { solve_forward(f, arena, problem, group); });
 }
 
+/// to[count] = the sum of `chunks` rows.
+template <class T>
+void sum_chunks(const Executor& executor, int64_t chunks, int64_t count, const T* rows, T* to) {
+  constexpr int64_t kSlice = 4096;
+  share(executor, ceil_div(count, kSlice), [&](int64_t slice, Arena&) {
+    const int64_t end = smaller(count, (slice + 1) * kSlice);
+    for (int64_t i = slice * kSlice; i < end; ++i) to[i] = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = slice * kSlice; i < end; ++i) to[i] += rows[chunk * count + i];
+  });
+}
+
 /// Calls sweep(dynamics, arena, group, gradient of the times) for groups of samples. Parameter gradients are summed
 /// within chunks and then over chunks, in an order that depends on the problem alone, so that they are the same for any
 /// number of threads.
@@ -77,13 +89,7 @@ void backward_groups(const typename D::Weights& weights, const BackwardProblem<T
     dynamics.take_gradient(rows + chunk * parameters);
   });
 
-  constexpr int64_t kSlice = 4096;
-  share(executor, ceil_div(parameters, kSlice), [&](int64_t slice, Arena&) {
-    const int64_t end = smaller(parameters, (slice + 1) * kSlice);
-    for (int64_t i = slice * kSlice; i < end; ++i) problem.grad_parameters[i] = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t i = slice * kSlice; i < end; ++i) problem.grad_parameters[i] += rows[chunk * parameters + i];
-  });
+  sum_chunks(executor, chunks, parameters, rows, problem.grad_parameters);
   for (int64_t j = 0; j < times; ++j) {
     problem.grad_t[j] = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) problem.grad_t[j] += time_rows[chunk * times + j];

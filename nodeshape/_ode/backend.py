@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nodeshape._ode import fused
+from nodeshape._ode.field import is_tracing
 from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import CALLBACKS, check_steps, read_options, steps_of, uniform_grid
+from nodeshape._ode.program_op import MOST_STAGES
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def backend(
         times = (t.unique() if t.dim() == 2 else t).tolist() if isinstance(t, Tensor) else list(t)
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
-    weights = fused_weights(func, y0, how, event_fn is None and not return_dense)
+    weights = fused_weights(func, y0, how, event_fn is None and not return_dense, t)
     if isinstance(weights, str):
         return Backend("plain", weights)
     first = y0[0] if isinstance(y0, tuple) else y0
@@ -99,6 +102,10 @@ FUSED_OPTIONS = frozenset(
     }
 )
 
+#: Options that the kernel of programs knows besides, under error control.
+ADAPTIVE_OPTIONS = frozenset(
+    {"first_step", "max_step", "max_num_steps", "safety", "ifactor", "dfactor", "on_failure", "step_control"}
+)
 
 #: Of a ``reversible`` solve that names neither a method nor steps: its order is 2.
 REVERSIBLE_TOLERANCES = (1e-4, 1e-6)
@@ -198,18 +205,22 @@ def fused_weights(
     y0: Any,
     how: Request,
     states_only: bool = True,
+    t: Any = None,
 ) -> list[Tensor] | str:
     """The parameters that the fused kernel solves with; or, if ``odeint`` takes the plain loop, the reason.
 
     Args:
         states_only: whether no event and no dense output is asked for.
+        t: the times, where they are known.
     """
     options, method = how.options, how.method
     program = isinstance(func, Fused)
     if options.get("fused") is False:
         return "options={'fused': False}"
     if how.adaptive:
-        return "error control chooses the steps"
+        reason = _why_not_adaptive(how, t) if program else "error control chooses the steps"
+        if reason:
+            return reason
     if not (method.one_stage or program):
         return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
     if not states_only:
@@ -219,10 +230,33 @@ def fused_weights(
     if options:
         if options.get("stage_solver", "anderson") != "anderson":
             return f"the stage solver is {options['stage_solver']}"
-        if not options.keys() <= FUSED_OPTIONS:
-            return f"option {min(options.keys() - FUSED_OPTIONS)!r} takes the plain loop"
+        taken = FUSED_OPTIONS | ADAPTIVE_OPTIONS if how.adaptive else FUSED_OPTIONS
+        if not options.keys() <= taken:
+            return f"option {min(options.keys() - taken)!r} takes the plain loop"
     if how.adjoint_params is not None:
         return "adjoint_params chooses what to differentiate by"
     if isinstance(func, Fused):
         return func.weights_for(y0, method, how.adjoint)
     return fused.weights_for(func, y0)
+
+
+def _why_not_adaptive(how: Request, t: Any) -> str | None:
+    """Why error control is not the kernel's, for a program: there every sample takes its own steps."""
+    method = how.method
+    if not (method.explicit and method.error and method.starts_with_slope and len(method.b) < MOST_STAGES):
+        return (
+            f"error control of {method.name} takes the plain loop (that of explicit methods with an estimate does not)"
+        )
+    if how.adjoint != "discrete" or how.options.get("recompute", False):
+        return "gradients of error control without a record take the plain loop"
+    if how.options.get("step_control") == "shared":
+        return "samples are to share their steps"
+    if not all(x is None or isinstance(x, (int, float)) for x in how.tolerances):
+        return "tolerances of each element take the plain loop"
+    if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
+        return "error control whose times are differentiated takes the plain loop"
+    if t is not None and len(t) < 2:
+        return "there is one time only"
+    if is_tracing():
+        return "error control cannot be traced"
+    return None

@@ -310,10 +310,13 @@ def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
+NO_SECOND_DERIVATIVE = (
+    "the fused solver has no second derivatives: set NODESHAPE_FUSED=0 to differentiate twice (adjoint='discrete')"
+)
+
+
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "the fused solver has no second derivatives: set NODESHAPE_FUSED=0 to differentiate twice (adjoint='discrete')"
-    )
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def register(name: str, fake: Callable[..., Any]) -> None:

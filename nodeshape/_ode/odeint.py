@@ -15,6 +15,7 @@ from nodeshape._ode import fused, program_op
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
 from nodeshape._ode.backend import Request, default_method, fused_weights
 from nodeshape._ode.compiled import compiled_step
+from nodeshape._ode.control import rms
 from nodeshape._ode.event import EventFunction, integrate_until_event, with_moving_time
 from nodeshape._ode.field import State, is_tracing
 from nodeshape._ode.fuse import Fused
@@ -28,7 +29,7 @@ from nodeshape._ode.options import (
     steps_of,
 )
 from nodeshape._ode.recompute import recomputed_solution
-from nodeshape._ode.solver import Plan
+from nodeshape._ode.solver import Plan, controller_of, most_attempts_of
 from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._ode.stats import SolverStats
 
@@ -216,7 +217,9 @@ def odeint(
         t, times = _times(t)
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
-    weights = fused_weights(func, y0, how, event_fn is None and not return_dense)
+    weights = fused_weights(func, y0, how, event_fn is None and not return_dense, t)
+    if isinstance(func, Fused) and not isinstance(weights, str) and how.adaptive:
+        return _fused_adaptive(func, weights, y0, t, times, how, return_stats)
     if not isinstance(weights, str):
         return _fused(func, weights, y0, t, times, how, return_stats)
     _check_results(times, event_fn is not None, return_stats, return_dense)
@@ -506,6 +509,27 @@ def _fused(
     if not return_stats:
         return solution
     return solution, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
+
+
+def _fused_adaptive(
+    func: Fused, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
+) -> Any:
+    start = func.pack(y0)
+    _check_resolution(start, times, None, None, True)
+    rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
+    _check_tolerances(rtol, atol)
+    control = controller_of(how.method, how.options, rtol, atol, rms)
+    most, on_failure = most_attempts_of(how.options), how.options.get("on_failure", "raise")
+    kept = t if t.is_cpu and t.dtype in (torch.float32, torch.float64) else t.to("cpu", torch.float64)
+    found = program_op.solve_adaptive(func.program, weights, start, kept, how.method, control, most, on_failure)
+    solution = func.unpack(found.ys)
+    if not return_stats:
+        return solution
+    stats = SolverStats.zeros(start.shape[0], start.device)
+    stats.nfe_forward, stats.nfe_backward = found.evaluations, found.backward_evaluations
+    stats.accepted, stats.rejected, stats.failures = found.accepted, found.rejected, found.failures
+    stats.step_control = "per sample"
+    return solution, stats
 
 
 def _own_times(func: Dynamics, y0: State, t: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Any:

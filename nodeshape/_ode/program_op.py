@@ -10,21 +10,41 @@
   dtype of ``y0``.
 - ``program`` and ``constants`` as csrc/program_plan.h reads them; ``tableau`` float64 ``[stages + 2, stages]``: a, b,
   c.
+    solve_adaptive(Tensor y0, Tensor t, Tensor[] weights, Tensor program, Tensor constants, Tensor tableau, float rtol,
+                   float atol, float first_step, float min_step, float max_step, float safety, float grow, float shrink,
+                   int order, int most_attempts, bool record)
+        -> (Tensor ys, Tensor states, Tensor spans, Tensor before, Tensor last, Tensor counts, Tensor outcomes,
+            Tensor failures)
+    solve_adaptive_backward(Tensor grad_ys, Tensor states, Tensor spans, Tensor before, Tensor last, Tensor t,
+                            Tensor[] weights, Tensor program, Tensor constants, Tensor tableau)
+        -> (Tensor grad_y0, Tensor[] grad_weights, Tensor evaluations)
+
 - ``adjoint`` 0 none, 1 discrete, 2 reversible, 3 continuous. ``discrete`` keeps ``kept_per_step`` states per step: one
   of an explicit method, all stages of others. The rest is as in :mod:`nodeshape._ode.fused`.
+- Under error control every sample takes its own steps, on the CPU, in eager mode. ``tableau`` is float64
+  ``[stages + 7, stages]``: behind a, b and c the weights of the error, and those of dense output for x, x², x³ and x⁴;
+  its last stage is the slope at the end of a step. ``states`` ``[steps, elements]``, ``spans`` ``[steps, 2]`` (start
+  and end) and ``before`` ``[steps]`` (the sample's step before it, or -1) are the accepted steps of all samples,
+  ``last`` ``[samples]`` each one's last; there are none without ``record``. ``counts`` ``[3, samples]``: accepted,
+  rejected, evaluations. ``outcomes`` ``[samples]``: 0, or an index of :data:`FAILURES`; ``failures`` ``[samples, 2]``:
+  the time such a sample did not get past, and its error in units of the tolerance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nodeshape._errors import StepSizeError
 from nodeshape._ode import fused
+from nodeshape._ode.control import Controller
 from nodeshape._ode.method import Method
 from nodeshape._ode.program import Program
+from nodeshape._ode.step import interpolant
 
 ADJOINTS = ("none", "discrete", "reversible", "continuous")
 MOST_STAGES = 16  # as in csrc/program.h
@@ -73,6 +93,149 @@ def solve(
         )
 
     return fused.call("solve", y0, t, weights, scheme)
+
+
+#: Why a sample's steps could not go on, by the number that the op gives.
+FAILURES = (
+    "",
+    "has made {most} attempts, as many as allowed",
+    "needs steps below min_step or the resolution of time",
+    "is not finite where it starts",
+)
+_embedded: dict[str, tuple[Method, Tensor]] = {}
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """A solution under error control, and what it took.
+
+    Attributes:
+        ys: ``[times, *y0.shape]``.
+        accepted, rejected, evaluations: int64 ``[samples]``.
+        backward_evaluations: the same of the backward pass, zero until it has run.
+        failures: why a sample failed, by its number.
+    """
+
+    ys: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    evaluations: Tensor
+    backward_evaluations: Tensor
+    failures: dict[int, str]
+
+
+def embedded_of(method: Method) -> Tensor:
+    """a, b, c, error and dense output as the op takes them, the slope at the end of a step as the last stage."""
+    known = _embedded.get(method.name)
+    if known is not None and known[0] is method:
+        return known[1]
+    more = 0 if method.ends_with_slope else 1
+    stages = len(method.b) + more
+    a = [[*row, *[0.0] * (stages - len(row))] for row in method.a]
+    b, c, error = ([*row, *[0.0] * more] for row in (method.b, method.c, method.error))
+    if more:
+        a.append(list(b))
+        c[-1] = 1.0
+    dense = []
+    for *row, start, stop in interpolant(method):
+        row += [0.0] * more
+        row[0] += start
+        row[-1] += stop
+        dense.append(row)
+    table = torch.tensor([*a, b, c, error, *dense], dtype=torch.float64)
+    _embedded[method.name] = method, table
+    return table
+
+
+def solve_adaptive(
+    program: Program,
+    weights: list[Tensor],
+    y0: Tensor,
+    t: Tensor,
+    method: Method,
+    control: Controller,
+    most_attempts: int,
+    on_failure: str,
+) -> Adaptive:
+    """Solve from ``t[0]`` through all of ``t``, every sample in steps of its own.
+
+    Args:
+        program: of f.
+        weights: as the program numbers them.
+        y0: ``[batch, ...]``.
+        t: at least two times, float32 or float64 on the CPU.
+        method: explicit, with an estimate of its error, its first stage the slope at the start.
+        control: of the steps, its tolerances numbers.
+        most_attempts: of a sample between two observations that its steps end at.
+        on_failure: ``"raise"``, or ``"nan"`` for NaN where a sample failed.
+
+    Raises:
+        StepSizeError: a sample failed and ``on_failure`` is ``"raise"``.
+    """
+    scheme = (program.code, program.constants, embedded_of(method))
+    steps = (
+        *(float(control.rtol), float(control.atol), float(control.first_step or 0.0), control.min_step),
+        *(min(control.max_step, 1e300), control.safety, control.grow, control.shrink, control.order, most_attempts),
+    )
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, *weights))
+    backward = torch.zeros(y0.shape[0], dtype=torch.int64)
+    if recorded:
+        ys, counts, outcomes, failures = _AdaptiveRecorded.apply(scheme, steps, backward, y0, t, *weights)
+    else:
+        op = torch.ops.nodeshape.solve_adaptive.default
+        ys, *_, counts, outcomes, failures = fused._below_autograd(op, y0, t, weights, *scheme, *steps, False)
+    accepted, rejected, evaluations = counts
+    reasons: dict[int, str] = {}
+    if outcomes.any():
+        for k in outcomes.nonzero()[:, 0].tolist():
+            where, ratio = failures[k].tolist()
+            reasons[k] = _reason(k, int(outcomes[k]), where, ratio, most_attempts)
+        if on_failure == "raise":
+            first = min(reasons)
+            raise StepSizeError(
+                f"{len(reasons)} of {y0.shape[0]} samples (the first is number {first}) failed: {reasons[first]};"
+                " options={'on_failure': 'nan'} lets the others live on"
+            )
+    return Adaptive(ys, accepted, rejected, evaluations, backward, reasons)
+
+
+def _reason(sample: int, outcome: int, t: float, ratio: float, most: int) -> str:
+    why = FAILURES[outcome].format(most=most)
+    if outcome == 3:
+        return f"the state of sample {sample} at t={t:.6g} is not finite"
+    remedy = "raise options={'max_num_steps': ...}, " if outcome == 1 else ""
+    return (
+        f"sample {sample} cannot be carried past t={t:.6g}: it {why} (error {ratio:.1e} of the tolerance); loosen rtol"
+        f" and atol, {remedy}or use an implicit method if the problem is stiff"
+    )
+
+
+class _AdaptiveRecorded(torch.autograd.Function):
+    """``solve_adaptive`` and its gradient for the steps that were taken."""
+
+    @staticmethod
+    def forward(ctx: Any, scheme: Any, steps: Any, counts: Tensor, y0: Tensor, t: Tensor, *weights: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        op = torch.ops.nodeshape.solve_adaptive.default
+        ys, states, spans, before, last, *rest = fused._below_autograd(op, y0, t, weights, *scheme, *steps, True)
+        ctx.scheme, ctx.counts = scheme, counts
+        ctx.save_for_backward(states, spans, before, last, t, *weights)
+        ctx.mark_non_differentiable(*rest)
+        return ys, *rest
+
+    @staticmethod
+    def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_ys is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            raise RuntimeError(fused.NO_SECOND_DERIVATIVE)
+        *record, t = ctx.saved_tensors[:5]
+        weights = ctx.saved_tensors[5:]
+        op = torch.ops.nodeshape.solve_adaptive_backward.default
+        grad_y0, grad_weights, evaluations = fused._below_autograd(op, grad_ys, *record, t, weights, *ctx.scheme)
+        ctx.counts.copy_(evaluations)
+        grads = (None, None, None, grad_y0, None, *grad_weights)
+        return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
 
 
 def _stored_rows(steps: Sequence[int], adjoint: int, kept_per_step: int, checkpoint_every: int) -> int:

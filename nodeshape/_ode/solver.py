@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
@@ -93,7 +93,7 @@ class Plan:
 
     def most_attempts(self) -> int:
         """Attempts between two observations."""
-        return int(self.settings.get("max_num_steps", self.settings.get("max_steps", MOST_ATTEMPTS)))
+        return most_attempts_of(self.settings)
 
     def counts(self) -> list[int]:
         """Equal steps in each interval; one where neither their number nor their size is given."""
@@ -103,15 +103,8 @@ class Plan:
 
     def controller(self) -> Controller:
         """What chooses the steps."""
-        names = ("first_step", "min_step", "max_step", "safety")
-        chosen = {name: float(self.settings[name]) for name in names if name in self.settings}
-        chosen |= {
-            new: float(self.settings[old])
-            for old, new in (("ifactor", "grow"), ("dfactor", "shrink"))
-            if old in self.settings
-        }
-        order = self.method.error_order or self.method.order + 1
-        return Controller(order, self._tolerance(self.rtol), self._tolerance(self.atol), self.norm(), **chosen)
+        rtol, atol = self._tolerance(self.rtol), self._tolerance(self.atol)
+        return controller_of(self.method, self.settings, rtol, atol, self.norm())
 
     def norm(self) -> Callable[[Any], Tensor]:
         """Of a packed state: the user's; or the root mean square, of a tuple the largest of its tensors'."""
@@ -251,3 +244,19 @@ def mixed_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 #: Attempts between two observations.
 MOST_ATTEMPTS = 1_000_000
+
+
+def most_attempts_of(settings: Mapping[str, Any]) -> int:
+    """Attempts between two observations that the options allow."""
+    return int(settings.get("max_num_steps", settings.get("max_steps", MOST_ATTEMPTS)))
+
+
+def controller_of(
+    method: Method, settings: Mapping[str, Any], rtol: float | Tensor, atol: float | Tensor, norm: Norm
+) -> Controller:
+    """What chooses the steps of a method, as the options say."""
+    names = ("first_step", "min_step", "max_step", "safety")
+    chosen = {name: float(settings[name]) for name in names if name in settings}
+    renamed = (("ifactor", "grow"), ("dfactor", "shrink"))
+    chosen |= {new: float(settings[old]) for old, new in renamed if old in settings}
+    return Controller(method.error_order or method.order + 1, rtol, atol, norm, **chosen)

@@ -81,7 +81,7 @@ def error(method: Method, h: float, slopes: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _interpolant(method: Method) -> tuple[Weights, ...]:
+def interpolant(method: Method) -> tuple[Weights, ...]:
     """Weights of F_1 … F_s and the slopes at both ends, for the powers x¹ … x⁴ of the part x of the step covered.
 
     y + h Σ w_i(x) F_i matches state and slope at both ends and, where the method gives it, the state in the middle
@@ -160,7 +160,7 @@ def _powers(x: Tensor) -> Tensor:
 
 def _weights(method: Method, powers: Tensor) -> tuple[Tensor, list[int]]:
     """Weights of slopes ``[n, used]`` for powers of x ``[n, 4]``, and the slopes that have any."""
-    rows = _interpolant(method)
+    rows = interpolant(method)
     used = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
     table = torch.tensor([[row[i] for i in used] for row in rows], dtype=powers.dtype, device=powers.device)
     return powers @ table, used
