@@ -104,20 +104,20 @@ extern "C" __attribute__((visibility("default"))) int64_t nodeshape_most_threads
 STABLE_TORCH_LIBRARY(nodeshape, m) {
   m.def(
       "conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance,"
-      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
+      " int max_iterations, int adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
       "Tensor evaluations, Tensor residual)");
   m.def(
       "conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights,"
-      " int[] steps, float theta, float tolerance, int max_iterations, str adjoint, int checkpoint_every, float "
+      " int[] steps, float theta, float tolerance, int max_iterations, int adjoint, int checkpoint_every, float "
       "drift_tolerance)"
       " -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)");
   m.def(
-      "mlp_solve(Tensor y0, Tensor t, Tensor[] weights, str activation, int[] steps, float theta, float tolerance,"
-      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
+      "mlp_solve(Tensor y0, Tensor t, Tensor[] weights, int activation, int[] steps, float theta, float tolerance,"
+      " int max_iterations, int adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
       "Tensor evaluations, Tensor residual)");
   m.def(
       "mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights,"
-      " str activation, int[] steps, float theta, float tolerance, int max_iterations, str adjoint,"
+      " int activation, int[] steps, float theta, float tolerance, int max_iterations, int adjoint,"
       " int checkpoint_every, float drift_tolerance) -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor "
       "evaluations)");
 }

@@ -26,7 +26,6 @@ from nodeshape._ode import fused
 from nodeshape._ode.method import Method
 from nodeshape._ode.program import Program
 
-ADJOINTS = ("none", "discrete", "reversible", "continuous")
 MOST_STAGES = 16  # as in csrc/program.h
 _tableaux: dict[str, tuple[Method, Tensor]] = {}
 
@@ -57,28 +56,14 @@ def solve(
     drift_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`nodeshape._ode.fused.solve`, of a program."""
-
-    def scheme(recorded: bool) -> tuple[Any, ...]:
-        return (
-            program.code,
-            program.constants,
-            tableau_of(method),
-            steps,
-            tolerance,
-            int(max_iterations),
-            ADJOINTS.index(adjoint) if recorded else 0,
-            1 if method.explicit else len(method.b),
-            int(checkpoint_every or 0),
-            drift_tolerance,
-        )
-
-    return fused.call("solve", y0, t, weights, scheme)
+    before = (program.code, program.constants, tableau_of(method), steps, tolerance, int(max_iterations))
+    after = (1 if method.explicit else len(method.b), int(checkpoint_every or 0), drift_tolerance)
+    return fused.call("solve", y0, t, weights, before, adjoint, after)
 
 
 def _stored_rows(steps: Sequence[int], adjoint: int, kept_per_step: int, checkpoint_every: int) -> int:
-    if adjoint == 1:
-        return sum(steps) * kept_per_step
-    return fused.stored_rows(steps, ADJOINTS[adjoint], checkpoint_every)
+    rows = fused.stored_rows(steps, adjoint, checkpoint_every)
+    return rows * kept_per_step if fused.ADJOINTS[adjoint] == "discrete" else rows
 
 
 def _fake(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
