@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from nodeshape._errors import ReversalDriftError, StageSolveError
+from nodeshape._ode.layers import any_global_hooks
 from nodeshape._ode.method import Method
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
@@ -97,6 +98,8 @@ def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
+    if any_global_hooks():
+        return "hooks of all modules are registered"
     missing = _missing or (_cuda_missing if y0.is_cuda else None)
     return missing or kernel.weights(dynamics, compiling)
 
