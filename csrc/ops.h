@@ -319,7 +319,11 @@ inline void Common::check_sizes(const Tensor& y0, int64_t largest_sample) const 
 inline Tensor first(const std::string& op, const Tensor& ys) {
   NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op,
                   "ys must hold at least one observation, got " + text(sizes_of(ys)));
-  return torch::stable::select(ys, 0, 0);
+  // As select(ys, 0, 0), without the dispatcher, which costs as much as making a tensor.
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(ys.get(), ys.dim() - 1, ys.sizes().data() + 1,
+                                                               ys.strides().data() + 1, ys.storage_offset(), &handle));
+  return Tensor(handle);
 }
 
 struct BackwardArguments {

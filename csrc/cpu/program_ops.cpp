@@ -159,7 +159,7 @@ GradientResult run_backward(const Common& common, const Owner& owner, const Prog
   check_tensor(common.op, {"stages"}, arguments.stored, y0, owner.stored(common, y0));
   const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys), stored = dense(arguments.stored);
 
-  std::vector<T> grad_parameters(owner.model().program.parameters());
+  const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
   const Tensor grad_y0 = empty(sizes_of(y0), dtype_of<T>());
   const Tensor grad_t = empty({grid.count}, aoti_torch_dtype_float64());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
@@ -167,18 +167,11 @@ GradientResult run_backward(const Common& common, const Owner& owner, const Prog
   kernels.backward(owner.model(),
                    {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance,
                     data<T>(grad_ys), data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t),
-                    grad_parameters.data(), data<int64_t>(evaluations), failures.data()},
+                    grad_parameters.get(), data<int64_t>(evaluations), failures.data()},
                    executor());
   check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
 
-  std::vector<Tensor> grads;
-  const T* from = grad_parameters.data();
-  for (const Tensor& x : owner.tensors()) {
-    grads.push_back(empty(sizes_of(x), dtype_of<T>()));
-    std::copy(from, from + x.numel(), data<T>(grads.back()));
-    from += x.numel();
-  }
-  return {grad_y0, grad_t, grads, evaluations};
+  return {grad_y0, grad_t, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
 }
 
 SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor program, Tensor constants, Tensor tableau,
