@@ -11,7 +11,9 @@ struct ConvModel {
   const void* parameters[10];  // float or double
 };
 
+/// In the order of nodeshape/_models/dynamics.py's ACTIVATIONS.
 enum class Activation : int { tanh, relu, softplus, silu };
+inline constexpr int64_t kActivations = 4;
 
 /// A chain of Linear layers; parameters in the order of MLPDynamics.state_dict().
 struct MlpModel {

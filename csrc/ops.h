@@ -69,15 +69,29 @@ T* data(const Tensor& x) {
 #define NODESHAPE_CHECK(good, op, message) \
   if (!(good)) fail(op, message)
 
-/// A tensor the kernels can read: on the state's device, of its dtype and of a given shape.
-inline void check_tensor(const std::string& op, const std::string& name, const Tensor& x, const Tensor& y0,
-                         const Sizes& expected) {
+/// What a tensor is called in messages; of several that are numbered, which.
+struct Name {
+  const char* before;
+  int64_t number = -1;
+  const char* after = "";
+
+  std::string text() const { return number < 0 ? before : before + std::to_string(number) + after; }
+};
+
+/// A tensor the kernels can read: on the state's device and of its dtype.
+inline void check_kind(const std::string& op, const Name& name, const Tensor& x, const Tensor& y0) {
   NODESHAPE_CHECK(x.is_cpu() ? y0.is_cpu() : !y0.is_cpu() && x.get_device_index() == y0.get_device_index(), op,
-                  name + " must be on the device of y0");
-  NODESHAPE_CHECK(x.scalar_type() == y0.scalar_type(), op, name + " must have the dtype of y0");
+                  name.text() + " must be on the device of y0");
+  NODESHAPE_CHECK(x.scalar_type() == y0.scalar_type(), op, name.text() + " must have the dtype of y0");
+}
+
+/// Besides, of a given shape.
+template <class Shape>
+void check_tensor(const std::string& op, const Name& name, const Tensor& x, const Tensor& y0, const Shape& expected) {
+  check_kind(op, name, x, y0);
   const auto sizes = x.sizes();
   NODESHAPE_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op,
-                  name + " is " + text(sizes_of(x)) + " but must be " + text(expected));
+                  name.text() + " is " + text(sizes_of(x)) + " but must be " + text(Sizes(expected)));
 }
 
 /// Observation times as numbers; none if the tensor cannot hold any.
@@ -99,6 +113,9 @@ inline std::string format(const char* pattern, double value) {
 /// Steps in an interval beyond which their number is taken for a mistake, as in the package.
 inline constexpr int64_t kMostSteps = 10'000'000;
 
+/// What the gradient of a solve will need, as the ops are told: the numbers of nodeshape/_ode/fused.py's ADJOINTS.
+enum Recorded : int64_t { kNone, kDiscrete, kReversible, kContinuous };
+
 /// What every op is given besides the model.
 struct Common {
   std::string op;
@@ -106,14 +123,14 @@ struct Common {
   std::vector<int64_t> steps;
   double theta, tolerance;
   int64_t max_iterations;
-  std::string adjoint;
+  int64_t adjoint;  // one of Recorded
   int64_t checkpoint_every;
   double drift_tolerance;
 
-  /// What the forward solve keeps for this gradient mode; "none" is a solve without a gradient.
+  /// What the forward solve keeps for this gradient mode.
   int64_t store() const {
-    if (adjoint == "discrete") return kStoreStages;
-    return adjoint == "reversible" ? checkpoint_every : kStoreNothing;
+    if (adjoint == kDiscrete) return kStoreStages;
+    return adjoint == kReversible ? checkpoint_every : kStoreNothing;
   }
   Grid grid() const { return {times.data(), int64_t(times.size()), steps.data(), theta}; }
   StageOptions stage() const { return {tolerance, max_iterations}; }
@@ -134,8 +151,9 @@ struct Common {
                     "tolerance must be positive and finite, got " + format("%g", tolerance));
     NODESHAPE_CHECK(max_iterations >= 1, op,
                     "max_iterations must be at least 1, got " + std::to_string(max_iterations));
-    NODESHAPE_CHECK(adjoint == "none" || adjoint == "discrete" || adjoint == "reversible" || adjoint == "continuous",
-                    op, "unknown adjoint '" + adjoint + "': choose one of none, discrete, reversible, continuous");
+    NODESHAPE_CHECK(adjoint >= kNone && adjoint <= kContinuous, op,
+                    "unknown adjoint " + std::to_string(adjoint) +
+                        ": choose one of 0 (none), 1 (discrete), 2 (reversible), 3 (continuous)");
     NODESHAPE_CHECK(
         checkpoint_every >= 0, op,
         "checkpoint_every must be a number of steps, or 0 for none, got " + std::to_string(checkpoint_every));
@@ -203,37 +221,36 @@ inline void conv_model(const std::string& op, const Tensor& y0, const std::vecto
                                       "norm2.bias",   "conv2.weight", "conv2.bias",   "norm3.weight", "norm3.bias"};
   owner.model = {c, height, width, groups, {}};
   for (int i = 0; i < 10; ++i) {
-    check_tensor(op, names[i], weights[i], y0, i == 2 || i == 6 ? Sizes{c, c + 1, 3, 3} : Sizes{c});
+    check_tensor(op, {names[i]}, weights[i], y0, i == 2 || i == 6 ? Sizes{c, c + 1, 3, 3} : Sizes{c});
     owner.tensors.push_back(dense(weights[i]));
     owner.model.parameters[i] = owner.tensors.back().data_ptr();
   }
 }
 
-inline void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights,
-                      const std::string& activation, MlpOwner& owner) {
+inline void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights, int64_t activation,
+                      MlpOwner& owner) {
   NODESHAPE_CHECK(y0.dim() == 2, op, "y0 must be [batch, dim], got " + text(sizes_of(y0)));
   NODESHAPE_CHECK(
       !weights.empty() && weights.size() % 2 == 0, op,
       "weights must be a weight and a bias for each layer, got " + std::to_string(weights.size()) + " tensors");
-  static const char* const names[] = {"tanh", "relu", "softplus", "silu"};
-  const auto found = std::find(std::begin(names), std::end(names), activation);
-  NODESHAPE_CHECK(found != std::end(names), op,
-                  "unknown activation '" + activation + "': choose one of tanh, relu, softplus, silu");
+  NODESHAPE_CHECK(activation >= 0 && activation < kActivations, op,
+                  "unknown activation " + std::to_string(activation) +
+                      ": choose one of 0 (tanh), 1 (relu), 2 (softplus), 3 (silu)");
   const int64_t dim = y0.size(1), layers = int64_t(weights.size()) / 2;
   NODESHAPE_CHECK(dim >= 1, op, "y0 must have at least one component");
   int64_t in = dim + 1;
   for (int64_t l = 0; l < layers; ++l) {
-    const std::string layer = "layers." + std::to_string(l);
+    const Name name{"layers.", l, ".weight"};
     const Tensor& weight = weights[2 * l];
-    NODESHAPE_CHECK(weight.dim() == 2, op, layer + ".weight must have 2 dimensions");
+    NODESHAPE_CHECK(weight.dim() == 2, op, name.text() + " must have 2 dimensions");
     const int64_t out = l + 1 == layers ? dim : weight.size(0);
-    NODESHAPE_CHECK(out >= 1, op, layer + " must have at least one output");
+    NODESHAPE_CHECK(out >= 1, op, name.text() + " must have at least one row");
     if (l == 0)
       NODESHAPE_CHECK(weight.size(1) == in, op,
                       "y0 has " + std::to_string(dim) + " components but layers.0.weight expects " +
                           std::to_string(weight.size(1) - 1) + " and the time");
-    check_tensor(op, layer + ".weight", weight, y0, {out, in});
-    check_tensor(op, layer + ".bias", weights[2 * l + 1], y0, {out});
+    check_tensor(op, name, weight, y0, std::initializer_list<int64_t>{out, in});
+    check_tensor(op, {"layers.", l, ".bias"}, weights[2 * l + 1], y0, std::initializer_list<int64_t>{out});
     for (int i = 0; i < 2; ++i) {
       owner.tensors.push_back(dense(weights[2 * l + i]));
       owner.pointers.push_back(owner.tensors.back().data_ptr());
@@ -241,7 +258,7 @@ inline void mlp_model(const std::string& op, const Tensor& y0, const std::vector
     owner.widths.push_back(out);
     in = out;
   }
-  owner.model = {dim, layers, owner.widths.data(), owner.pointers.data(), Activation(found - std::begin(names))};
+  owner.model = {dim, layers, owner.widths.data(), owner.pointers.data(), Activation(activation)};
 }
 
 // ---- results ---------------------------------------------------------------------------------------------------
@@ -302,7 +319,11 @@ inline void Common::check_sizes(const Tensor& y0, int64_t largest_sample) const 
 inline Tensor first(const std::string& op, const Tensor& ys) {
   NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op,
                   "ys must hold at least one observation, got " + text(sizes_of(ys)));
-  return torch::stable::select(ys, 0, 0);
+  // As select(ys, 0, 0), without the dispatcher, which costs as much as making a tensor.
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(ys.get(), ys.dim() - 1, ys.sizes().data() + 1,
+                                                               ys.strides().data() + 1, ys.storage_offset(), &handle));
+  return Tensor(handle);
 }
 
 struct BackwardArguments {
@@ -312,25 +333,25 @@ struct BackwardArguments {
 inline void check_backward(const Common& common, const Tensor& y0, const BackwardArguments& arguments) {
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), int64_t(common.times.size()));
-  check_tensor(common.op, "ys", arguments.ys, y0, sizes);
-  check_tensor(common.op, "grad_ys", arguments.grad_ys, y0, sizes);
-  check_tensor(common.op, "stages", arguments.stored, y0, stored_sizes(common, y0));
+  check_tensor(common.op, {"ys"}, arguments.ys, y0, sizes);
+  check_tensor(common.op, {"grad_ys"}, arguments.grad_ys, y0, sizes);
+  check_tensor(common.op, {"stages"}, arguments.stored, y0, stored_sizes(common, y0));
 }
 
 inline Adjoint adjoint_of(const Common& common) {
-  NODESHAPE_CHECK(common.adjoint != "none", common.op, "the forward solve was asked for no gradient, adjoint='none'");
-  if (common.adjoint == "discrete") return Adjoint::discrete;
-  return common.adjoint == "reversible" ? Adjoint::reversible : Adjoint::continuous;
+  NODESHAPE_CHECK(common.adjoint != kNone, common.op, "the forward solve was asked for no gradient, adjoint 0");
+  if (common.adjoint == kDiscrete) return Adjoint::discrete;
+  return common.adjoint == kReversible ? Adjoint::reversible : Adjoint::continuous;
 }
 
 // ---- ops -------------------------------------------------------------------------------------------------------
 
 template <class Backend>
 SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::vector<int64_t> steps, double theta,
-                       double tolerance, int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
+                       double tolerance, int64_t max_iterations, int64_t adjoint, int64_t checkpoint_every,
                        double drift_tolerance) {
-  const Common common{"conv_solve",   times_of(t),        std::move(steps), theta,          tolerance,
-                      max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
+  const Common common{"conv_solve",   times_of(t), std::move(steps), theta,          tolerance,
+                      max_iterations, adjoint,     checkpoint_every, drift_tolerance};
   Backend::check(common, y0);
   common.check_arguments(y0, Backend::kLargestSample);
   ConvOwner owner;
@@ -341,9 +362,9 @@ SolveResult conv_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::ve
 template <class Backend>
 GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
                                    std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
-                                   std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"conv_solve_backward", times_of(t),        std::move(steps), theta,          tolerance,
-                      max_iterations,        std::move(adjoint), checkpoint_every, drift_tolerance};
+                                   int64_t adjoint, int64_t checkpoint_every, double drift_tolerance) {
+  const Common common{"conv_solve_backward", times_of(t), std::move(steps), theta,          tolerance,
+                      max_iterations,        adjoint,     checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   Backend::check(common, y0);
   common.check_arguments(y0, Backend::kLargestSample);
@@ -353,11 +374,11 @@ GradientResult conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Ten
 }
 
 template <class Backend>
-SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::string activation,
-                      std::vector<int64_t> steps, double theta, double tolerance, int64_t max_iterations,
-                      std::string adjoint, int64_t checkpoint_every, double drift_tolerance) {
-  const Common common{"mlp_solve",    times_of(t),        std::move(steps), theta,          tolerance,
-                      max_iterations, std::move(adjoint), checkpoint_every, drift_tolerance};
+SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, int64_t activation, std::vector<int64_t> steps,
+                      double theta, double tolerance, int64_t max_iterations, int64_t adjoint, int64_t checkpoint_every,
+                      double drift_tolerance) {
+  const Common common{"mlp_solve",    times_of(t), std::move(steps), theta,          tolerance,
+                      max_iterations, adjoint,     checkpoint_every, drift_tolerance};
   Backend::check(common, y0);
   common.check_arguments(y0, Backend::kLargestSample);
   MlpOwner owner;
@@ -367,11 +388,11 @@ SolveResult mlp_solve(Tensor y0, Tensor t, std::vector<Tensor> weights, std::str
 
 template <class Backend>
 GradientResult mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
-                                  std::string activation, std::vector<int64_t> steps, double theta, double tolerance,
-                                  int64_t max_iterations, std::string adjoint, int64_t checkpoint_every,
+                                  int64_t activation, std::vector<int64_t> steps, double theta, double tolerance,
+                                  int64_t max_iterations, int64_t adjoint, int64_t checkpoint_every,
                                   double drift_tolerance) {
-  const Common common{"mlp_solve_backward", times_of(t),        std::move(steps), theta,          tolerance,
-                      max_iterations,       std::move(adjoint), checkpoint_every, drift_tolerance};
+  const Common common{"mlp_solve_backward", times_of(t), std::move(steps), theta,          tolerance,
+                      max_iterations,       adjoint,     checkpoint_every, drift_tolerance};
   const Tensor y0 = first(common.op, ys);
   Backend::check(common, y0);
   common.check_arguments(y0, Backend::kLargestSample);

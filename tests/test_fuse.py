@@ -429,6 +429,102 @@ def test_layers_that_have_modes_are_solved_in_the_one_they_were_fused_in() -> No
     assert "another mode" in ns.backend(fused, y0, method="euler", steps=2).reason
 
 
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.net(y)
+        return out
+
+
+def _double(module: nn.Module, given: Any, out: Tensor) -> Tensor:
+    return 2 * out
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "forward hook": lambda fused: fused.func.net[0].register_forward_hook(_double),
+    "hook that comes first": lambda fused: fused.func.net[2].register_forward_pre_hook(lambda module, given: None),
+    "backward hook": lambda fused: fused.func.net.register_full_backward_hook(lambda *given: None),
+    "hook of the whole": lambda fused: fused.register_forward_hook(_double),
+    "forward of its own": lambda fused: setattr(fused.func.net[0], "forward", lambda y: y.new_zeros(len(y), 6)),
+    "another activation": lambda fused: fused.func.net.__setitem__(1, nn.Sigmoid()),
+    "one layer more": lambda fused: fused.func.net.append(nn.Tanh()),
+    "another class": lambda fused: setattr(fused.func.net[1], "__class__", nn.Sigmoid),
+    "parametrised weight": lambda fused: nn.utils.parametrizations.weight_norm(fused.func.net[0]),
+}
+
+
+@pytest.mark.parametrize("solved", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_f_that_was_changed_takes_the_plain_loop_whether_or_not_it_was_solved_before(
+    change: str, solved: bool
+) -> None:
+    fused, y0 = ns.fuse(Stack(), torch.zeros(2, 4)), torch.randn(3, 4)
+    if solved:
+        ns.odeint(fused, y0, [0.0, 1.0], method="euler", steps=2)
+    CHANGES[change](fused)
+    assert "since fuse" in ns.backend(fused, y0, method="euler", steps=2).reason
+    expected = ns.odeint(lambda t, y: fused(t, y), y0, [0.0, 1.0], method="euler", steps=2)
+    assert torch.equal(ns.odeint(fused, y0, [0.0, 1.0], method="euler", steps=2), expected)
+
+
+@pytest.mark.parametrize("make", [lambda: ns.fuse(Stack(), torch.zeros(2, 4)), lambda: ns.MLPDynamics(4, (6,))])
+def test_hooks_of_all_modules_are_called_for_as_long_as_they_are_there(make: Callable[[], Any]) -> None:
+    f, y0, calls = make(), torch.randn(3, 4), []
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+    ):
+        assert ns.backend(f, y0, method="euler", steps=2).name == "fused"
+        handle = register(lambda *given: calls.append(given))
+        try:
+            assert "hooks of all modules" in ns.backend(f, y0, method="euler", steps=2).reason
+            calls.clear()
+            ns.odeint(f, y0, [0.0, 1.0], method="euler", steps=2).sum().backward()
+            assert calls
+        finally:
+            handle.remove()
+        assert ns.backend(f, y0, method="euler", steps=2).name == "fused"
+
+
+def test_what_leaves_f_as_it_is_leaves_it_fused() -> None:
+    fused, y0 = ns.fuse(Stack(), torch.zeros(2, 4)), torch.randn(3, 4)
+
+    def solve(f: Any) -> Tensor:
+        assert ns.backend(f, y0, method="euler", steps=2).name == "fused"
+        ys = ns.odeint(f, y0, [0.0, 1.0], method="euler", steps=2)
+        expected = ns.odeint(f, y0, [0.0, 1.0], method="euler", steps=2, options={"fused": False})
+        torch.testing.assert_close(ys, expected)
+        return ys
+
+    first = solve(fused)
+    fused.func.net[0] = nn.Linear(4, 6)  # of the same class, so with weights of its own
+    assert not torch.equal(solve(fused), first)
+    fused.func.net[2].weight = nn.Parameter(torch.randn(4, 6))
+    solve(fused)
+    handle = fused.func.net[1].register_forward_hook(_double)
+    handle.remove()
+    solve(fused)
+    for other in (copy.copy(fused), copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        solve(other)
+
+
+def test_hooks_that_were_there_before_fuse_are_part_of_f() -> None:
+    f, y0 = Stack(), torch.randn(3, 4)
+    f.net[0].register_forward_hook(_double)
+    fused = ns.fuse(f, y0)
+    expected = ns.odeint(f, y0, [0.0, 1.0], method="euler", steps=2)
+    for other in (fused, copy.deepcopy(fused)):
+        assert ns.backend(other, y0, method="euler", steps=2).name == "fused"
+        ys = ns.odeint(other, y0, [0.0, 1.0], method="euler", steps=2)
+        torch.testing.assert_close(ys, expected)
+        other.func.net[0].register_forward_hook(_double)
+        assert ns.backend(other, y0, method="euler", steps=2).name == "plain"
+
+
 def test_what_the_kernel_does_not_do_takes_the_plain_loop() -> None:
     fused, f = fused_problem("mlp")
     y0 = problem("mlp")[1]
@@ -461,7 +557,7 @@ def test_the_op_is_a_good_citizen(name: str) -> None:
     y0, rk4 = problem(name)[1], METHODS["rk4"]
     weights = fused.weights_for(y0, rk4, "discrete")
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
-    program = (fused.program.code, fused.program.constants, program_op.tableau_of(rk4))
+    program = (fused.program.code, fused.program.constants, program_op.tableau_of(rk4)[0])
     inputs = [fused.pack(y0).requires_grad_(), t, [x.detach().clone().requires_grad_() for x in weights]]
     torch.library.opcheck(torch.ops.nodeshape.solve.default, (*inputs, *program, [2, 2], 1e-9, 50, 1, 1, 0, 1e-3))
 
@@ -476,7 +572,7 @@ def test_a_program_that_is_not_one_is_refused_before_any_work() -> None:
         for number in (-1, 2, 2**40, -(2**62)):
             wrong = code.clone()
             wrong[position] = number
-            program = (wrong, fused.program.constants, program_op.tableau_of(euler))
+            program = (wrong, fused.program.constants, program_op.tableau_of(euler)[0])
             try:
                 torch.ops.nodeshape.solve(y0, t, weights, *program, [1], 1e-9, 50, 0, 1, 0, 1e-3)
             except RuntimeError as error:

@@ -1,6 +1,8 @@
 // The ops on the CPU, and all ops' schemas.
 #include "../ops.h"
 
+#include <memory>
+
 #include "isa.h"
 #include "tensors.h"
 
@@ -37,26 +39,19 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
 
   int64_t parameters = 0;
   for (const Tensor& x : owner.tensors) parameters += x.numel();
-  std::vector<T> grad_parameters(parameters);
+  const auto grad_parameters = std::make_unique_for_overwrite<T[]>(parameters);
   const Tensor grad_y0 = empty(sizes_of(y0), dtype_of<T>());
   const Tensor grad_t = empty({grid.count}, aoti_torch_dtype_float64());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   std::vector<Failure> failures(samples);
   kernel(owner.model,
          {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance, data<T>(grad_ys),
-          data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t), grad_parameters.data(),
+          data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t), grad_parameters.get(),
           data<int64_t>(evaluations), failures.data()},
          executor());
   check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
 
-  std::vector<Tensor> grads;
-  const T* from = grad_parameters.data();
-  for (const Tensor& x : owner.tensors) {
-    grads.push_back(empty(sizes_of(x), dtype_of<T>()));
-    std::copy(from, from + x.numel(), data<T>(grads.back()));
-    from += x.numel();
-  }
-  return {grad_y0, grad_t, grads, evaluations};
+  return {grad_y0, grad_t, parted<T>(grad_parameters.get(), owner.tensors), evaluations};
 }
 
 struct Cpu {
@@ -104,20 +99,20 @@ extern "C" __attribute__((visibility("default"))) int64_t nodeshape_most_threads
 STABLE_TORCH_LIBRARY(nodeshape, m) {
   m.def(
       "conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance,"
-      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
+      " int max_iterations, int adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
       "Tensor evaluations, Tensor residual)");
   m.def(
       "conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights,"
-      " int[] steps, float theta, float tolerance, int max_iterations, str adjoint, int checkpoint_every, float "
+      " int[] steps, float theta, float tolerance, int max_iterations, int adjoint, int checkpoint_every, float "
       "drift_tolerance)"
       " -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)");
   m.def(
-      "mlp_solve(Tensor y0, Tensor t, Tensor[] weights, str activation, int[] steps, float theta, float tolerance,"
-      " int max_iterations, str adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
+      "mlp_solve(Tensor y0, Tensor t, Tensor[] weights, int activation, int[] steps, float theta, float tolerance,"
+      " int max_iterations, int adjoint, int checkpoint_every, float drift_tolerance) -> (Tensor ys, Tensor stages, "
       "Tensor evaluations, Tensor residual)");
   m.def(
       "mlp_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights,"
-      " str activation, int[] steps, float theta, float tolerance, int max_iterations, str adjoint,"
+      " int activation, int[] steps, float theta, float tolerance, int max_iterations, int adjoint,"
       " int checkpoint_every, float drift_tolerance) -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor "
       "evaluations)");
 }

@@ -10,7 +10,7 @@ namespace nodeshape {
 namespace {
 
 constexpr int64_t kLargestSample = int64_t(1) << 36;  // elements
-constexpr const char* kAdjoints[] = {"none", "discrete", "reversible", "continuous"};
+constexpr size_t kPlansKept = 16;                     // by each thread: a model has a few programs, which take turns
 
 /// What both ops are given besides states and times.
 struct Arguments {
@@ -19,32 +19,35 @@ struct Arguments {
 };
 
 template <class T>
-const T* numbers(const std::string& op, const std::string& name, const Tensor& x, ScalarType type) {
+const T* numbers(const std::string& op, const char* name, const Tensor& x, ScalarType type) {
   NODESHAPE_CHECK(x.is_cpu() && x.scalar_type() == type && x.is_contiguous(), op,
-                  name + " must be a dense CPU tensor of its type");
+                  std::string(name) + " must be a dense CPU tensor of its type");
   return data<T>(x);
 }
 
-/// The plan of the program of the latest call of this thread; programs change rarely.
+/// The plan of a program, made when this thread first solves it; of the programs that it solved last.
 const Program& planned(const int64_t* code, int64_t length, const double* constants, int64_t count,
                        const std::vector<int64_t>& sizes) {
-  struct Latest {
+  struct Known {
     std::vector<int64_t> code, sizes;
     std::vector<double> constants;
     std::unique_ptr<ProgramPlan> plan;
   };
-  static thread_local Latest latest;
+  static thread_local std::vector<Known> latest;  // the latest first
   const auto same = [](const auto& known, const auto* given, int64_t size) {
     return int64_t(known.size()) == size && std::memcmp(known.data(), given, size * sizeof(*given)) == 0;
   };
-  if (latest.plan == nullptr || !same(latest.code, code, length) || !same(latest.constants, constants, count) ||
-      latest.sizes != sizes) {
-    latest.plan = std::make_unique<ProgramPlan>(code, length, constants, count, sizes);
-    latest.code.assign(code, code + length);
-    latest.constants.assign(constants, constants + count);
-    latest.sizes = sizes;
+  auto found = std::find_if(latest.begin(), latest.end(), [&](const Known& known) {
+    return same(known.code, code, length) && same(known.constants, constants, count) && known.sizes == sizes;
+  });
+  if (found == latest.end()) {
+    auto plan = std::make_unique<ProgramPlan>(code, length, constants, count, sizes);
+    if (latest.size() == kPlansKept) latest.pop_back();
+    latest.push_back({{code, code + length}, sizes, {constants, constants + count}, std::move(plan)});
+    found = latest.end() - 1;
   }
-  return latest.plan->program();
+  std::rotate(latest.begin(), found, found + 1);
+  return latest.front().plan->program();
 }
 
 /// A program, its weights and its tableau, checked.
@@ -57,7 +60,7 @@ class Owner {
     NODESHAPE_CHECK(y0.dim() >= 1 && elements == program.state(), common.op,
                     "a sample of y0 has " + std::to_string(elements) + " elements but the program expects " +
                         std::to_string(program.state()));
-    if (common.adjoint == "reversible" || common.store() > 0 || common.adjoint == "continuous")
+    if (common.adjoint == kReversible || common.store() > 0 || common.adjoint == kContinuous)
       NODESHAPE_CHECK(
           model_.tableau.stages == 1, common.op,
           "only steps of one stage can be undone, the tableau has " + std::to_string(model_.tableau.stages));
@@ -77,8 +80,11 @@ class Owner {
  private:
   ProgramModel make(const std::string& op, const Tensor& y0, const Arguments& given) {
     std::vector<int64_t> sizes;
+    sizes.reserve(given.weights.size());
+    tensors_.reserve(given.weights.size());
+    pointers_.reserve(given.weights.size());
     for (const Tensor& weight : given.weights) {
-      check_tensor(op, "weights." + std::to_string(sizes.size()), weight, y0, sizes_of(weight));
+      check_kind(op, {"weights.", int64_t(sizes.size())}, weight, y0);
       sizes.push_back(weight.numel());
       tensors_.push_back(dense(weight));
       pointers_.push_back(tensors_.back().data_ptr());
@@ -115,19 +121,11 @@ class Owner {
 
 Common common_of(const char* op, const Tensor& t, std::vector<int64_t> steps, const Tensor& tableau, double tolerance,
                  int64_t max_iterations, int64_t adjoint, int64_t checkpoint_every, double drift_tolerance) {
-  NODESHAPE_CHECK(adjoint >= 0 && adjoint < 4, op, "unknown adjoint " + std::to_string(adjoint));
   // Of one stage, where it lies; the loop of several stages does not ask.
   const bool one = tableau.is_cpu() && tableau.scalar_type() == ScalarType::Double && tableau.numel() == 3;
   const double theta = one ? data<double>(dense(tableau))[2] : 0.0;
-  return {op,
-          times_of(t),
-          std::move(steps),
-          theta,
-          tolerance,
-          max_iterations,
-          kAdjoints[adjoint],
-          checkpoint_every,
-          drift_tolerance};
+  return {op,      times_of(t),      std::move(steps), theta, tolerance, max_iterations,
+          adjoint, checkpoint_every, drift_tolerance};
 }
 
 template <class T>
@@ -157,12 +155,12 @@ GradientResult run_backward(const Common& common, const Owner& owner, const Prog
   const int64_t samples = y0.size(0);
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), grid.count);
-  check_tensor(common.op, "ys", arguments.ys, y0, sizes);
-  check_tensor(common.op, "grad_ys", arguments.grad_ys, y0, sizes);
-  check_tensor(common.op, "stages", arguments.stored, y0, owner.stored(common, y0));
+  check_tensor(common.op, {"ys"}, arguments.ys, y0, sizes);
+  check_tensor(common.op, {"grad_ys"}, arguments.grad_ys, y0, sizes);
+  check_tensor(common.op, {"stages"}, arguments.stored, y0, owner.stored(common, y0));
   const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys), stored = dense(arguments.stored);
 
-  std::vector<T> grad_parameters(owner.model().program.parameters());
+  const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
   const Tensor grad_y0 = empty(sizes_of(y0), dtype_of<T>());
   const Tensor grad_t = empty({grid.count}, aoti_torch_dtype_float64());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
@@ -170,18 +168,11 @@ GradientResult run_backward(const Common& common, const Owner& owner, const Prog
   kernels.backward(owner.model(),
                    {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance,
                     data<T>(grad_ys), data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t),
-                    grad_parameters.data(), data<int64_t>(evaluations), failures.data()},
+                    grad_parameters.get(), data<int64_t>(evaluations), failures.data()},
                    executor());
   check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
 
-  std::vector<Tensor> grads;
-  const T* from = grad_parameters.data();
-  for (const Tensor& x : owner.tensors()) {
-    grads.push_back(empty(sizes_of(x), dtype_of<T>()));
-    std::copy(from, from + x.numel(), data<T>(grads.back()));
-    from += x.numel();
-  }
-  return {grad_y0, grad_t, grads, evaluations};
+  return {grad_y0, grad_t, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
 }
 
 SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor program, Tensor constants, Tensor tableau,

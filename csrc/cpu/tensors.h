@@ -1,6 +1,7 @@
 // Tensors that the ops make, and torch's threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "../ops.h"
@@ -37,6 +38,20 @@ inline Tensor empty_stored(const Sizes& sizes, int32_t dtype) {
   if (error != AOTI_TORCH_SUCCESS) Pages::give(data, block);
   STABLE_TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
+}
+
+/// Gradients of the parameters, as a kernel leaves them in one row, as tensors like the parameters.
+template <class T>
+std::vector<Tensor> parted(const T* row, const std::vector<Tensor>& parameters) {
+  std::vector<Tensor> parts;
+  parts.reserve(parameters.size());
+  for (const Tensor& x : parameters) {
+    const int64_t count = x.numel();
+    parts.push_back(empty(sizes_of(x), dtype_of<T>()));
+    std::copy(row, row + count, data<T>(parts.back()));
+    row += count;
+  }
+  return parts;
 }
 
 /// Torch's intra-op threads.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._models.dynamics import ConvDynamics, MLPDynamics
+from nodeshape._models.dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics
 from nodeshape._ode.backend import backend
 from nodeshape._ode.odeint import odeint
 
@@ -95,7 +95,8 @@ def op(problem: Problem) -> Call:
     solve = torch.ops.nodeshape.mlp_solve.default
     weights = [x.detach() for x in problem.dynamics.parameters()]
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    arguments = (t, weights, problem.dynamics.activation, [problem.steps], 0.0, 1e-6, 50, "none", 0, 1e-3)
+    activation = list(ACTIVATIONS).index(problem.dynamics.activation)
+    arguments = (t, weights, activation, [problem.steps], 0.0, 1e-6, 50, 0, 0, 1e-3)
     y0 = problem.y0
 
     def forward() -> tuple[Tensor, ...]:

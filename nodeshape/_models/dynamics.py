@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nodeshape._ode.fused import KERNELS, Kernel
 
+#: In the order of their numbers, csrc/model.h's Activation.
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU}
 
 
@@ -188,4 +189,5 @@ def _is_altered(module: nn.Module) -> bool:
 
 
 KERNELS[ConvDynamics] = Kernel("conv_solve", 4, _conv_weights, lambda dynamics: ())
-KERNELS[MLPDynamics] = Kernel("mlp_solve", 2, _mlp_weights, lambda dynamics: (dynamics.activation,))
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+KERNELS[MLPDynamics] = Kernel("mlp_solve", 2, _mlp_weights, lambda dynamics: (_NUMBERS[dynamics.activation],))

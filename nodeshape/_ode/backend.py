@@ -165,6 +165,11 @@ class Request:
         Raises:
             ValueError: steps are given twice, or out of range.
         """
+        # Numbers and words alone: what else may be given may change, or be costly to compare.
+        simple = not options and adjoint_params is None and tolerances == (None, None) and method.__class__ in _WORDS
+        key = (method, steps, step_size, adjoint) if simple and (type(steps), type(step_size)) in _NUMBERS else None
+        if key in _requests and not torch.compiler.is_compiling():
+            return _requests[key]
         options, given = dict(options), options.get("step_size")
         if given is not None and step_size is not None:
             raise ValueError(f"step_size is given twice: {step_size!r}, and {given!r} in options")
@@ -179,7 +184,12 @@ class Request:
         if given is not None and adjoint != "reversible" and not event and not _on_grid(times, given):
             del options["step_size"]
             size, options["grid_constructor"] = None, uniform_grid(given)
-        return cls(scheme, steps, size, options, adjoint_params, adjoint, tolerances)
+        made = cls(scheme, steps, size, options, adjoint_params, adjoint, tolerances)
+        if key is not None and not torch.compiler.is_compiling():
+            if len(_requests) == MOST_REQUESTS:
+                _requests.clear()
+            _requests[key] = made
+        return made
 
     @property
     def adaptive(self) -> bool:
@@ -188,6 +198,14 @@ class Request:
             return False
         asked = self.tolerances[0] is not None or self.tolerances[1] is not None
         return bool(self.method.error) or asked or any(name in ERROR_CONTROL for name in self.options)
+
+
+#: Of earlier calls, by method, steps, step_size and adjoint: making one is much of what a small solve costs in Python.
+_requests: dict[Any, Request] = {}
+MOST_REQUESTS = 256
+_CALLBACKS = frozenset(CALLBACKS)
+_WORDS = (str, type(None))
+_NUMBERS = ((int, type(None)), (type(None), float))
 
 
 def _on_grid(times: Sequence[float], step_size: float) -> bool:
@@ -225,7 +243,7 @@ def fused_weights(
         return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
     if not states_only:
         return "events and dense output take the plain loop"
-    if any(name in getattr(func, "__dict__", ()) for name in CALLBACKS):
+    if not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())):
         return "its callbacks are told of steps"
     if options:
         if options.get("stage_solver", "anderson") != "anderson":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nodeshape._ode import fused, program_op
+from nodeshape._ode.layers import Layers, any_global_hooks, kind_of
 from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower
 from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
@@ -45,8 +46,9 @@ class Fused(nn.Module):
         self._tuple = not isinstance(y0, Tensor)
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         self._batched = tensors[0].dim() >= 2
-        self._shapes = [tuple(x.shape[1:] if self._batched else x.shape) for x in tensors]
-        self._modes = _modes(func)
+        self._shapes = [tuple(x.shape[1 if self._batched else 0 :]) for x in tensors]
+        self._modes = [x.training for x in _modal(func)]
+        self._kind = kind_of(self)
         self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
     @property
@@ -79,42 +81,52 @@ class Fused(nn.Module):
             return "the state is not the tensor, or tuple, that f was fused for"
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         first = tensors[0]
-        if not first.is_cpu or first.dtype not in (torch.float32, torch.float64):
-            return f"the state is {first.dtype} on {first.device}"
-        lead = first.shape[:1] if self._batched else ()
-        if [(*lead, *shape) for shape in self._shapes] != [tuple(x.shape) for x in tensors]:
+        dtype = first.dtype
+        if not first.is_cpu or dtype not in (torch.float32, torch.float64):
+            return f"the state is {dtype} on {first.device}"
+        lead = 1 if self._batched else 0
+        if [x.shape[lead:] for x in tensors] != self._shapes or (
+            lead and self._tuple and any(x.shape[0] != first.shape[0] for x in tensors)
+        ):
             return f"f was fused for samples {self._shapes}, the state is {[list(x.shape) for x in tensors]}"
         if not compiling:
             if torch._C._get_tracing_state() is not None:
                 return "torch.jit.trace records f itself, which runs anywhere"
-            if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
-                return f"the state is a {type(first).__name__}"
+            for x in tensors:
+                if type(x) is not Tensor and type(x) is not nn.Parameter:
+                    return f"the state is a {type(x).__name__}"
             if (
                 torch._C._functorch.peek_interpreter_stack() is not None
                 or torch.autograd.forward_ad._current_level >= 0
             ):
                 return "a torch.func transform or forward-mode differentiation is active"
-        own = self.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return "Fused has hooks"
-        if self._modes and self._modes != _modes(self.func):
+        if any_global_hooks():
+            return "hooks of all modules are registered"
+        found = self._walk() if compiling else self._found()
+        if found is None:
+            return (
+                "a module of f was replaced by one of another class, or has other hooks or another forward, since fuse"
+            )
+        modal, places = found
+        if self._modes and [x.training for x in modal] != self._modes:
             return "f was fused in another mode: call train() or eval() before fuse"
-        weights = self._weights(first.dtype)
-        if isinstance(weights, str):
-            return weights
-        dtype = first.dtype
+        try:
+            weights = self._weights(places, dtype)
+        except KeyError:
+            return "a weight of f is gone"
         for x in weights:
             if x is None:
                 return "a weight of f is gone"
             if x.dtype is not dtype or not x.is_cpu:
-                return f"a weight is {x.dtype} on {x.device}, the state {first.dtype} on {first.device}"
+                return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {first.device}"
         return weights
 
-    def _weights(self, dtype: torch.dtype) -> list[Tensor] | str:
+    def _weights(self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype) -> list[Tensor]:
         lowered = self._lowered
-        named = self._named()
-        if named is None:
-            return "a weight of f is gone"
+        tensors = [own[name] for own, name in places]
+        if lowered.prelude is None and not lowered.constants:
+            return tensors  # which _walk() found in the order of the program
+        named = dict(zip(lowered.paths, tensors))
         for name, x in lowered.constants.items():
             named[name] = x.to(dtype) if x.is_floating_point() else x
         if lowered.prelude is None:
@@ -122,41 +134,35 @@ class Fused(nn.Module):
         made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
-    def _named(self) -> dict[str, Tensor] | None:
-        """The inputs of the trace that are parameters and buffers, by name; None if one of them is not there.
+    def _found(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]] | None:
+        """What :meth:`_walk` finds, remembered for as long as the modules stand still; None if f is another one now."""
+        known = self.__dict__.get("_known")
+        if known is None or not known[0].are_those_of(self):
+            if kind_of(self) != self._kind:
+                return None
+            known = self.__dict__["_known"] = Layers(self), self._walk()
+        return known[1]
 
-        The way to each is remembered, as walking it is most of what a small solve costs in Python, and walked again
-        when a module on it is no longer the one that was there.
+    def _walk(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]:
+        """The layers that have modes, and the dictionary and name of each parameter and buffer of f.
+
+        In the order of the program's weights, if those are all there is to it; else in that of the trace.
         """
-        modules = self.__dict__["_modules"]
-        ways = self.__dict__.get("_ways")
-        if ways is None or ways[0] is not modules or any(own.get(name) is not child for own, name, child in ways[1]):
-            ways = self.__dict__["_ways"] = self._walk()
-        try:
-            return {name: own[last] for name, own, last in ways[2]}
-        except KeyError:
-            self.__dict__["_ways"] = None
-            return None
-
-    def _walk(self) -> tuple[Any, ...]:
-        """The dictionary to begin at, those on the way with what was found in them, those of the tensors."""
-        links: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-        ends = []
-        for name, (*path, last) in self._lowered.paths.items():
+        lowered = self._lowered
+        direct = lowered.prelude is None and not lowered.constants
+        places: list[tuple[dict[str, Any], str]] = []
+        for name in lowered.weights if direct else lowered.paths:
+            *path, last = lowered.paths[name]  # type: ignore[index]
             module: Any = self
             for part in path:
-                own = module.__dict__["_modules"]
-                module = own.get(part)
-                links[id(own), part] = (own, part, module)
-                if module is None:
-                    break
-            places = ({}, {}) if module is None else (module.__dict__["_parameters"], module.__dict__["_buffers"])
-            ends.append((name, places[0] if last in places[0] else places[1], last))
-        return self.__dict__["_modules"], list(links.values()), ends
+                module = None if module is None else module.__dict__["_modules"].get(part)
+            own: dict[str, Any] = {} if module is None else module.__dict__["_parameters"]
+            places.append((own if last in own or module is None else module.__dict__["_buffers"], last))
+        return _modal(self.func) if self._modes else [], places
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_ways", None)
+        state.pop("_known", None)
         return state
 
     def pack(self, y0: State) -> Tensor:
@@ -311,9 +317,9 @@ def _refuse_closures(f: Callable[..., Any]) -> None:
             )
 
 
-def _modes(f: Any) -> tuple[bool, ...]:
-    """Whether each layer of f that depends on it is in training mode."""
-    return tuple(m.training for m in f.modules() if isinstance(m, MODAL)) if isinstance(f, nn.Module) else ()
+def _modal(f: Any) -> list[nn.Module]:
+    """Layers of f that depend on whether they are in training mode."""
+    return [m for m in f.modules() if isinstance(m, MODAL)] if isinstance(f, nn.Module) else []
 
 
 def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:

@@ -1,11 +1,11 @@
 """The fused solver: its ops, their shapes and gradients, and one function that calls them.
 
 The ops, registered by ``libnodeshape_cpu.so`` under ``torch.ops.nodeshape`` and again by ``libnodeshape_cuda.so`` for
-tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
-``weights``):
+tensors on a GPU, where torch has CUDA (``mlp_*`` have ``int activation`` after ``weights``, its number among
+``ACTIVATIONS`` of ``_models/dynamics.py``):
 
     conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance, int max_iterations,
-               str adjoint, int checkpoint_every, float drift_tolerance)
+               int adjoint, int checkpoint_every, float drift_tolerance)
         -> (Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)
     conv_solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights, ...the same...)
         -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor evaluations)
@@ -13,8 +13,9 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``str activation`` after
 - ``y0`` ``[batch, channels, height, width]`` or ``[batch, dim]``, float32 or float64; ``weights`` in the order of the
   module's ``state_dict()``; ``t`` ``[times]``, float32 or float64 too; ``steps[j]`` equal steps between ``t[j]`` and
   ``t[j + 1]``.
-- ``adjoint`` says what the gradient will need: ``"none"``, ``"discrete"``, ``"reversible"`` (which stores the state
-  after every ``checkpoint_every``-th step of an interval, 0 for none) or ``"continuous"``.
+- ``adjoint`` says what the gradient will need: 0 none, 1 ``discrete``, 2 ``reversible`` (which stores the state after
+  every ``checkpoint_every``-th step of an interval, 0 for none), 3 ``continuous``. No argument is a string: torch's
+  stable ABI leaks those.
 - ``ys`` ``[times, *y0.shape]``. ``stages`` ``[stored, batch, ...]``: the stages of ``discrete``, the checkpoints of
   ``reversible``, otherwise empty; how its numbers lie is between an op and its backward op, of the same instruction
   set. Feature maps are ``[maps, height, width, channels]``: a stage is kept with the outputs of both convolutions, so
@@ -41,11 +42,14 @@ import torch
 from torch import Tensor, nn
 
 from nodeshape._errors import ReversalDriftError, StageSolveError
+from nodeshape._ode.layers import any_global_hooks
 from nodeshape._ode.method import Method
 
 _LIBRARY = Path(__file__).with_name("libnodeshape_cpu.so")
 _CUDA_LIBRARY = Path(__file__).with_name("libnodeshape_cuda.so")
 _CONV_MAPS_KEPT = 3  # as in csrc/problem.h
+#: What the ops call ``adjoint``, by its number.
+ADJOINTS = ("none", "discrete", "reversible", "continuous")
 # Why a library is not there:
 _missing: str | None = None
 _cuda_missing: str | None = None
@@ -94,6 +98,8 @@ def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
             return f"the state is a {type(y0).__name__}"
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
             return "a torch.func transform or forward-mode differentiation is active"
+    if any_global_hooks():
+        return "hooks of all modules are registered"
     missing = _missing or (_cuda_missing if y0.is_cuda else None)
     return missing or kernel.weights(dynamics, compiling)
 
@@ -144,47 +150,41 @@ def solve(
         ReversalDriftError: in the backward pass of ``"reversible"``.
     """
     kernel = KERNELS[type(dynamics)]
-
-    def scheme(recorded: bool) -> tuple[Any, ...]:
-        return (
-            *kernel.arguments(dynamics),
-            steps,
-            method.theta,
-            tolerance,
-            int(max_iterations),
-            adjoint if recorded else "none",
-            int(checkpoint_every or 0),
-            drift_tolerance,
-        )
-
-    return call(kernel.op, y0, t, weights, scheme)
+    before = (*kernel.arguments(dynamics), steps, method.theta, tolerance, int(max_iterations))
+    return call(kernel.op, y0, t, weights, before, adjoint, (int(checkpoint_every or 0), drift_tolerance))
 
 
 def call(
-    name: str, y0: Tensor, t: Tensor, weights: list[Tensor], scheme_of: Callable[[bool], tuple[Any, ...]]
+    name: str,
+    y0: Tensor,
+    t: Tensor,
+    weights: list[Tensor],
+    before: tuple[Any, ...],
+    adjoint: str,
+    after: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call an op the way this call is best recorded; what :func:`solve` returns.
 
     Args:
         name: of the op; its backward op has ``_backward`` behind.
-        scheme_of: whether a gradient is recorded, to the op's arguments behind the weights.
+        before, after: the op's arguments behind the weights, before and after ``adjoint``.
     """
     if not (t.is_cpu and (t.dtype == torch.float32 or t.dtype == torch.float64)):
         t = t.to(device="cpu", dtype=torch.float64)
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *weights))
-    scheme = scheme_of(recorded)
-    op = getattr(torch.ops.nodeshape, name).default
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    scheme = (*before, ADJOINTS.index(adjoint) if recorded else 0, *after)
     try:
-        if traced:
-            ys, _, forward, residual = op(y0, t, weights, *scheme)
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            ys, _, evaluations, residual = getattr(torch.ops.nodeshape, name).default(y0, t, weights, *scheme)
         elif recorded:
-            ys, _, forward, residual = _Recorded.apply(name, scheme, y0, t, *weights)
+            counts: list[Tensor] = []
+            ys = _Recorded.apply(_ops[name], scheme, counts, y0, t, *weights)
+            evaluations, residual = counts
         else:
-            ys, _, forward, residual = _below_autograd(op, y0, t, weights, *scheme)
+            ys, _, evaluations, residual = _below_autograd(_ops[name][0], y0, t, weights, *scheme)
     except RuntimeError as error:
         raise _translated(error) from None
-    return ys, forward, residual
+    return ys, evaluations, residual
 
 
 def backward_evaluations(ys: Tensor) -> Tensor | None:
@@ -211,21 +211,21 @@ def _translated(error: RuntimeError) -> RuntimeError:
 # ---- shapes and gradients of the ops ---------------------------------------------------------------------------------
 
 
-def stored_rows(steps: Sequence[int], adjoint: str, checkpoint_every: int) -> int:
-    if adjoint == "discrete":
+def stored_rows(steps: Sequence[int], adjoint: int, checkpoint_every: int) -> int:
+    if ADJOINTS[adjoint] == "discrete":
         return sum(steps)
-    if adjoint == "reversible" and checkpoint_every > 0:
+    if ADJOINTS[adjoint] == "reversible" and checkpoint_every > 0:
         return sum((count - 1) // checkpoint_every for count in steps)
     return 0
 
 
 def _fake_solve(
-    y0: Tensor, t: Tensor, steps: Sequence[int], adjoint: str, checkpoint_every: int
+    y0: Tensor, t: Tensor, steps: Sequence[int], adjoint: int, checkpoint_every: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = stored_rows(steps, adjoint, checkpoint_every)
     batch, *shape = y0.shape
     if len(shape) == 3:
-        shape = [_CONV_MAPS_KEPT if adjoint == "discrete" else 1, *shape[1:], shape[0]]
+        shape = [_CONV_MAPS_KEPT if ADJOINTS[adjoint] == "discrete" else 1, *shape[1:], shape[0]]
     return (
         y0.new_empty((t.shape[0], *y0.shape)),
         y0.new_empty((rows, batch, *shape)),
@@ -241,14 +241,6 @@ def _fake_backward(ys: Tensor, t: Tensor, weights: list[Tensor]) -> tuple[Tensor
         [x.new_empty(x.shape) for x in weights],
         ys.new_empty((ys.shape[1],), dtype=torch.int64),
     )
-
-
-def _save(ctx: Any, t: Tensor, weights: Sequence[Tensor], scheme: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    """Keep in ``ctx`` what :func:`_gradient` needs."""
-    ys, stages, evaluations, residual = output
-    ctx.mark_non_differentiable(stages, evaluations, residual)
-    ctx.save_for_backward(ys, stages, t, *weights)
-    ctx.scheme = scheme
 
 
 def _gradient(
@@ -273,31 +265,46 @@ def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _Recorded(torch.autograd.Function):
-    """An op and its gradient in eager mode: what the registered formula does, without its cost to a small solve."""
+    """An op and its gradient in eager mode: what the registered formula does, without its cost to a small solve.
+
+    What is not differentiable leaves by ``counts``, not as an output, which would cost as much as one that is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, name: str, scheme: tuple[Any, ...], y0: Tensor, t: Tensor, *weights: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        ops: tuple[Any, Any],
+        scheme: tuple[Any, ...],
+        counts: list[Tensor],
+        y0: Tensor,
+        t: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.name = name
-        output = _below_autograd(getattr(torch.ops.nodeshape, name).default, y0, t, weights, *scheme)
-        _save(ctx, t, weights, scheme, output)
-        return output
+        ys, stages, *kept = _below_autograd(ops[0], y0, t, weights, *scheme)
+        counts += kept
+        ctx.save_for_backward(ys, stages, t, *weights)
+        ctx.scheme, ctx.op = scheme, ops[1]
+        return ys  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_ys: Tensor | None) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
         if grad_ys is None:
-            return (None,) * len(ctx.needs_input_grad)
-        op = getattr(torch.ops.nodeshape, f"{ctx.name}_backward").default
+            return (None,) * len(needed)
+        op = ctx.op
         if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
             op = partial(_below_autograd, op)
-        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys, timed=ctx.needs_input_grad[3])
-        grads = (None, None, grad_y0, grad_t, *grad_weights)
-        return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
+        grad_y0, grad_t, grad_weights = _gradient(ctx, op, grad_ys, timed=needed[4])
+        return None, None, None, grad_y0, grad_t, *grad_weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, t, weights, *scheme = inputs
-    _save(ctx, t, weights, scheme, output)
+    ys, stages, evaluations, residual = output
+    ctx.mark_non_differentiable(stages, evaluations, residual)
+    ctx.save_for_backward(ys, stages, t, *weights)
+    ctx.scheme = scheme
 
 
 def _formula(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -319,6 +326,10 @@ def _no_second_derivative(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
+#: Of each name the op and its backward op.
+_ops: dict[str, tuple[Any, Any]] = {}
+
+
 def register(name: str, fake: Callable[..., Any]) -> None:
     """Give an op and its backward op their shapes (``fake``) and gradients."""
 
@@ -333,6 +344,7 @@ def register(name: str, fake: Callable[..., Any]) -> None:
     backward = getattr(torch.ops.nodeshape, f"{name}_backward")
     library.register_autograd(f"nodeshape::{name}", _formula(backward), setup_context=_setup_context)
     library.register_autograd(f"nodeshape::{name}_backward", _no_second_derivative)
+    _ops[name] = getattr(torch.ops.nodeshape, name).default, backward.default
 
 
 def _fake(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:

@@ -644,7 +644,7 @@ def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     if isinstance(t, Tensor):
         if t.dim() != 1:
             raise ValueError(f"t must have one dimension, [times], got shape {list(t.shape)}")
-        times = [float(x) for x in t.tolist()]
+        times = t.tolist() if t.is_floating_point() else [float(x) for x in t.tolist()]
     else:
         times = [float(x) for x in t]
         t = torch.tensor(times, dtype=torch.float64)

@@ -46,21 +46,19 @@ from nodeshape._ode.method import Method
 from nodeshape._ode.program import Program
 from nodeshape._ode.step import interpolant
 
-ADJOINTS = ("none", "discrete", "reversible", "continuous")
 MOST_STAGES = 16  # as in csrc/program.h
-_tableaux: dict[str, tuple[Method, Tensor]] = {}
+_tableaux: dict[str, tuple[Method, Tensor, int]] = {}
 
 
-def tableau_of(method: Method) -> Tensor:
-    """a, b and c, float64 ``[stages + 2, stages]``."""
+def tableau_of(method: Method) -> tuple[Tensor, int]:
+    """a, b and c, float64 ``[stages + 2, stages]``, and the states that ``discrete`` keeps per step."""
     known = _tableaux.get(method.name)
-    if known is not None and known[0] is method:
-        return known[1]
-    stages = len(method.b)
-    rows = [[*row, *[0.0] * (stages - len(row))] for row in (*method.a, method.b, method.c)]
-    tableau = torch.tensor(rows, dtype=torch.float64)
-    _tableaux[method.name] = method, tableau
-    return tableau
+    if known is None or known[0] is not method:
+        stages = len(method.b)
+        rows = [[*row, *[0.0] * (stages - len(row))] for row in (*method.a, method.b, method.c)]
+        tableau = torch.tensor(rows, dtype=torch.float64)
+        known = _tableaux[method.name] = method, tableau, 1 if method.explicit else stages
+    return known[1:]
 
 
 def solve(
@@ -77,22 +75,10 @@ def solve(
     drift_tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`nodeshape._ode.fused.solve`, of a program."""
-
-    def scheme(recorded: bool) -> tuple[Any, ...]:
-        return (
-            program.code,
-            program.constants,
-            tableau_of(method),
-            steps,
-            tolerance,
-            int(max_iterations),
-            ADJOINTS.index(adjoint) if recorded else 0,
-            1 if method.explicit else len(method.b),
-            int(checkpoint_every or 0),
-            drift_tolerance,
-        )
-
-    return fused.call("solve", y0, t, weights, scheme)
+    tableau, kept_per_step = tableau_of(method)
+    before = (program.code, program.constants, tableau, steps, tolerance, int(max_iterations))
+    after = (kept_per_step, int(checkpoint_every or 0), drift_tolerance)
+    return fused.call("solve", y0, t, weights, before, adjoint, after)
 
 
 #: Why a sample's steps could not go on, by the number that the op gives.
@@ -239,9 +225,8 @@ class _AdaptiveRecorded(torch.autograd.Function):
 
 
 def _stored_rows(steps: Sequence[int], adjoint: int, kept_per_step: int, checkpoint_every: int) -> int:
-    if adjoint == 1:
-        return sum(steps) * kept_per_step
-    return fused.stored_rows(steps, ADJOINTS[adjoint], checkpoint_every)
+    rows = fused.stored_rows(steps, adjoint, checkpoint_every)
+    return rows * kept_per_step if fused.ADJOINTS[adjoint] == "discrete" else rows
 
 
 def _fake(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
