@@ -29,6 +29,8 @@ NODESHAPE_INLINE float erf_of(float x) { return ::erff(x); }
 NODESHAPE_INLINE double erf_of(double x) { return ::erf(x); }
 NODESHAPE_INLINE float power_of(float x, float y) { return ::powf(x, y); }
 NODESHAPE_INLINE double power_of(double x, double y) { return ::pow(x, y); }
+NODESHAPE_INLINE float atan_of(float x) { return ::atanf(x); }
+NODESHAPE_INLINE double atan_of(double x) { return ::atan(x); }
 
 template <class V>
 NODESHAPE_INLINE V log_of_lanes(V x) {
@@ -117,6 +119,7 @@ NODESHAPE_INLINE Vec<T> apply(Vec<T> x, const Constants<T>& k) {
   if constexpr (F == Unary::erf) return erf_of_lanes(x);
   if constexpr (F == Unary::square) return x * x;
   if constexpr (F == Unary::cube) return x * x * x;
+  if constexpr (F == Unary::atan) return lanewise(x, [](T a) { return atan_of(a); });
 }
 
 /// f'(x), given y = f(x) too
@@ -164,6 +167,7 @@ NODESHAPE_INLINE Vec<T> slope(Vec<T> x, Vec<T> y, const Constants<T>& k) {
   if constexpr (F == Unary::erf) return splat(T(kTwoOverRootPi)) * exp(Vec<T>(-x * x));
   if constexpr (F == Unary::square) return x + x;
   if constexpr (F == Unary::cube) return splat(T(3)) * x * x;
+  if constexpr (F == Unary::atan) return one / fma(x, x, one);
 }
 
 /// Calls body.operator()<F>() for the function.
@@ -196,6 +200,7 @@ NODESHAPE_INLINE void with_unary(Unary function, Body&& body) {
     NODESHAPE_CASE(erf)
     NODESHAPE_CASE(square)
     NODESHAPE_CASE(cube)
+    NODESHAPE_CASE(atan)
   }
 #undef NODESHAPE_CASE
 }

@@ -36,8 +36,9 @@ enum class Unary : int64_t {
   erf,
   square,
   cube,
+  atan,
 };
-inline constexpr int64_t kUnaries = 23;
+inline constexpr int64_t kUnaries = 24;
 
 enum class Binary : int64_t { add, subtract, multiply, divide, maximum, minimum };
 inline constexpr int64_t kBinaries = 6;

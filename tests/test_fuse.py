@@ -231,7 +231,7 @@ class Odds(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         a, b, c = y.split([2, 2, 2], dim=1)
-        a = torch.sqrt(1 + a.square()) * torch.reciprocal(2 + torch.sin(b)) + c.abs() ** 1.5
+        a = torch.sqrt(1 + a.square()) * torch.atan(2 * a) + torch.reciprocal(2 + torch.sin(b)) + c.abs() ** 1.5
         b = torch.log(3 + torch.tanh(b)) / (1 + torch.exp(-c)) + nn.functional.leaky_relu(b, 0.2)
         c = nn.functional.mish(c) + torch.clamp(b, -0.3, 0.4) - torch.maximum(a, c) + 2.0**b
         out = torch.cat([nn.functional.pad(a[:, :1], (0, 1)), b, c], dim=1)

@@ -88,6 +88,7 @@ UNARIES: dict[Any, str] = {
     aten.reciprocal.default: "reciprocal",
     aten.erf.default: "erf",
     aten.square.default: "square",
+    aten.atan.default: "atan",
 }
 BINARIES: dict[Any, str] = {
     aten.add.Tensor: "add",

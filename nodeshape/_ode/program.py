@@ -16,7 +16,7 @@ KINDS = ("linear", "unary", "binary", "move", "norm", "conv", "matmul")
 #: As in csrc/program.h, in its order.
 UNARY = (
     *("affine", "tanh", "sigmoid", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "softplus", "mish", "sin"),
-    *("cos", "exp", "log", "sqrt", "abs", "power", "reciprocal", "clamp", "erf", "square", "cube"),
+    *("cos", "exp", "log", "sqrt", "abs", "power", "reciprocal", "clamp", "erf", "square", "cube", "atan"),
 )
 BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
 
