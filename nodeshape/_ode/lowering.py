@@ -346,10 +346,10 @@ class Lowering:
             self.weight_numbers[node] = self.builder.weight()
         return self.weight_numbers[node]
 
-    def derived(self, target: Any, args: tuple[Any, ...], shape: Shape) -> Static:
+    def derived(self, target: Any, args: tuple[Any, ...], shape: Shape, **keywords: Any) -> Static:
         """A tensor that PyTorch computes before a solve, as the operations that are all of static values."""
         with self.graph.inserting_before(self.current):
-            node = self.graph.call_function(target, args)
+            node = self.graph.call_function(target, args, keywords)
         node.meta["val"] = torch.empty(shape, device="meta")
         return Static(node, shape)
 
@@ -1468,7 +1468,8 @@ def _avg_pool(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str,
     if any(padding) and not include:
         raise NotLowered("it counts no padding: use count_include_pad=True")
     weight = (x.shape[0], 1, *kernel)
-    part = low.derived(aten.full.default, (list(weight), 1.0 / (divisor or prod(kernel))), weight)
+    number = 1.0 / (divisor or prod(kernel))
+    part = low.derived(aten.full.default, (list(weight), number), weight, dtype=torch.float64)
     padding = list(padding) * 2 if len(padding) == 1 else list(padding)
     return _convolution(low, x, part, None, padding, [1, 1], x.shape[0], *low.classify(node.meta["val"]))
 
