@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -666,3 +667,107 @@ def test_a_strided_convolution_is_refused_by_name() -> None:
     f.function = lambda self, t, y: nn.functional.pad(self.layer(y), (0, 2, 0, 2))
     with pytest.raises(ns.FuseError, match="stride is not 1"):
         ns.fuse(f, torch.randn(2, 2, 5, 5))
+
+
+def test_weights_may_be_replaced_and_a_training_loop_sees_them() -> None:
+    f, y0 = problem("mlp")
+    fused = ns.fuse(f, y0)
+    f.net[0].weight = nn.Parameter(torch.randn_like(f.net[0].weight))
+    f.net[2] = nn.Linear(64, 64).double()
+    assert_same(fused, f, y0, method="rk4", steps=2)
+    twin = copy.deepcopy(f)
+    losses: dict[Any, list[float]] = {fused: [], twin: []}
+    for g, found in losses.items():
+        optimiser = torch.optim.Adam(g.parameters(), lr=0.01)
+        for _ in range(5):
+            loss = ns.odeint(g, y0, [0.0, 1.0], method="rk4", steps=3)[1].square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            found.append(float(loss.detach()))
+    assert losses[fused] == pytest.approx(losses[twin], rel=1e-9) and losses[fused][-1] < losses[fused][0]
+
+
+def test_a_weight_that_is_gone_takes_the_plain_loop() -> None:
+    f, y0 = problem("time")
+    fused = ns.fuse(f, y0)
+    f.net[0] = nn.Sequential(nn.Linear(4, 7)).double()
+    assert "a weight of f is gone" in ns.backend(fused, y0, method="euler", steps=1).reason
+    assert_equal_solutions(fused, f, y0)
+
+
+def assert_equal_solutions(fused: Any, f: Any, y0: Tensor) -> None:
+    found, expected = (ns.odeint(g, y0, [0.0, 1.0], method="euler", steps=1).detach() for g in (fused, f))
+    assert torch.equal(found, expected)
+
+
+def test_frozen_weights_have_no_gradient_and_shared_ones_one() -> None:
+    f, y0 = problem("shared")
+    fused = ns.fuse(f, y0)
+    ns.odeint(fused, y0, [0.0, 1.0], method="rk4", steps=2)[1].sum().backward()
+    assert f.frozen.grad is None and f.matrix.grad is not None
+    originals = f.a.parametrizations.weight
+    assert all(float(x.grad.abs().max()) > 0 for x in (originals.original0, originals.original1))
+    found = f.matrix.grad.clone()
+    f.zero_grad()
+    ns.odeint(f, y0, [0.0, 1.0], method="rk4", steps=2)[1].sum().backward()
+    assert relative_error([found], [f.matrix.grad]) < 1e-10
+    f.matrix.requires_grad_(False)
+    ns.odeint(fused, y0, [0.0, 1.0], method="rk4", steps=2)[1].sum().backward()
+    assert relative_error([f.matrix.grad], [found]) < 1e-10  # as it was
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    f, y0 = problem("hamiltonian")
+    fused = ns.fuse(f, y0)
+    torch.save(fused, tmp_path / "fused.pt")
+    torch.save(ns.ODEBlock(fused, method="rk4", steps=2).state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "fused.pt", weights_only=False)
+    assert repr(loaded) == repr(fused)
+    other = ns.ODEBlock(ns.fuse(problem("hamiltonian")[0], y0), method="rk4", steps=2)
+    for x in other.parameters():
+        x.data.zero_()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for g in (loaded, other.dynamics):
+        assert_same(g, f, y0, method="rk4", steps=2)
+
+
+def test_what_f_has_registered_but_does_not_use_may_come_and_go() -> None:
+    f, y0 = problem("conv")
+    fused = ns.fuse(f, y0)
+    f.register_buffer("unused", torch.zeros(3))
+    f.conv1.extra = nn.Linear(2, 2)
+    f.conv2.requires_grad_(False)
+    fused.eval().requires_grad_(True).train()
+    assert_same(fused, f, y0, method="midpoint", steps=2)
+
+
+def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
+    fused, _ = fused_problem("parametrised")
+    y0 = problem("parametrised")[1]
+    with torch.no_grad():
+        assert not ns.odeint(fused, y0, [0.0, 1.0], method="rk4", steps=1).requires_grad
+    with torch.inference_mode():
+        assert ns.odeint(fused, y0, [0.0, 1.0], method="rk4", steps=1).shape == (2, *y0.shape)
+
+
+@pytest.mark.parametrize("name", ["parametrised", "cnf"])
+def test_compilers_and_exporters_take_weights_that_are_computed(name: str) -> None:
+    fused, _ = fused_problem(name)
+    y0 = problem(name)[1]
+
+    class Solve(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = fused
+
+        def forward(self, y0: Any) -> Any:
+            return ns.odeint(self.f, y0, [0.0, 0.5, 1.0], method="midpoint", steps=2)
+
+    block = Solve()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(block, (y0,)).module()
+    expected = block(y0)
+    for found in (compiled(y0), exported(y0)):
+        for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (found, expected))):
+            assert torch.equal(x, y)
