@@ -23,24 +23,25 @@ import torch
 from torch import Tensor
 
 from nodeshape._ode import fused
-from nodeshape._ode.method import Method
+from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 
 ADJOINTS = ("none", "discrete", "reversible", "continuous")
 MOST_STAGES = 16  # as in csrc/program.h
-_tableaux: dict[str, tuple[Method, Tensor]] = {}
 
 
 def tableau_of(method: Method) -> Tensor:
     """a, b and c, float64 ``[stages + 2, stages]``."""
-    known = _tableaux.get(method.name)
-    if known is not None and known[0] is method:
-        return known[1]
+    return _tableaux[method.name] if METHODS.get(method.name) is method else _made(method)
+
+
+def _made(method: Method) -> Tensor:
     stages = len(method.b)
     rows = [[*row, *[0.0] * (stages - len(row))] for row in (*method.a, method.b, method.c)]
-    tableau = torch.tensor(rows, dtype=torch.float64)
-    _tableaux[method.name] = method, tableau
-    return tableau
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+_tableaux = {name: _made(method) for name, method in METHODS.items()}  # now, as a tracer's tensors are its own
 
 
 def solve(
