@@ -29,6 +29,14 @@ NODESHAPE_INLINE float erf_of(float x) { return ::erff(x); }
 NODESHAPE_INLINE double erf_of(double x) { return ::erf(x); }
 NODESHAPE_INLINE float power_of(float x, float y) { return ::powf(x, y); }
 NODESHAPE_INLINE double power_of(double x, double y) { return ::pow(x, y); }
+NODESHAPE_INLINE float atan_of(float x) { return ::atanf(x); }
+NODESHAPE_INLINE double atan_of(double x) { return ::atan(x); }
+NODESHAPE_INLINE float asinh_of(float x) { return ::asinhf(x); }
+NODESHAPE_INLINE double asinh_of(double x) { return ::asinh(x); }
+NODESHAPE_INLINE float log1p_of(float x) { return ::log1pf(x); }
+NODESHAPE_INLINE double log1p_of(double x) { return ::log1p(x); }
+NODESHAPE_INLINE float expm1_of(float x) { return ::expm1f(x); }
+NODESHAPE_INLINE double expm1_of(double x) { return ::expm1(x); }
 
 template <class V>
 NODESHAPE_INLINE V log_of_lanes(V x) {
@@ -117,6 +125,10 @@ NODESHAPE_INLINE Vec<T> apply(Vec<T> x, const Constants<T>& k) {
   if constexpr (F == Unary::erf) return erf_of_lanes(x);
   if constexpr (F == Unary::square) return x * x;
   if constexpr (F == Unary::cube) return x * x * x;
+  if constexpr (F == Unary::atan) return lanewise(x, [](T a) { return atan_of(a); });
+  if constexpr (F == Unary::asinh) return lanewise(x, [](T a) { return asinh_of(a); });
+  if constexpr (F == Unary::log1p) return lanewise(x, [](T a) { return log1p_of(a); });
+  if constexpr (F == Unary::expm1) return lanewise(x, [](T a) { return expm1_of(a); });
 }
 
 /// f'(x), given y = f(x) too
@@ -164,6 +176,10 @@ NODESHAPE_INLINE Vec<T> slope(Vec<T> x, Vec<T> y, const Constants<T>& k) {
   if constexpr (F == Unary::erf) return splat(T(kTwoOverRootPi)) * exp(Vec<T>(-x * x));
   if constexpr (F == Unary::square) return x + x;
   if constexpr (F == Unary::cube) return splat(T(3)) * x * x;
+  if constexpr (F == Unary::atan) return one / fma(x, x, one);
+  if constexpr (F == Unary::asinh) return one / root_of_lanes(Vec<T>(fma(x, x, one)));
+  if constexpr (F == Unary::log1p) return one / (one + x);
+  if constexpr (F == Unary::expm1) return y + one;
 }
 
 /// Calls body.operator()<F>() for the function.
@@ -196,6 +212,10 @@ NODESHAPE_INLINE void with_unary(Unary function, Body&& body) {
     NODESHAPE_CASE(erf)
     NODESHAPE_CASE(square)
     NODESHAPE_CASE(cube)
+    NODESHAPE_CASE(atan)
+    NODESHAPE_CASE(asinh)
+    NODESHAPE_CASE(log1p)
+    NODESHAPE_CASE(expm1)
   }
 #undef NODESHAPE_CASE
 }
@@ -208,6 +228,9 @@ NODESHAPE_INLINE V combine(V a, V b) {
   if constexpr (F == Binary::divide) return a / b;
   if constexpr (F == Binary::maximum) return a != a ? a : (a > b ? a : b);
   if constexpr (F == Binary::minimum) return a != a ? a : (a < b ? a : b);
+  if constexpr (F == Binary::greater) return a > b ? V{} + 1 : V{};
+  if constexpr (F == Binary::greater_equal) return a >= b ? V{} + 1 : V{};
+  if constexpr (F == Binary::keep) return b != V{} ? a : V{};
 }
 
 /// w times the derivative by a, of which torch gives both arguments half where they are equal.
@@ -218,6 +241,8 @@ NODESHAPE_INLINE V to_first(V w, V a, V b) {
   if constexpr (F == Binary::divide) return w / b;
   if constexpr (F == Binary::maximum) return a > b ? w : (a < b ? V{} : w * (V{} + 1) / (V{} + 2));
   if constexpr (F == Binary::minimum) return a < b ? w : (a > b ? V{} : w * (V{} + 1) / (V{} + 2));
+  if constexpr (F == Binary::greater || F == Binary::greater_equal) return V{};
+  if constexpr (F == Binary::keep) return b != V{} ? w : V{};
 }
 
 /// w times the derivative by b
@@ -228,6 +253,7 @@ NODESHAPE_INLINE V to_second(V w, V a, V b) {
   if constexpr (F == Binary::multiply) return w * a;
   if constexpr (F == Binary::divide) return -w * a / (b * b);
   if constexpr (F == Binary::maximum || F == Binary::minimum) return to_first<F>(w, b, a);
+  if constexpr (F == Binary::greater || F == Binary::greater_equal || F == Binary::keep) return V{};
 }
 
 /// Calls body.operator()<F>() for the function.
@@ -246,6 +272,12 @@ NODESHAPE_INLINE void with_binary(Binary function, Body&& body) {
       return body.template operator()<Binary::maximum>();
     case Binary::minimum:
       return body.template operator()<Binary::minimum>();
+    case Binary::greater:
+      return body.template operator()<Binary::greater>();
+    case Binary::greater_equal:
+      return body.template operator()<Binary::greater_equal>();
+    case Binary::keep:
+      return body.template operator()<Binary::keep>();
   }
 }
 

@@ -36,11 +36,25 @@ enum class Unary : int64_t {
   erf,
   square,
   cube,
+  atan,
+  asinh,
+  log1p,
+  expm1,
 };
-inline constexpr int64_t kUnaries = 23;
+inline constexpr int64_t kUnaries = 27;
 
-enum class Binary : int64_t { add, subtract, multiply, divide, maximum, minimum };
-inline constexpr int64_t kBinaries = 6;
+enum class Binary : int64_t {
+  add,
+  subtract,
+  multiply,
+  divide,
+  maximum,
+  minimum,
+  greater,        // 1 where a > b, else 0
+  greater_equal,  // 1 where a >= b, else 0
+  keep,           // a where b is not 0, else 0
+};
+inline constexpr int64_t kBinaries = 9;
 
 /// What a move does with elements that go to one place; of the largest there is no gradient.
 enum class Move : int64_t { copy, sum, largest };

@@ -5,7 +5,7 @@
 # not instrumented, so reports that name only its frames are suppressed.
 # The sanitized library is built into a copy of the package, which the tests then import. Without arguments they are the
 # quick tests, in which each instruction set, shape, method, gradient mode and type meets each of the others once; `-m ""`
-# runs every combination.
+# runs every combination. NODESHAPE_RANDOM_PROGRAMS says how many random programs they look at.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mode=${1:-address}
@@ -38,5 +38,5 @@ esac
 CXX=${CXX:-g++} NODESHAPE_CXXFLAGS="$flags -O1 -g1 -fno-omit-frame-pointer" "$python" setup.py -q build_ext --inplace
 # Compilers and forks are torch's business, and slow here. torch.compile's own tools do not run under a preload.
 LD_PRELOAD="$preload" PYTHONPATH="$copy" "$python" -m pytest -q -n "$(nproc)" -p no:cacheprovider \
-  tests/test_fused_solver.py tests/test_fused_ops.py \
+  tests/test_fused_solver.py tests/test_fused_ops.py tests/test_random_programs.py \
   -k "not compiled and not exported and not scripted and not opcheck and not forked" "$@"

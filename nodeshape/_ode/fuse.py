@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from math import prod
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from nodeshape._ode import fused, program_op
 from nodeshape._ode.layers import Layers, any_global_hooks, kind_of
@@ -19,8 +24,12 @@ from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 
 State = Tensor | tuple[Tensor, ...]
-#: Largest relative difference from f, in float64, of values and of gradients.
-SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-9
+#: Largest relative difference from f, in float64, of values and of gradients (torch has hardsigmoid's 1/6 in float32).
+SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-7
+DERIVATIVES = (
+    "write its derivatives out, as the trace of the Jacobian of torch.tanh(y @ W) @ U is"
+    " (1 - h * h) @ (W.T * U).sum(1), h = torch.tanh(y @ W)"
+)
 #: Layers whose f depends on whether they are trained or evaluated.
 MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -132,6 +141,7 @@ class Fused(nn.Module):
         if lowered.prelude is None:
             return [named[name] for name in lowered.weights]  # type: ignore[index]
         made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
+        made = [x.to(dtype) for x in made]  # what f makes itself, such as torch.arange(3)
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
     def _found(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]] | None:
@@ -244,30 +254,42 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
         FuseError: f cannot be traced, or an operation does not lower.
     """
     _refuse_closures(f)
-    examples = tuple(_example(x.detach(), batched) for x in tensors)
-    time = torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device)
+    called = _in_float64(_Called(f, as_tuple))
+    examples = tuple(_example(x.detach().to("cpu", torch.float64), batched) for x in tensors)
+    time = torch.zeros((), dtype=torch.float64)
     batch = torch.export.Dim("batch", min=2)
     shapes = tuple({0: batch} if batched else {} for _ in examples)
     quiet = logging.getLogger("torch").level
     try:
         logging.getLogger("torch").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _computing_in_float64():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                _Called(f, as_tuple), (time, examples), dynamic_shapes=({}, shapes), strict=False
+                called, (time, examples), dynamic_shapes=({}, shapes), strict=False
             ).run_decompositions(_decompositions())
     except Exception as error:  # whatever f, or PyTorch's tracer of it, raises
+        if isinstance(error, FuseError):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise FuseError(
-            f"f cannot be traced: {type(error).__name__}: {first}; f must be a function of tensors whose Python"
-            " does not look at their values or at the size of the batch"
-        ) from error
+        advice = (
+            "f must be a function of tensors whose Python does not look at their values or at the size of the batch"
+        )
+        if "(batch)" in first:
+            advice = (
+                "the size of the batch became a number: take it as y.shape[0], not len(y), and einsum of two at a time"
+            )
+        if _uses_torch_func(error):
+            advice = f"f uses torch.func: {DERIVATIVES}"
+        raise FuseError(f"f cannot be traced: {type(error).__name__}: {first}; {advice}") from error
     finally:
         logging.getLogger("torch").setLevel(quiet)
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-        raise FuseError(f"f changes {changed[0]} in place: compute a new tensor, and keep no state between calls")
+        raise FuseError(
+            f"f changes {changed[0].removeprefix('func.')} in place: call f.eval() if a layer does so while it trains,"
+            " as BatchNorm (or use GroupNorm or LayerNorm) and spectral_norm do; else compute a new tensor"
+        )
     paths: dict[str, tuple[str, ...]] = {
         **{name: tuple(path.split(".")) for name, path in signature.inputs_to_parameters.items()},
         **{name: tuple(path.split(".")) for name, path in signature.inputs_to_buffers.items()},
@@ -277,9 +299,59 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
         for name, target in signature.inputs_to_lifted_tensor_constants.items()
     }
     user = [name for name in signature.user_inputs if isinstance(name, str)]
-    lowered = lower(exported.graph, {*paths, *constants}, user[1:], user[0])
+    lowered = lower(exported.graph, {*paths}, constants, user[1:], user[0])
     lowered.paths, lowered.constants = paths, constants
     return lowered
+
+
+def _in_float64(module: nn.Module) -> Any:
+    """A copy, to be traced and checked, of which no number is rounded to float32."""
+    try:
+        copy = deepcopy(module).to("cpu", torch.float64)
+    except Exception as error:  # whatever a module that cannot be copied raises
+        raise FuseError(
+            f"f cannot be copied to be checked: {error} (of torch.nn.utils.weight_norm and spectral_norm use those of"
+            " torch.nn.utils.parametrizations)"
+        ) from error
+    for part in copy.modules():
+        for name, x in vars(part).items():
+            if isinstance(x, Tensor) and x.dtype == torch.float32:
+                setattr(part, name, x.to("cpu", torch.float64))
+    return copy
+
+
+def _uses_torch_func(error: BaseException) -> bool:
+    """Whether it was raised inside torch.func."""
+    folder = str(Path(torch._functorch.__file__).parent)
+    names = [frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.startswith(folder) and Path(name).stem in ("apis", "eager_transforms", "vmap") for name in names)
+
+
+class _Widened(TorchFunctionMode):
+    """Where float64 meets float32, such as a constant that f finds elsewhere, that becomes float64 too."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.autograd.grad:
+            raise FuseError(f"f calls torch.autograd.grad: {DERIVATIVES}")
+        kinds = {x.dtype for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        name = getattr(function, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if {torch.float32, torch.float64} <= kinds and not in_place:
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x.double() if x.dtype == torch.float32 else x, (args, kwargs or {})
+            )
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _computing_in_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _example(x: Tensor, batched: bool) -> Tensor:
@@ -328,10 +400,7 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     With h = 1 from t, y₁ − y₀ = f(t, y₀), and a cotangent w of y₁ gives y₀ the gradient w + Jᵀw, t + h the gradient
     w · f and t, −w · f + w · ∂f/∂t.
     """
-    try:
-        copy = deepcopy(made).double()
-    except Exception as error:  # whatever a module that cannot be copied raises
-        raise FuseError(f"f cannot be copied to be checked: {error}") from error
+    copy = _in_float64(made)
     generator = torch.Generator().manual_seed(0)
 
     def noise(x: Tensor) -> Tensor:
@@ -347,7 +416,9 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
         points.append((around + 0.1 * noise(around)).requires_grad_())
     t = torch.tensor([0.3, 1.3], dtype=torch.float64, requires_grad=True)
     y0: Any = tuple(points) if made._tuple else points[0]
-    weights = copy.weights_for(y0, METHODS["euler"], "discrete")
+    with _computing_in_float64():
+        weights = copy.weights_for(y0, METHODS["euler"], "discrete")
+        slopes = copy(t[0], y0)
     if isinstance(weights, str):
         raise FuseError(f"f cannot be checked against its program: {weights}")
     leaves = [x for x in copy.parameters() if x.requires_grad]
@@ -357,19 +428,23 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
         )[0]
     )
     ends = [y[1] for y in ys] if isinstance(ys, tuple) else [ys[1]]
-    slopes = copy(t[0], y0)
     slopes = list(slopes) if made._tuple else [slopes]
     cotangents = [noise(x) for x in slopes]
     for end, start, slope in zip(ends, points, slopes):
         _compare("values", [end - start], [slope], SAME_VALUES, float(start.detach().abs().max()))
     inputs = [*points, t, *leaves]
+    if any(not x.is_floating_point() for x in slopes):
+        raise FuseError(f"f must return floating-point tensors, got {[str(x.dtype) for x in slopes]}")
     loss = torch.stack([(w * y).sum() for w, y in zip(cotangents, ends)]).sum()
     found = torch.autograd.grad(loss, inputs, allow_unused=True)
     with torch.enable_grad():
         along = torch.stack([(w * s).sum() for w, s in zip(cotangents, slopes)]).sum()
     wanted: list[Tensor | None] = [None] * len(inputs)
     if along.requires_grad:
-        wanted = list(torch.autograd.grad(along, inputs, allow_unused=True))
+        try:
+            wanted = list(torch.autograd.grad(along, inputs, allow_unused=True))
+        except RuntimeError as error:
+            raise FuseError(f"f cannot be differentiated, so not be checked against its program: {error}") from error
     size = float(along.detach())
     expected = [torch.zeros_like(x) if g is None else g for g, x in zip(wanted, inputs)]
     for k, w in enumerate(cotangents):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import log, prod
+from math import log, pi, prod
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ VIEWS = {
     aten.flatten.using_ints,
 }
 FILLS = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
+#: Tensors to be written to, whatever they hold.
+EMPTIES = {aten.empty.memory_format, aten.empty_permuted.default, aten.empty_like.default}
 UNARIES: dict[Any, str] = {
     aten.tanh.default: "tanh",
     aten.sigmoid.default: "sigmoid",
@@ -88,6 +90,10 @@ UNARIES: dict[Any, str] = {
     aten.reciprocal.default: "reciprocal",
     aten.erf.default: "erf",
     aten.square.default: "square",
+    aten.atan.default: "atan",
+    aten.asinh.default: "asinh",
+    aten.log1p.default: "log1p",
+    aten.expm1.default: "expm1",
 }
 BINARIES: dict[Any, str] = {
     aten.add.Tensor: "add",
@@ -113,11 +119,30 @@ ADVICE = {
     "_native_batch_norm_legit": "call f.eval(), which freezes the statistics, or use GroupNorm or LayerNorm",
     "_native_batch_norm_legit_functional": "call f.eval(), which freezes the statistics, or use GroupNorm or LayerNorm",
     "batch_norm": "call f.eval(), which freezes the statistics, or use GroupNorm or LayerNorm",
-    "where": "write it with relu, clamp, maximum, minimum or abs",
     "detach": "let gradients through, or make what is detached a buffer",
-    "max_pool2d_with_indices": "use a convolution or a mean; a state keeps its size anyway",
+    **dict.fromkeys(
+        ("max_pool2d_with_indices", "amax", "amin", "max", "min", "argmax", "argmin", "topk", "median"),
+        "use a mean or logsumexp, or torch.maximum of slices",
+    ),
+    **dict.fromkeys(("sort", "argsort"), "f would have kinks where elements meet: write it with sums or softmax"),
+    **dict.fromkeys(
+        ("floor", "ceil", "round", "trunc", "frac", "remainder", "fmod", "floor_divide"),
+        "its jumps cost any method its order: write what is periodic with sin and cos, what is switched with"
+        " torch.where and times at the jumps",
+    ),
     "embedding": "look embeddings up before the solve and make them part of the state",
-    "index": "choose elements by slices",
+    **dict.fromkeys(("gather", "scatter", "index_put"), "choose elements by slices, or by a list of numbers"),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "prod"), "write it as products of slices, or @ with a triangular buffer of ones"
+    ),
+    "pow": "write torch.exp(b * torch.log(a)), which needs a positive a",
+    "atan2": "write torch.atan(a / b) where b is positive",
+    **dict.fromkeys(("_adaptive_avg_pool2d", "avg_pool3d"), "use a convolution, or the mean over the whole map"),
+    **dict.fromkeys(
+        ("upsample_nearest2d", "upsample_bilinear2d"), "use repeat_interleave; a state keeps its size anyway"
+    ),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r", "complex"), "use @ with buffers of cosines and sines"),
+    "convolution_backward": "take the derivative of Linear layers, or write that of the convolution out",
 }
 
 
@@ -140,13 +165,15 @@ class Lowered:
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
-def lower(graph: fx.Graph, static_inputs: set[str], y_inputs: Sequence[str], t_input: str) -> Lowered:
-    """Lower a graph whose inputs are weights and constants (``static_inputs``), the state's tensors, and the time.
+def lower(
+    graph: fx.Graph, weights: set[str], constants: dict[str, Tensor], y_inputs: Sequence[str], t_input: str
+) -> Lowered:
+    """Lower a graph whose inputs are weights, constants, the state's tensors, and the time.
 
     Raises:
         FuseError: an operation does not lower.
     """
-    return Lowering(graph, static_inputs, y_inputs, t_input).run()
+    return Lowering(graph, {*weights, *constants}, constants, y_inputs, t_input).run()
 
 
 @dataclass
@@ -155,11 +182,13 @@ class Lowering:
 
     graph: fx.Graph
     static_inputs: set[str]
+    constants: dict[str, Tensor]
     y_inputs: Sequence[str]
     t_input: str
     values: dict[fx.Node, Any] = field(default_factory=dict)
     weight_numbers: dict[fx.Node, int] = field(default_factory=dict)
     batch: Any = None
+    current: Any = None
 
     def run(self) -> Lowered:
         """The program."""
@@ -198,7 +227,8 @@ class Lowering:
 
     def _result(self, node: fx.Node) -> Ref:
         (outputs,) = node.args
-        found: list[Any] = [self.values[x] if isinstance(x, fx.Node) else None for x in outputs]  # type: ignore[union-attr]
+        found: list[Any] = [self.values.get(x) if isinstance(x, fx.Node) else None for x in outputs]  # type: ignore[union-attr]
+        found = found[-len(self.y_inputs) :]  # behind tokens that order effects
         inputs = [self.values[n] for n in self.graph.nodes if n.op == "placeholder" and n.name in self.y_inputs]
         if len(found) != len(inputs) or any(
             x is None or x.kind != y.kind or x.shape != y.shape for x, y in zip(found, inputs)
@@ -233,7 +263,7 @@ class Lowering:
         weights: list[str | int] = []
         outputs: list[fx.Node] = []
         for node in self.weight_numbers:
-            if node.op == "placeholder":
+            if node.op == "placeholder" and node.meta["val"].is_floating_point():
                 weights.append(node.name)
             else:
                 weights.append(len(outputs))
@@ -311,10 +341,27 @@ class Lowering:
     def number(self, node: fx.Node) -> int:
         """The number of the weight that a static node is."""
         if node not in self.weight_numbers:
-            if not node.meta["val"].is_floating_point():
-                raise NotLowered(f"a constant is {node.meta['val'].dtype}: make it floating-point")
+            if node.meta["val"].is_complex():
+                raise NotLowered("a constant is complex: keep its real and imaginary parts apart")
             self.weight_numbers[node] = self.builder.weight()
         return self.weight_numbers[node]
+
+    def derived(self, target: Any, args: tuple[Any, ...], shape: Shape, **keywords: Any) -> Static:
+        """A tensor that PyTorch computes before a solve, as the operations that are all of static values."""
+        with self.graph.inserting_before(self.current):
+            node = self.graph.call_function(target, args, keywords)
+        node.meta["val"] = torch.empty(shape, device="meta")
+        return Static(node, shape)
+
+    def known(self, x: fx.Node) -> Tensor | None:
+        """The value of a static node, where it depends on constants alone."""
+        if x.op == "placeholder":
+            return self.constants.get(x.name)
+        inputs = {node: self.known(node) for node in x.all_input_nodes}
+        if any(value is None for value in inputs.values()):
+            return None
+        args, keywords = fx.node.map_arg((x.args, x.kwargs), lambda node: inputs[node])
+        return x.target(*args, **keywords)  # type: ignore[operator, no-any-return]
 
     def operand(self, x: Operand) -> Ref:
         """Where a layer that reads weights too finds ``x``."""
@@ -354,8 +401,13 @@ class Lowering:
     # ---- operations --------------------------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> None:
+        self.current = node
+        if node.target is aten._assert_tensor_metadata.default or _name(node) == "with_effects":
+            return  # checks
         if node.target is operator.getitem:
             source, index = node.args
+            if source not in self.values:
+                return
             whole = self.values[source]  # type: ignore[index]
             self.values[node] = Static(node, _shape(node)) if isinstance(whole, Static) else whole[index]
             return
@@ -363,7 +415,7 @@ class Lowering:
         inputs = [self.values.get(x) for x in node.all_input_nodes]
         if isinstance(example, (torch.SymInt, int)):
             return  # a size, which is known from shapes
-        made = not inputs and node.target not in FILLS and _name(node) not in ADVICE
+        made = not inputs and node.target not in FILLS | EMPTIES and _name(node) not in ADVICE
         made = made or (bool(inputs) and all(isinstance(x, Static) for x in inputs))
         if made and (not isinstance(example, Tensor) or all(isinstance(size, int) for size in example.shape)):
             self.values[node] = Static(node, _shape(node))
@@ -461,6 +513,11 @@ class Lowering:
             return self._unary("clamp", wide, bounds)
         if factor != 1.0:
             b = self.affine(b, factor, 0.0)
+        return self.combine(function, a, b, kind, shape)
+
+    def combine(self, function: str, a: Operand | float, b: Operand | float, kind: str, shape: Shape) -> Value:
+        """function(a, b), both broadcast to a value of ``kind`` with samples of ``shape``."""
+        a, b = (x if isinstance(x, Operand) else Filled(float(x), (), FREE) for x in (a, b))
         out = self.builder.binary(
             function, self.operand(a), self.spread(a, kind, shape), self.operand(b), self.spread(b, kind, shape), shape
         )
@@ -532,9 +589,9 @@ def _get(args: list[Any], keywords: dict[str, Any], index: int, name: str, defau
 def _same(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     if node.target is aten.dropout.default and args[2]:
         raise NotLowered(f"it is random: {ADVICE['native_dropout']}")
-    example = node.meta["val"]
-    if not example.is_floating_point():
-        raise NotLowered(f"it gives {example.dtype}: an ODE's f computes in the state's type")
+    given, made = (x.meta["val"].dtype for x in (node.args[0], node))  # type: ignore[union-attr]
+    if made not in (given, torch.float64) and given != torch.bool:
+        raise NotLowered(f"it computes in {made}, whatever the type of the state: leave it out, or use y.dtype")
     return args[0]
 
 
@@ -543,6 +600,12 @@ def _fill(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any
     kind, shape = low.classify(node.meta["val"])
     number = args[0] if node.target is aten.scalar_tensor.default else args[1]
     return Filled(float(number), shape, kind)
+
+
+@rule(*EMPTIES)
+def _empty(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, shape = low.classify(node.meta["val"])
+    return Filled(0.0, shape, kind)
 
 
 @rule(*VIEWS)
@@ -578,23 +641,48 @@ def _tan(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]
     return Value(low.builder.binary("divide", sine.ref, strides, cosine.ref, strides, x.shape), x.shape, x.kind)
 
 
-@rule(aten.log1p.default)
-def _log1p(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
-    return low._unary("log", low.affine(args[0], 1.0, 1.0))
-
-
-@rule(aten.expm1.default)
-def _expm1(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
-    return low.affine(low._unary("exp", args[0]), 1.0, -1.0)
-
-
 @rule(aten.sinh.default, aten.cosh.default)
 def _hyperbolic(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
-    up = low._unary("exp", args[0])
-    down, strides = low._unary("reciprocal", up), dense(up.shape)
-    function = "subtract" if node.target is aten.sinh.default else "add"
-    both = low.builder.binary(function, up.ref, strides, down.ref, strides, up.shape)
-    return low.affine(Value(both, up.shape, up.kind), 0.5, 0.0)
+    sinh = node.target is aten.sinh.default
+    function = "expm1" if sinh else "exp"
+    up, down = low._unary(function, args[0]), low._unary(function, low.affine(args[0], -1.0, 0.0))
+    return low.affine(_with(low, "subtract" if sinh else "add", up, down), 0.5, 0.0)
+
+
+@rule(aten.asin.default, aten.acos.default)
+def _arc(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = low.value(args[0])
+    other = low._unary("sqrt", low.affine(low._unary("square", x), -1.0, 1.0))
+    sine = low._unary("atan", _with(low, "divide", x, other))
+    return sine if node.target is aten.asin.default else low.affine(sine, -1.0, pi / 2)
+
+
+@rule(aten.acosh.default)
+def _acosh(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = low.value(args[0])
+    root = low._unary("sqrt", low.affine(low._unary("square", x), 1.0, -1.0))
+    return low._unary("log", _with(low, "add", root, x))
+
+
+@rule(aten.atanh.default)
+def _atanh(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    up, down = low._unary("log1p", args[0]), low._unary("log1p", low.affine(args[0], -1.0, 0.0))
+    return low.affine(_with(low, "subtract", up, down), 0.5, 0.0)
+
+
+@rule(aten.log2.default, aten.log10.default)
+def _logarithm(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    return low.affine(low._unary("log", args[0]), 1 / log(2.0 if node.target is aten.log2.default else 10.0), 0.0)
+
+
+@rule(aten.exp2.default)
+def _exp2(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    return low._unary("exp", low.affine(args[0], log(2.0), 0.0))
+
+
+@rule(aten.erfc.default)
+def _erfc(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    return low.affine(low._unary("erf", args[0]), -1.0, 1.0)
 
 
 @rule(aten.leaky_relu.default)
@@ -636,6 +724,16 @@ def _clamp(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, An
     return low._unary("clamp", args[0], [least, float("inf") if most is None else float(most)])
 
 
+@rule(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor)
+def _clamp_by_tensors(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, shape = low.classify(node.meta["val"])
+    x, least, most = args[0], _get(args, keywords, 1, "min", None), _get(args, keywords, 2, "max", None)
+    if node.target is aten.clamp_max.Tensor:
+        least, most = None, _get(args, keywords, 1, "max", None)
+    x = x if least is None else low.combine("maximum", x, least, kind, shape)
+    return x if most is None else low.combine("minimum", x, most, kind, shape)
+
+
 @rule(aten.clamp_min.default)
 def _clamp_min(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     return low._unary("clamp", args[0], [float(args[1]), float("inf")])
@@ -655,6 +753,74 @@ def _pow_of_number(low: Lowering, node: fx.Node, args: list[Any], keywords: dict
     if not float(args[0]) > 0:
         raise NotLowered(f"the base must be positive, got {args[0]}")
     return low._unary("exp", low.affine(args[1], log(float(args[0])), 0.0))
+
+
+# ---- masks: 1 where something holds, else 0 --------------------------------------------------------------------------
+
+COMPARISONS = {
+    getattr(getattr(aten, name), kind): name
+    for name in ("gt", "lt", "ge", "le", "eq", "ne")
+    for kind in ("Scalar", "Tensor")
+}
+
+
+@rule(*COMPARISONS)
+def _comparison(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, shape = low.classify(node.meta["val"])
+    name, (a, b) = COMPARISONS[node.target], args
+    if name in ("lt", "le"):
+        name, a, b = "gt" if name == "lt" else "ge", b, a
+    if name in ("gt", "ge"):
+        return low.combine("greater" if name == "gt" else "greater_equal", a, b, kind, shape)
+    neither = [low.combine("greater_equal", *pair, kind, shape) for pair in ((a, b), (b, a))]
+    equal = _with(low, "multiply", *neither)
+    return equal if name == "eq" else low.affine(equal, -1.0, 1.0)
+
+
+@rule(aten.isnan.default)
+def _isnan(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = low.value(args[0])
+    return low.affine(_with(low, "greater_equal", x, x), -1.0, 1.0)
+
+
+LOGIC = {
+    aten.logical_and.default: "multiply",
+    aten.bitwise_and.Tensor: "multiply",
+    aten.logical_or.default: "maximum",
+    aten.bitwise_or.Tensor: "maximum",
+    aten.logical_xor.default: "subtract",
+    aten.bitwise_xor.Tensor: "subtract",
+}
+
+
+@rule(*LOGIC, aten.logical_not.default, aten.bitwise_not.default)
+def _logic(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    if any(x.meta["val"].dtype != torch.bool for x in node.all_input_nodes):
+        raise NotLowered("it is of numbers, not of comparisons")
+    kind, shape = low.classify(node.meta["val"])
+    target: Any = node.target
+    function = LOGIC.get(target)
+    if function is None:
+        return low.affine(args[0], -1.0, 1.0)
+    out = low.combine(function, args[0], args[1], kind, shape)
+    return low._unary("abs", out) if function == "subtract" else out
+
+
+@rule(aten.where.self)
+def _where(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    """What is not chosen is left out, not multiplied by 0, as it may be infinite."""
+    kind, shape = low.classify(node.meta["val"])
+    mask = low.value(args[0])
+    chosen = low.combine("keep", args[1], mask, kind, shape)
+    other = low.combine("keep", args[2], low.affine(mask, -1.0, 1.0), kind, shape)
+    return _with(low, "add", chosen, other)
+
+
+@rule(aten.sign.default)
+def _sign(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = low.value(args[0])
+    up, down = low.combine("greater", x, 0.0, x.kind, x.shape), low.combine("greater", 0.0, x, x.kind, x.shape)
+    return _with(low, "subtract", up, down)
 
 
 # ---- where elements are ----------------------------------------------------------------------------------------------
@@ -724,6 +890,170 @@ def _slice(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, An
     d = low.dimension(x, along)
     first, last, _ = slice(start, end, step).indices(x.shape[d])
     return _sliced(low, x, d, first, max(0, -(-(last - first) // step)), step)
+
+
+def _chosen(low: Lowering, x: Operand, d: int, numbers: Sequence[int]) -> Operand:
+    """The elements with these numbers along dimension ``d``: a layer for each run of equal steps."""
+    shape = (*x.shape[:d], len(numbers), *x.shape[d + 1 :])
+    if isinstance(x, Filled):
+        return Filled(x.number, shape, x.kind)
+    value = low.value(x)
+    out, strides, to = low.builder.buffer(shape), dense(value.shape), dense(shape)
+    first = 0
+    while first < len(numbers):
+        end = first + 1
+        step = numbers[end] - numbers[first] if end < len(numbers) else 1
+        while step >= 0 and end < len(numbers) and numbers[end] - numbers[end - 1] == step:
+            end += 1
+        source = Ref(value.ref.buffer, value.ref.offset + numbers[first] * strides[d])
+        steps = tuple(stride * max(step, 0) if i == d else stride for i, stride in enumerate(strides))
+        run = (*shape[:d], end - first, *shape[d + 1 :])
+        low.builder.move(source, steps, Ref(out.buffer, first * to[d]), to, run, "choose")
+        first = end
+    return Value(out, shape, x.kind)
+
+
+@rule(aten.flip.default)
+def _flip(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = args[0]
+    for along in args[1]:
+        d = low.dimension(x, along)
+        x = _chosen(low, x, d, range(x.shape[d])[::-1])
+    return x
+
+
+@rule(aten.roll.default)
+def _roll(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x, shifts, dims = args[0], args[1], _get(args, keywords, 2, "dims", [])
+    if not dims:
+        raise NotLowered("it rolls all elements, of all samples: name the dimensions of a sample")
+    for shift, along in zip(shifts, dims):
+        d = low.dimension(x, along)
+        x = _chosen(low, x, d, [(i - shift) % x.shape[d] for i in range(x.shape[d])])
+    return x
+
+
+def _numbers(low: Lowering, x: Operand, size: int) -> list[int]:
+    """The numbers that a static index holds, of elements along a dimension of ``size``."""
+    value = low.known(x.node) if isinstance(x, Static) else None
+    if value is None:
+        raise NotLowered(
+            "its index is not known before the solve, as a buffer or a value may change: use a list of numbers, or @"
+            " with a matrix of zeros and ones"
+        )
+    if value.dtype == torch.bool:
+        value = value.nonzero().flatten()
+    return [int(n) % size for n in value.flatten()]
+
+
+@rule(aten.index_select.default)
+def _index_select(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    d = low.dimension(args[0], args[1])
+    return _chosen(low, args[0], d, _numbers(low, args[2], args[0].shape[d]))
+
+
+@rule(aten.index.Tensor)
+def _index(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x, indices = args[0], args[1]
+    used = [along for along, index in enumerate(indices) if index is not None]
+    across = max(len(indices[along].shape) for along in used)
+    for k, along in enumerate(used):
+        shape = (1,) * (across - len(indices[along].shape)) + indices[along].shape
+        if across != len(used) or used[-1] - used[0] != across - 1 or any(n != 1 for n in shape[:k] + shape[k + 1 :]):
+            raise NotLowered(
+                "it chooses single elements of several dimensions: choose along one dimension after another"
+            )
+    for along in used:
+        d = low.dimension(x, along)
+        x = _chosen(low, x, d, _numbers(low, indices[along], x.shape[d]))
+    return x
+
+
+@rule(aten.diagonal.default)
+def _diagonal(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    offset, first, second = (
+        _get(args, keywords, i, name, i - 2 if i > 1 else 0) for i, name in enumerate(("offset", "dim1", "dim2"), 1)
+    )
+    x = low.value(args[0])
+    kind, shape = low.classify(node.meta["val"])
+    d, e = low.dimension(x, first), low.dimension(x, second)
+    strides = dense(x.shape)
+    start = Ref(x.ref.buffer, x.ref.offset + (offset * strides[e] if offset > 0 else -offset * strides[d]))
+    kept = tuple(stride for i, stride in enumerate(strides) if i not in (d, e))
+    out = low.builder.buffer(shape)
+    low.builder.move(start, (*kept, strides[d] + strides[e]), out, dense(shape), shape, "diagonal")
+    return Value(out, shape, kind)
+
+
+@rule(aten.copy.default)
+def _copy(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    return low._broadcast(args[1], *low.classify(node.meta["val"]))
+
+
+@rule(aten.slice_scatter.default, aten.select_scatter.default)
+def _scatter(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    """x but for some elements along a dimension: both put together, so that what is replaced has no gradient."""
+    x, part = args[:2]
+    if node.target is aten.select_scatter.default:
+        d = low.dimension(x, args[2])
+        replaced = [args[3] % x.shape[d]]
+    else:
+        along, start, end, step = (
+            _get(args, keywords, i, name, default)
+            for i, (name, default) in enumerate((("dim", 0), ("start", None), ("end", None), ("step", 1)), 2)
+        )
+        if x.kind != FREE and along % (len(x.shape) + (x.kind == BATCHED)) == 0:
+            if start in (None, 0) and step == 1 and (end is None or (isinstance(end, int) and end >= 2**31)):
+                return low._broadcast(part, x.kind, x.shape)
+            raise NotLowered("it writes to some samples of the batch: f must treat them all alike")
+        d = low.dimension(x, along)
+        replaced = list(range(*slice(start, end, step).indices(x.shape[d])))
+    if not replaced:
+        return x
+    shape = (*x.shape[:d], len(replaced), *x.shape[d + 1 :])
+    part = low.value(low._as_shape(part, x.kind, shape))
+    kept = [i for i in range(x.shape[d]) if i not in replaced]
+    pieces = [low.value(_chosen(low, x, d, kept)), part] if kept else [part]
+    places = {number: place for place, number in enumerate([*kept, *replaced])}
+    both = _joined(low, pieces, d)
+    return _chosen(low, both, d, [places[i] for i in range(x.shape[d])])
+
+
+def _joined(low: Lowering, pieces: Sequence[Value], d: int) -> Value:
+    """Values of one kind beside each other along dimension ``d``."""
+    shape = list(pieces[0].shape)
+    shape[d] = sum(piece.shape[d] for piece in pieces)
+    out, strides, start = low.builder.buffer(shape), dense(tuple(shape)), 0
+    for piece in pieces:
+        ref = Ref(out.buffer, start * strides[d])
+        low.builder.move(piece.ref, dense(piece.shape), ref, strides, piece.shape, "cat")
+        start += piece.shape[d]
+    return Value(out, tuple(shape), pieces[0].kind)
+
+
+@rule(aten.repeat.default)
+def _repeat(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, shape = low.classify(node.meta["val"])
+    x, times = args[0], list(args[1])
+    if isinstance(x, Filled):
+        return Filled(x.number, shape, kind)
+    own = list(x.shape)
+    if kind == MERGED or x.kind == MERGED or (x.kind == BATCHED and (times[0] != 1 or len(times) != len(own) + 1)):
+        raise NotLowered("it repeats samples, so they would mix: repeat inside a sample")
+    if kind == BATCHED:
+        times = times[1:]
+        if x.kind == FREE and len(own) > len(times):
+            if own[0] != 1:
+                raise NotLowered("it repeats something of one fixed batch size")
+            own = own[1:]
+    own = [1] * (len(times) - len(own)) + own
+    value = low.value(x)
+    strides = dense(tuple(own))
+    parts = tuple(size for pair in zip(times, own) for size in pair)
+    steps = tuple(step for stride in strides for step in (0, stride))
+    out = low.builder.buffer(shape)
+    low.builder.move(value.ref, steps, out, dense(parts), parts, "repeat")
+    return Value(out, shape, kind)
 
 
 @rule(aten.select.int)
@@ -835,6 +1165,13 @@ def _softmax(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, 
     return _with(low, "divide", powers, total)
 
 
+@rule(aten._log_softmax.default)
+def _log_softmax(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    x = low.value(args[0])
+    peak, _, total = _exponentials(low, x, _along(low, x, args[1]))
+    return _with(low, "subtract", _with(low, "subtract", x, peak), low._unary("log", total))
+
+
 @rule(aten.logsumexp.default)
 def _logsumexp(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     peak, _, total = _exponentials(low, args[0], _along(low, args[0], args[1]))
@@ -843,14 +1180,19 @@ def _logsumexp(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str
 
 @rule(aten.linalg_vector_norm.default)
 def _vector_norm(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
-    if float(_get(args, keywords, 1, "ord", 2)) != 2:
-        raise NotLowered("it is not of order 2")
+    order = float(_get(args, keywords, 1, "ord", 2))
+    if order not in (1, 2):
+        raise NotLowered(f"it is of order {order:g}; 1 and 2 lower")
     dims = _along(low, args[0], _get(args, keywords, 2, "dim", None))
-    total = _reduced(low, low._unary("square", args[0]), dims, "sum")
-    return low._as_shape(low._unary("sqrt", total), *low.classify(node.meta["val"]))
+    total = _reduced(low, low._unary("square" if order == 2 else "abs", args[0]), dims, "sum")
+    if order == 2:  # the root of 1 in place of that of 0, whose slope is infinite: at 0 the gradient is 0
+        nothing = low.affine(low.combine("greater", total, 0.0, total.kind, total.shape), -1.0, 1.0)
+        root = low._unary("sqrt", _with(low, "add", total, low.value(nothing)))
+        total = _with(low, "keep", root, total)
+    return low._as_shape(total, *low.classify(node.meta["val"]))
 
 
-@rule(aten.var.correction, aten.var.dim)
+@rule(aten.var.correction, aten.var.dim, aten.var_mean.correction)
 def _variance(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     x = low.value(args[0])
     dims = _along(low, x, _get(args, keywords, 1, "dim", None))
@@ -860,9 +1202,12 @@ def _variance(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str,
     else:
         given = keywords.get("correction")
         correction = 1.0 if given is None else float(given)
-    distance = _with(low, "subtract", x, _reduced(low, x, dims, "mean"))
-    mean = _reduced(low, low._unary("square", distance), dims, "mean")
-    return low._as_shape(low.affine(mean, count / (count - correction), 0.0), *low.classify(node.meta["val"]))
+    mean = _reduced(low, x, dims, "mean")
+    spread = _reduced(low, low._unary("square", _with(low, "subtract", x, mean)), dims, "mean")
+    variance = low.affine(spread, count / (count - correction), 0.0)
+    if node.target is aten.var_mean.correction:
+        return [low._as_shape(out, *low.classify(example)) for out, example in zip((variance, mean), node.meta["val"])]
+    return low._as_shape(variance, *low.classify(node.meta["val"]))
 
 
 @rule(aten.sum.dim_IntList, aten.mean.dim)
@@ -927,7 +1272,11 @@ def _linear_rule(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[s
     bias = _get(args, keywords, 2, "bias", None)
     kind, shape = low.classify(node.meta["val"])
     if not isinstance(weight, Static) or len(weight.shape) != 2 or not (bias is None or isinstance(bias, Static)):
-        raise NotLowered("its weight depends on state or time: use torch.matmul")
+        if len(weight.shape) != 2 or weight.kind != FREE or x.kind == FREE:
+            raise NotLowered("its weight differs from sample to sample: use torch.matmul or torch.einsum")
+        rest = list(range(len(x.shape) - 1))
+        product = _contraction(low, [(x, [*rest, -1]), (weight, [-2, -1])], [*rest, -2], kind)
+        return product if bias is None else low.combine("add", product, bias, kind, shape)
     out, _ = _linear(low, x, weight, bias, True)
     return Value(out, shape, kind)
 
@@ -984,6 +1333,147 @@ def _product(low: Lowering, a: Operand, b: Operand, kind: str, shape: Shape) -> 
     return Value(out, shape, kind)
 
 
+Labelled = tuple[Operand, list[Any]]  # a label for each dimension of a sample
+
+
+def _summed(low: Lowering, x: Labelled, wanted: list[Any]) -> Labelled:
+    """x with its dimensions in the order of ``wanted``, the sum over all others, the diagonal of labels that repeat."""
+    operand, labels = x
+    if labels == wanted:
+        return x
+    size = dict(zip(labels, operand.shape))
+    order = [*wanted, *(label for label in size if label not in wanted)]
+    value, shape = low.value(operand), tuple(size[label] for label in wanted)
+    strides = dense(value.shape)
+    steps = tuple(sum(s for s, own in zip(strides, labels) if own == label) for label in order)
+    out, whole = low.builder.buffer(shape), tuple(size[label] for label in order)
+    to = (*dense(shape), *[0] * (len(order) - len(wanted)))
+    low.builder.move(value.ref, steps, out, to, whole, "permute", function=MOVES.index("sum"))
+    return Value(out, shape, value.kind), wanted
+
+
+def _contraction(low: Lowering, operands: list[Labelled], wanted: list[Any], kind: str) -> Value:
+    """Einstein's sum: products of operands over equal labels, summed over labels that are not ``wanted``."""
+    if len(operands) > 2:
+        first, second, *others = operands
+        later = {label for _, labels in others for label in labels}.union(wanted)
+        inner = [label for label in dict.fromkeys([*first[1], *second[1]]) if label in later]
+        both = BATCHED if BATCHED in (first[0].kind, second[0].kind) else FREE
+        return _contraction(low, [(_contraction(low, [first, second], inner, both), inner), *others], wanted, kind)
+    if len(operands) == 1:
+        return replace(low.value(_summed(low, operands[0], wanted)[0]), kind=kind)
+    if isinstance(operands[0][0], Static):
+        operands = operands[::-1]
+    (a, a_labels), (b, b_labels) = operands
+    size = {**dict(zip(a_labels, a.shape)), **dict(zip(b_labels, b.shape))}
+    if any(size[label] != n for x, labels in operands for label, n in zip(labels, x.shape)):
+        raise NotLowered("a dimension of one operand is 1, that of another is not: expand it")
+    batch = [label for label in size if label in a_labels and label in b_labels and label in wanted]
+    rows = [label for label in size if label in a_labels and label not in b_labels and label in wanted]
+    depth = [label for label in size if label in a_labels and label in b_labels and label not in wanted]
+    columns = [label for label in size if label not in a_labels and label in wanted]
+
+    def count(labels: list[Any]) -> int:
+        return prod(size[label] for label in labels)
+
+    a = _summed(low, (a, a_labels), [*batch, *rows, *depth])[0]
+    if isinstance(b, Static) and not batch and len(set(b_labels)) == len(b_labels) == len(columns + depth):
+        order = [b_labels.index(label) for label in [*columns, *depth]]
+        turned = low.derived(aten.permute.default, (b.node, order), tuple(b.shape[d] for d in order))
+        shape = (count(columns), count(depth))
+        weight = low.derived(aten.reshape.default, (turned.node, list(shape)), shape)
+        flat = replace(low.value(a), shape=(count(rows), count(depth)))
+        out = _linear(low, flat, weight, None, True)[0]
+    else:
+        b = low.value(_summed(low, (b, b_labels), [*batch, *depth, *columns])[0])
+        n = [count(labels) for labels in (batch, rows, depth, columns)]
+        out = low.builder.buffer((n[0], n[1], n[3]))
+        numbers = [*n, n[1] * n[2], n[2], 1, n[2] * n[3], n[3], 1]
+        name, work = f"matmul {n[1]}×{n[2]}×{n[3]}", prod(n)
+        low.builder.add("matmul", low.operand(a), out, numbers, name, (n[0], n[1], n[3]), work, b=b.ref)
+    labels = [*batch, *rows, *columns]
+    made = Value(out, tuple(size[label] for label in labels), kind)
+    return replace(low.value(_summed(low, (made, labels), wanted)[0]), kind=kind)
+
+
+@rule(aten.einsum.default)
+def _einsum(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, _ = low.classify(node.meta["val"])
+    equation = args[0].replace(" ", "")
+    if "." in equation:
+        raise NotLowered("it has an ellipsis: name all dimensions")
+    sides, _, out = equation.partition("->")
+    terms = sides.split(",")
+    if "->" not in equation:
+        out = "".join(sorted(c for c in set(sides) - {","} if sides.count(c) == 1))
+    batches = {term[0] for term, x in zip(terms, args[1]) if x.kind == BATCHED}
+    if any(x.kind == MERGED for x in args[1]) or len(batches) != 1:
+        raise NotLowered("samples would mix: let all states begin with the letter of the batch")
+    (batch,) = batches
+    operands = [(x, list(term[1:] if x.kind == BATCHED else term)) for term, x in zip(terms, args[1])]
+    if out[:1] != batch or any(batch in labels for labels in [out[1:], *(labels for _, labels in operands)]):
+        raise NotLowered("samples would mix: the result, as all states, must begin with the letter of the batch")
+    return _contraction(low, operands, list(out[1:]), kind)
+
+
+@rule(aten.bilinear.default)
+def _bilinear(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, shape = low.classify(node.meta["val"])
+    (a, b, weight), bias = args[:3], _get(args, keywords, 3, "bias", None)
+    rest = list(range(len(shape) - 1))
+    operands: list[Labelled] = [(a, [*rest, "a"]), (weight, ["out", "a", "b"]), (b, [*rest, "b"])]
+    out = _contraction(low, operands, [*rest, "out"], kind)
+    return out if bias is None else low.combine("add", out, bias, kind, shape)
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def _attention(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    kind, shape = low.classify(node.meta["val"])
+    q, k, v = args[:3]
+    mask, dropout, causal = (
+        _get(args, keywords, i, name, default)
+        for i, (name, default) in enumerate((("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False)), 3)
+    )
+    if mask is not None or dropout or causal or len({x.shape[:-2] for x in (q, k, v)}) > 1:
+        raise NotLowered("it has a mask, dropout or groups of heads: write it with @ and softmax")
+    scale = keywords.get("scale")
+    rest = list(range(len(shape) - 2))
+    scores = _contraction(low, [(q, [*rest, "q", "d"]), (k, [*rest, "k", "d"])], [*rest, "q", "k"], kind)
+    scaled = low.affine(scores, q.shape[-1] ** -0.5 if scale is None else float(scale), 0.0)
+    _, powers, total = _exponentials(low, scaled, {len(shape) - 1})
+    weights = _with(low, "divide", powers, total)
+    return _contraction(low, [(weights, [*rest, "q", "k"]), (v, [*rest, "k", "d"])], [*rest, "q", "d"], kind)
+
+
+@rule(aten.avg_pool2d.default)
+def _avg_pool(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
+    """As a convolution of each channel by itself."""
+    x, kernel = args[0], list(args[1])
+    kernel = kernel * 2 if len(kernel) == 1 else kernel
+    stride, padding, _, include, divisor = (
+        _get(args, keywords, i, name, default)
+        for i, (name, default) in enumerate(
+            (
+                ("stride", []),
+                ("padding", [0, 0]),
+                ("ceil_mode", False),
+                ("count_include_pad", True),
+                ("divisor_override", None),
+            ),
+            2,
+        )
+    )
+    if any(n != 1 for n in (stride or kernel)):
+        raise NotLowered("its stride is not 1, so it changes the size of a map; a state keeps its size anyway")
+    if any(padding) and not include:
+        raise NotLowered("it counts no padding: use count_include_pad=True")
+    weight = (x.shape[0], 1, *kernel)
+    number = 1.0 / (divisor or prod(kernel))
+    part = low.derived(aten.full.default, (list(weight), number), weight, dtype=torch.float64)
+    padding = list(padding) * 2 if len(padding) == 1 else list(padding)
+    return _convolution(low, x, part, None, padding, [1, 1], x.shape[0], *low.classify(node.meta["val"]))
+
+
 @rule(aten.convolution.default, aten.conv2d.default, aten.conv1d.default)
 def _conv(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any]) -> Any:
     x, weight = args[:2]
@@ -993,7 +1483,11 @@ def _conv(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any
     if not isinstance(weight, Static) or not (bias is None or isinstance(bias, Static)):
         raise NotLowered("its weight depends on state or time")
     planes = len(weight.shape) - 2
-    if planes not in (1, 2) or x.kind == MERGED:
+    if x.kind == MERGED:
+        raise NotLowered(
+            "samples and channels are in one dimension: keep them apart, and convolve with groups=channels"
+        )
+    if planes not in (1, 2):
         raise NotLowered(f"it has {planes} dimensions of space; 1 and 2 lower")
     if general and args[6]:
         raise NotLowered("it is transposed, which changes the size of a map: use Conv2d with padding")
@@ -1011,7 +1505,22 @@ def _conv(low: Lowering, node: fx.Node, args: list[Any], keywords: dict[str, Any
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     if any(n != 1 for n in stride):
         raise NotLowered("its stride is not 1, so it changes the size of a map; a state keeps its size anyway")
-    kernel = list(weight.shape[2:])
+    return _convolution(low, x, weight, bias, padding, dilation, groups, kind, shape)
+
+
+def _convolution(
+    low: Lowering,
+    x: Operand,
+    weight: Static,
+    bias: Static | None,
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    kind: str,
+    shape: Shape,
+) -> Value:
+    """Of stride 1, over one or two dimensions of space."""
+    kernel, planes = list(weight.shape[2:]), len(weight.shape) - 2
     if planes == 1:
         kernel, padding, dilation = [1, *kernel], [0, *padding], [1, *dilation]
     if any(p > (k - 1) * d for p, k, d in zip(padding, kernel, dilation)):

@@ -16,9 +16,10 @@ KINDS = ("linear", "unary", "binary", "move", "norm", "conv", "matmul")
 #: As in csrc/program.h, in its order.
 UNARY = (
     *("affine", "tanh", "sigmoid", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "softplus", "mish", "sin"),
-    *("cos", "exp", "log", "sqrt", "abs", "power", "reciprocal", "clamp", "erf", "square", "cube"),
+    *("cos", "exp", "log", "sqrt", "abs", "power", "reciprocal", "clamp", "erf", "square", "cube", "atan"),
+    *("asinh", "log1p", "expm1"),
 )
-BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum")
+BINARY = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "greater", "greater_equal", "keep")
 
 MOVES = ("copy", "sum", "largest")
 

@@ -42,23 +42,25 @@ from torch import Tensor
 from nodeshape._errors import StepSizeError
 from nodeshape._ode import fused
 from nodeshape._ode.control import Controller
-from nodeshape._ode.method import Method
+from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 from nodeshape._ode.step import interpolant
 
 MOST_STAGES = 16  # as in csrc/program.h
-_tableaux: dict[str, tuple[Method, Tensor, int]] = {}
 
 
 def tableau_of(method: Method) -> tuple[Tensor, int]:
     """a, b and c, float64 ``[stages + 2, stages]``, and the states that ``discrete`` keeps per step."""
-    known = _tableaux.get(method.name)
-    if known is None or known[0] is not method:
-        stages = len(method.b)
-        rows = [[*row, *[0.0] * (stages - len(row))] for row in (*method.a, method.b, method.c)]
-        tableau = torch.tensor(rows, dtype=torch.float64)
-        known = _tableaux[method.name] = method, tableau, 1 if method.explicit else stages
-    return known[1:]
+    return _tableaux[method.name] if METHODS.get(method.name) is method else _made(method)
+
+
+def _made(method: Method) -> tuple[Tensor, int]:
+    stages = len(method.b)
+    rows = [[*row, *[0.0] * (stages - len(row))] for row in (*method.a, method.b, method.c)]
+    return torch.tensor(rows, dtype=torch.float64), 1 if method.explicit else stages
+
+
+_tableaux = {name: _made(method) for name, method in METHODS.items()}  # now, as a tracer's tensors are its own
 
 
 def solve(
@@ -88,7 +90,6 @@ FAILURES = (
     "needs steps below min_step or the resolution of time",
     "is not finite where it starts",
 )
-_embedded: dict[str, tuple[Method, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,8 @@ class Adaptive:
     failures: dict[int, str]
 
 
-def embedded_of(method: Method) -> Tensor:
+def _embedded_of(method: Method) -> Tensor:
     """a, b, c, error and dense output as the op takes them, the slope at the end of a step as the last stage."""
-    known = _embedded.get(method.name)
-    if known is not None and known[0] is method:
-        return known[1]
     more = 0 if method.ends_with_slope else 1
     stages = len(method.b) + more
     a = [[*row, *[0.0] * (stages - len(row))] for row in method.a]
@@ -128,9 +126,12 @@ def embedded_of(method: Method) -> Tensor:
         row[0] += start
         row[-1] += stop
         dense.append(row)
-    table = torch.tensor([*a, b, c, error, *dense], dtype=torch.float64)
-    _embedded[method.name] = method, table
-    return table
+    return torch.tensor([*a, b, c, error, *dense], dtype=torch.float64)
+
+
+_embedded = {
+    name: _embedded_of(method) for name, method in METHODS.items() if method.explicit and method.error
+}  # now, as a tracer's tensors are its own
 
 
 def solve_adaptive(
@@ -158,7 +159,7 @@ def solve_adaptive(
     Raises:
         StepSizeError: a sample failed and ``on_failure`` is ``"raise"``.
     """
-    scheme = (program.code, program.constants, embedded_of(method))
+    scheme = (program.code, program.constants, _embedded[method.name])
     steps = (
         *(float(control.rtol), float(control.atol), float(control.first_step or 0.0), control.min_step),
         *(min(control.max_step, 1e300), control.safety, control.grow, control.shrink, control.order, most_attempts),
