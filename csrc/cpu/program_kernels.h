@@ -5,12 +5,6 @@
 
 namespace nodeshape {
 
-struct ProgramModel {
-  const Program& program;
-  const void* const* weights;  // [weights], float or double
-  Tableau tableau;
-};
-
 template <class T>
 struct ProgramKernelsOf {
   void (*forward)(const ProgramModel&, const ForwardProblem<T>&, const Executor&);

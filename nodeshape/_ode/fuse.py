@@ -79,8 +79,10 @@ class Fused(nn.Module):
             return "the state is not the tensor, or tuple, that f was fused for"
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         first = tensors[0]
-        if not first.is_cpu or first.dtype not in (torch.float32, torch.float64):
+        if not (first.is_cpu or first.is_cuda) or first.dtype not in (torch.float32, torch.float64):
             return f"the state is {first.dtype} on {first.device}"
+        if first.is_cuda and fused._cuda_missing is not None:
+            return fused._cuda_missing
         lead = first.shape[:1] if self._batched else ()
         if [(*lead, *shape) for shape in self._shapes] != [tuple(x.shape) for x in tensors]:
             return f"f was fused for samples {self._shapes}, the state is {[list(x.shape) for x in tensors]}"
@@ -99,28 +101,40 @@ class Fused(nn.Module):
             return "Fused has hooks"
         if self._modes and self._modes != _modes(self.func):
             return "f was fused in another mode: call train() or eval() before fuse"
-        weights = self._weights(first.dtype)
+        dtype, device = first.dtype, first.device
+        weights = self._weights(dtype, device)
         if isinstance(weights, str):
             return weights
-        dtype = first.dtype
         for x in weights:
             if x is None:
                 return "a weight of f is gone"
-            if x.dtype is not dtype or not x.is_cpu:
-                return f"a weight is {x.dtype} on {x.device}, the state {first.dtype} on {first.device}"
+            if x.dtype is not dtype or x.device != device:
+                return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {device}"
         return weights
 
-    def _weights(self, dtype: torch.dtype) -> list[Tensor] | str:
+    def _weights(self, dtype: torch.dtype, device: torch.device) -> list[Tensor] | str:
         lowered = self._lowered
         named = self._named()
         if named is None:
             return "a weight of f is gone"
         for name, x in lowered.constants.items():
-            named[name] = x.to(dtype) if x.is_floating_point() else x
+            named[name] = self._constant(name, x, dtype, device)
         if lowered.prelude is None:
             return [named[name] for name in lowered.weights]  # type: ignore[index]
         made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
+
+    def _constant(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A constant of f where the state is; on a GPU it stays, as the way there would wait for the device."""
+        if x.is_floating_point():
+            x = x.to(dtype)
+        if x.device == device:
+            return x
+        placed: dict[Any, Tensor] = self.__dict__.setdefault("_placed", {})
+        key = name, x.dtype, device
+        if key not in placed:
+            placed[key] = x.to(device)
+        return placed[key]
 
     def _named(self) -> dict[str, Tensor] | None:
         """The inputs of the trace that are parameters and buffers, by name; None if one of them is not there.
@@ -157,6 +171,7 @@ class Fused(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_ways", None)
+        state.pop("_placed", None)
         return state
 
     def pack(self, y0: State) -> Tensor:
@@ -323,7 +338,7 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     w · f and t, −w · f + w · ∂f/∂t.
     """
     try:
-        copy = deepcopy(made).double()
+        copy = deepcopy(made).double().cpu()
     except Exception as error:  # whatever a module that cannot be copied raises
         raise FuseError(f"f cannot be copied to be checked: {error}") from error
     generator = torch.Generator().manual_seed(0)
