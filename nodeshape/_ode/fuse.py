@@ -121,7 +121,7 @@ class Fused(nn.Module):
             named[name] = self._constant(name, x, dtype, device)
         if lowered.prelude is None:
             return [named[name] for name in lowered.weights]  # type: ignore[index]
-        made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
+        made = lowered.prelude(device, *(named[name] for name in lowered.prelude_inputs))
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
     def _constant(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
