@@ -23,7 +23,9 @@
 #else
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
 #endif
+#ifndef NODESHAPE_OUTLINE
 #define NODESHAPE_OUTLINE  // a GPU's registers do not survive a call
+#endif
 /// For a function that is worth a call all the same.
 #ifdef __CUDACC__
 #define NODESHAPE_CALL __noinline__
@@ -166,9 +168,8 @@ NODESHAPE_INLINE void join(const Header& team) {
   __syncthreads();
 }
 
-NODESHAPE_INLINE void barrier() {
-  __syncthreads();
-  if (alone()) return;
+/// Between the blocks of a team.
+inline NODESHAPE_FUNCTION NODESHAPE_OUTLINE void meet() {
   if (threadIdx.x == 0) {
     __threadfence();  // what this block has written, before its arrival
     unsigned long long& arrived = header().grid_barrier->arrived;
@@ -177,6 +178,10 @@ NODESHAPE_INLINE void barrier() {
     __threadfence();
   }
   __syncthreads();
+}
+NODESHAPE_INLINE void barrier() {
+  __syncthreads();
+  if (!alone()) meet();
 }
 
 template <class T>

@@ -1,4 +1,8 @@
 // The CUDA solver of programs: layers and weights made ready, gradients put where they belong.
+//
+// Layers are calls, so the parts of the loops in time may be calls too, which leaves them registers enough.
+#define NODESHAPE_OUTLINE NODESHAPE_CALL
+
 #include "program.cuh"
 #include "solve.cuh"
 #include "../tableau.h"
@@ -239,8 +243,8 @@ class DeviceProgram {
       }
       case LayerKind::norm: {
         const auto& n = from.norm;
-        small(n.groups * n.size + n.inner * n.count);
         layer.norm = {small(n.groups), small(n.size), small(n.inner), small(n.count)};
+        small(n.groups * n.size + n.inner * n.count);
         most_groups_ = max(most_groups_, n.groups);
         take_work(n.groups * n.size / kElementsPerThread);
         break;
