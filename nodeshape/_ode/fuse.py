@@ -191,7 +191,7 @@ class Fused(nn.Module):
 
 
 def fuse(f: Callable[..., Any], y0: State) -> Fused:
-    """f as a module that :func:`odeint` and :class:`ODEBlock` solve in the fused C++ kernel, weights shared with f.
+    """f as a module that :func:`odeint` and :class:`ODEBlock` solve in the fused kernel, weights shared with f.
 
     f is traced once by torch.export and lowered to a program of layers, which is compared with f at random points in
     float64, values and gradients. Linear layers, convolutions of stride 1 (any groups and dilation), layer, group and
@@ -205,7 +205,7 @@ def fuse(f: Callable[..., Any], y0: State) -> Fused:
 
     Returns:
         A module to call as f; ``print`` shows its program. Where a solve cannot take the kernel (another shape of
-        samples, error control, a GPU), it takes the plain loop; ``nodeshape.backend`` says which and why.
+        samples, error control), it takes the plain loop; ``nodeshape.backend`` says which and why.
 
     Raises:
         FuseError: an operation does not lower, with its file and line and what to write instead; or the program does
