@@ -198,7 +198,7 @@ class Conv:
         step = self.evaluation() + self.elementwise(2, 1, 1)
         return Kernel(
             f"conv {self.channels}×{self.side}×{self.side} forward, euler, {steps} steps, batch {batch}",
-            "forward_kernel<ConvDynamics<float> >",
+            "forward_kernel<ConvDynamics<float>, ThetaSteps>",
             batch,
             self.tasks,
             self.base(),
@@ -213,7 +213,7 @@ class Conv:
         step = recalled + read + self.product() + self.accumulation() + self.elementwise(4, 1, 2)
         return Kernel(
             f"conv {self.channels}×{self.side}×{self.side} backward, discrete, {steps} steps, batch {batch}",
-            "backward_kernel<ConvDynamics<float> >",
+            "backward_kernel<ConvDynamics<float>, ThetaSteps>",
             batch,
             self.tasks,
             (*self.base(), self.map, self.map, FLOAT * BORDERS * self.width),
@@ -254,7 +254,7 @@ class Mlp:
     def forward(self, batch: int, steps: int) -> Kernel:
         return Kernel(
             f"MLP {self.dim}→{self.hidden}→{self.dim} forward, euler, {steps} steps, batch {batch}",
-            "forward_kernel<MlpDynamics<float> >",
+            "forward_kernel<MlpDynamics<float>, ThetaSteps>",
             batch,
             WARP,
             (FLOAT * (self.dim + self.hidden),) * 2,
@@ -267,7 +267,7 @@ class Mlp:
         stored = Work(l2=float(FLOAT * self.dim), memory=float(FLOAT * self.dim), latency=600)
         return Kernel(
             f"MLP {self.dim}→{self.hidden}→{self.dim} backward, discrete, {steps} steps, batch {batch}",
-            "backward_kernel<MlpDynamics<float> >",
+            "backward_kernel<MlpDynamics<float>, ThetaSteps>",
             batch,
             WARP,
             (*(FLOAT * (self.dim + self.hidden),) * 3, FLOAT * self.parameters()),

@@ -1,6 +1,8 @@
 // Functions of one or two elements and their derivatives, a vector at a time; the including file brings the vectors
-// (cpu/simd.h).
+// (cpu/simd.h, cuda/block.cuh).
 #pragma once
+
+#include <type_traits>
 
 #include "activation.h"
 #include "program.h"
@@ -10,8 +12,19 @@ namespace nodeshape::NODESHAPE_TARGET {
 /// function of each lane, in the precision of the vector.
 template <class V, class Function>
 NODESHAPE_INLINE V lanewise(V x, Function&& function) {
-  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = function(x[i]);
-  return x;
+  if constexpr (std::is_arithmetic_v<V>) {
+    return function(x);
+  } else {
+    for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = function(x[i]);
+    return x;
+  }
+}
+template <class V>
+NODESHAPE_INLINE auto first_lane(V x) {
+  if constexpr (std::is_arithmetic_v<V>)
+    return x;
+  else
+    return x[0];
 }
 
 NODESHAPE_INLINE Vec<double> exp(Vec<double> x) {
@@ -116,7 +129,7 @@ NODESHAPE_INLINE Vec<T> apply(Vec<T> x, const Constants<T>& k) {
   if constexpr (F == Unary::log) return log_of_lanes(x);
   if constexpr (F == Unary::sqrt) return root_of_lanes(x);
   if constexpr (F == Unary::abs) return x > zero ? x : -x;
-  if constexpr (F == Unary::power) return lanewise(x, [y = k.c0[0]](T a) { return power_of(a, y); });
+  if constexpr (F == Unary::power) return lanewise(x, [y = first_lane(k.c0)](T a) { return power_of(a, y); });
   if constexpr (F == Unary::reciprocal) return one / x;
   if constexpr (F == Unary::clamp) {
     const Vec<T> above = x < k.c0 ? k.c0 : x;
@@ -170,7 +183,7 @@ NODESHAPE_INLINE Vec<T> slope(Vec<T> x, Vec<T> y, const Constants<T>& k) {
   if constexpr (F == Unary::sqrt) return splat(T(0.5)) / y;
   if constexpr (F == Unary::abs) return x > zero ? one : (x < zero ? -one : zero);
   if constexpr (F == Unary::power)
-    return lanewise(x, [p = k.c0[0]](T a) { return p == 0 ? T(0) : p * power_of(a, p - 1); });
+    return lanewise(x, [p = first_lane(k.c0)](T a) { return p == 0 ? T(0) : p * power_of(a, p - 1); });
   if constexpr (F == Unary::reciprocal) return -y * y;
   if constexpr (F == Unary::clamp) return x < k.c0 ? zero : (x > k.c1 ? zero : one);
   if constexpr (F == Unary::erf) return splat(T(kTwoOverRootPi)) * exp(Vec<T>(-x * x));

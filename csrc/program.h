@@ -169,4 +169,11 @@ struct Tableau {
   NODESHAPE_SMALL int64_t kept() const { return is_explicit() ? 1 : stages; }
 };
 
+/// What the solver of programs is given.
+struct ProgramModel {
+  const Program& program;
+  const void* const* weights;  // [weights], float or double
+  Tableau tableau;
+};
+
 }  // namespace nodeshape

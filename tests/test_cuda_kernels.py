@@ -21,6 +21,8 @@ import pytest
 import torch
 from filelock import FileLock
 from fused_reference import ADJOINTS, METHODS, random_conv, solve
+from problems import relative_error
+from test_fuse import CASES, FIXED, IMPLICIT, TIGHT, problem, solved
 
 import nodeshape as ns
 from nodeshape._ode import fused
@@ -38,6 +40,8 @@ UNITS = {
     "csrc/cuda/ops.cpp": SANITIZED,
     "csrc/cuda/conv.cu": SANITIZED,
     "csrc/cuda/mlp.cu": SANITIZED,
+    "csrc/cuda/program.cu": SANITIZED,
+    "csrc/cuda/program_ops.cpp": SANITIZED,
 }
 
 #: A machine on which blocks are small and the tests' feature maps too large for one of them.
@@ -48,7 +52,12 @@ TEAMS = "cuda:threads=32,shared=4096"
 OF_THE_CPU = [
     *("compiled", "exported", "scripted", "opcheck", "forked", "threads_may", "threads_do_not", "twenty_steps"),
     *("unknown_instruction_set", "unsolved_stage_is_an_error", "trajectory_is_an_error", "float32_activations"),
+    *("compilers_and_exporters", "good_citizen"),
 ]
+#: Of programs, tests that run no kernel but the check of fuse().
+OF_FUSE = ["can_be_read", "does_not_lower", "do_not_own", "strided_convolution", "loads_states", "in_the_one"]
+#: And long ones.
+LONG = ["any_feature_map", "any_mlp", "wide_sample", "random_programs", "any_batch", "all_gradient_modes"]
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 on_host = pytest.mark.skipif(
@@ -110,7 +119,7 @@ def run_tests(library: Path, machine: str, *arguments: str) -> subprocess.Comple
 @pytest.mark.parametrize(
     ("machine", "marked", "left_out"),
     [
-        (TEAMS, "not slow", ["any_feature_map", "any_mlp", "wide_sample"]),
+        (TEAMS, "not slow", LONG),
         pytest.param(TEAMS, "", [], marks=pytest.mark.slow),
         pytest.param("cuda:threads=96,shared=8192", "", [], marks=pytest.mark.slow),
         pytest.param("cuda", "", [], marks=pytest.mark.slow),
@@ -118,8 +127,10 @@ def run_tests(library: Path, machine: str, *arguments: str) -> subprocess.Comple
 )
 def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(objects, machine, marked, left_out, tmp_path):
     """Under AddressSanitizer, in random order: teams of blocks, blocks that do not divide the work, the usual ones."""
-    left_out = [*OF_THE_CPU, *left_out]
-    files = ["tests/test_fused_solver.py", "tests/test_fused_ops.py", "tests/cuda_shim/test_on_host.py"]
+    left_out = [*OF_THE_CPU, *OF_FUSE, *left_out]
+    files = [
+        f"tests/{name}.py" for name in ("test_fused_solver", "test_fused_ops", "test_fuse", "cuda_shim/test_on_host")
+    ]
     library, results = tmp_path / "libnodeshape_cuda_on_host.so", tmp_path / "results.xml"
     expression = " and ".join(f"not {name}" for name in left_out)
     arguments = ("-m", marked, "-k", expression, f"--junitxml={results}")
@@ -133,7 +144,7 @@ def test_kernels_pass_the_tests_of_the_fused_solver_on_the_host(objects, machine
 
 @on_host
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["each", "spread", "reduce", "sum_columns", "team"])
+@pytest.mark.parametrize("place", ["each", "spread", "reduce", "add_up", "team"])
 def test_a_missing_barrier_is_found(objects, place, tmp_path):
     """What the random order is for: without a loop's last barrier, or if blocks do not wait for each other, numbers
     are wrong or threads astray."""
@@ -175,6 +186,23 @@ def test_gpu_agrees_with_the_plain_loop(dynamics, method, adjoint):
         to_ys, to_y0, to_t, to_parameters = fused.distance(plain)
         assert to_ys < forward
         assert max(to_y0, to_parameters, to_t / 10) < gradients
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_solves_a_program_as_its_f_is_solved(name):
+    f, y0 = problem(name, 7)
+    t = torch.tensor([0.1, 0.4, 1.0], dtype=torch.float64)
+    on_gpu = tuple(x.cuda() for x in y0) if isinstance(y0, tuple) else y0.cuda()
+    fused = ns.fuse(f.cuda(), on_gpu)
+    smooth = name not in ("odds", "concat conv")
+    for method in (*FIXED, *(IMPLICIT if smooth else ())):
+        arguments = {"method": method, "steps": 2, "options": TIGHT if method in IMPLICIT else None}
+        assert ns.backend(fused, on_gpu, **arguments).name == "fused"
+        values, gradients = solved(fused.cuda(), on_gpu, t, **arguments)
+        expected_values, expected_gradients = solved(f.cpu(), y0, t, **arguments)
+        assert relative_error(values, expected_values) < 1e-12
+        assert relative_error(gradients, expected_gradients) < 1e-10
 
 
 @pytest.mark.cuda

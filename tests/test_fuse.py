@@ -347,13 +347,13 @@ def solved(f: Any, y0: Any, t: Tensor, **settings: Any) -> tuple[list[Tensor], l
     ys = list(ys) if isinstance(ys, tuple) else [ys]
     generator = torch.Generator().manual_seed(11)
     loss = sum(
-        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum() + 0.5 * (y * y).sum()
+        (y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)).sum() + 0.5 * (y * y).sum()
         for y in ys
     )
     weights = [x for x in f.parameters() if x.requires_grad]
     grads = torch.autograd.grad(loss, [*leaves, t, *weights], allow_unused=True)
-    return [y.detach() for y in ys], [
-        torch.zeros_like(x) if g is None else g for g, x in zip(grads, [*leaves, t, *weights])
+    return [y.detach().cpu() for y in ys], [
+        (torch.zeros_like(x) if g is None else g).cpu() for g, x in zip(grads, [*leaves, t, *weights])
     ]
 
 

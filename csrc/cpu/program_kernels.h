@@ -5,12 +5,6 @@
 
 namespace nodeshape {
 
-struct ProgramModel {
-  const Program& program;
-  const void* const* weights;  // [weights], float or double
-  Tableau tableau;
-};
-
 /// A program under error control.
 struct AdaptiveModel {
   const Program& program;

@@ -23,7 +23,15 @@
 #else
 #define NODESHAPE_INLINE inline __attribute__((always_inline))
 #endif
+#ifndef NODESHAPE_OUTLINE
 #define NODESHAPE_OUTLINE  // a GPU's registers do not survive a call
+#endif
+/// For a function that is worth a call all the same.
+#ifdef __CUDACC__
+#define NODESHAPE_CALL __noinline__
+#else
+#define NODESHAPE_CALL __attribute__((noinline))
+#endif
 
 alignas(16) extern __shared__ double nodeshape_shared_memory[];
 
@@ -160,9 +168,8 @@ NODESHAPE_INLINE void join(const Header& team) {
   __syncthreads();
 }
 
-NODESHAPE_INLINE void barrier() {
-  __syncthreads();
-  if (alone()) return;
+/// Between the blocks of a team.
+inline NODESHAPE_FUNCTION NODESHAPE_OUTLINE void meet() {
   if (threadIdx.x == 0) {
     __threadfence();  // what this block has written, before its arrival
     unsigned long long& arrived = header().grid_barrier->arrived;
@@ -171,6 +178,10 @@ NODESHAPE_INLINE void barrier() {
     __threadfence();
   }
   __syncthreads();
+}
+NODESHAPE_INLINE void barrier() {
+  __syncthreads();
+  if (!alone()) meet();
 }
 
 template <class T>
@@ -243,21 +254,22 @@ NODESHAPE_INLINE T largest(int64_t size, Body&& body) {
   return reduce<T>(size, magnitude, [](T a, T b) { return b > a ? b : a; });
 }
 
-/// sink(c, the sum over rows of body(row, c)) for every column c: threads side by side take columns side by side, and
+/// sink(c, the sum over rows of column(c)(row)) for every column c: threads side by side take columns side by side, and
 /// where columns are fewer than the reduction is wide, a share of the rows each; as many shares as rows in a share are
 /// enough.
-template <class T, class Body, class Sink>
-NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
+template <class T, class Column, class Sink>
+NODESHAPE_INLINE void add_up(int64_t rows, int64_t columns, Column&& column, Sink&& sink) {
   const int all = reduction_width(), enough = int(std::sqrt(float(rows)));
-  const int shares = columns < all ? int(max(min(all / int(columns), enough), 1)) : 1;
+  const int shares = columns > 0 && columns < all ? int(max(min(all / int(columns), enough), 1)) : 1;
   const auto sum_of = [&](int64_t c, int share) {
+    const auto body = column(c);
     T s0 = 0, s1 = 0;
     int64_t r = share;
     for (; r + shares < rows; r += 2 * shares) {
-      s0 += body(r, c);
-      s1 += body(r + shares, c);
+      s0 += body(r);
+      s1 += body(r + shares);
     }
-    if (r < rows) s0 += body(r, c);
+    if (r < rows) s0 += body(r);
     return s0 + s1;
   };
   if (shares == 1) {
@@ -277,6 +289,12 @@ NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Si
     sink(c, sum);
   }
   barrier();
+}
+
+/// The same of body(row, c).
+template <class T, class Body, class Sink>
+NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
+  add_up<T>(rows, columns, [&](int64_t c) { return [&body, c](int64_t r) { return body(r, c); }; }, sink);
 }
 
 /// sums[c] = the sum over rows of body(row, c).

@@ -25,24 +25,51 @@ struct TeamMemory {
   }
 };
 
-template <class D>
+/// The loop in theta, as the kernels below run a loop in time: forward() and backward() of a sample, and what they take
+/// from an arena besides the dynamics, measured by the same calls of take().
+struct ThetaSteps {
+  ThetaSteps uploaded(const Launch&) const { return *this; }
+
+  template <class D>
+  static void take(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& problem) {
+    using T = typename D::Scalar;
+    const StageSolver<T> stages(arena, f.size(), 1, problem.stage, problem.grid.theta == 0.0);
+    arena.take<T>(f.size());  // the state
+  }
+  template <class D>
+  static void take(D& f, Arena& arena, const BackwardProblem<typename D::Scalar>& problem) {
+    const BackwardSweep<D, Arena> sweep(f, arena, problem, Group{0, 1}, nullptr);
+  }
+  template <class D>
+  NODESHAPE_INLINE void forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& problem,
+                                int64_t sample) const {
+    solve_forward(f, arena, problem, Group{sample, 1});
+  }
+  template <class D>
+  NODESHAPE_INLINE void backward(D& f, Arena& arena, const BackwardProblem<typename D::Scalar>& problem, int64_t sample,
+                                 double* grad_t) const {
+    BackwardSweep<D, Arena>(f, arena, problem, Group{sample, 1}, grad_t).run();
+  }
+};
+
+template <class D, class Steps>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    forward_kernel(const __grid_constant__ typename D::Weights weights,
+    forward_kernel(const __grid_constant__ typename D::Weights weights, const __grid_constant__ Steps steps,
                    const __grid_constant__ ForwardProblem<typename D::Scalar> problem, TeamMemory memory) {
   join(memory.header(blockIdx.x));
   for (int64_t sample = blockIdx.x; sample < problem.samples; sample += gridDim.x) {
     Arena arena = memory.arena(blockIdx.x);
     if (leads()) problem.failures[sample] = Failure{};
     D dynamics(weights, arena, nullptr, false);
-    solve_forward(dynamics, arena, problem, Group{sample, 1});
+    steps.forward(dynamics, arena, problem, sample);
   }
 }
 
 /// Parameter gradients are summed within chunks of samples, each a row of `rows`, and then over chunks, in an order
 /// that depends on the batch alone.
-template <class D>
+template <class D, class Steps>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    backward_kernel(const __grid_constant__ typename D::Weights weights,
+    backward_kernel(const __grid_constant__ typename D::Weights weights, const __grid_constant__ Steps steps,
                     const __grid_constant__ BackwardProblem<typename D::Scalar> problem, TeamMemory memory,
                     int64_t chunks, typename D::Scalar* rows, double* time_rows) {
   using T = typename D::Scalar;
@@ -60,7 +87,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (leads()) problem.failures[n] = Failure{};
       barrier();
       Arena rest = arena;
-      BackwardSweep<D, Arena>(dynamics, rest, problem, Group{n, 1}, time_row).run();
+      steps.backward(dynamics, rest, problem, n, time_row);
       barrier();
       if (problem.failures[n].step < 0) continue;
       failed = true;
@@ -170,41 +197,40 @@ Plan plan(const void* kernel, const typename D::Weights& weights, bool with_grad
           shared};
 }
 
-template <class Weights, class T>
-void solve(const Weights& weights, int64_t work, ForwardProblem<T> problem, const Launch& on) {
+template <class Weights, class Steps, class T>
+void solve(const Weights& weights, int64_t work, const Steps& steps, ForwardProblem<T> problem, const Launch& on) {
   using D = typename Weights::Dynamics;
   if (problem.samples == 0) return;
-  const auto kernel = reinterpret_cast<const void*>(forward_kernel<D>);
-  const Plan how = plan<D>(kernel, weights, false, problem.samples, work, on, [&](D& dynamics, Arena& arena) {
-    const StageSolver<T> stages(arena, dynamics.size(), 1, problem.stage, problem.grid.theta == 0.0);
-    arena.take<T>(dynamics.size());  // the state
-  });
+  const auto kernel = forward_kernel<D, Steps>;
+  const Plan how = plan<D>(reinterpret_cast<const void*>(kernel), weights, false, problem.samples, work, on,
+                           [&](D& dynamics, Arena& arena) { steps.take(dynamics, arena, problem); });
   problem.grid = uploaded(problem.grid, on);
   problem.failures = on.take<Failure>({problem.samples});
-  launch(forward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory);
+  launch(kernel, how.teams, how.shared_bytes, on, weights, steps.uploaded(on), problem, how.memory);
   launch_report(problem, false, 0.0, on);
 }
 
 /// Returns the parameters' gradient, [weights.gradient_elements()] in the kernels' order.
-template <class Weights, class T>
-const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem, const Launch& on) {
+template <class Weights, class Steps, class T>
+const T* solve(const Weights& weights, int64_t work, const Steps& steps, BackwardProblem<T> problem, const Launch& on) {
   using D = typename Weights::Dynamics;
   // Constants, so that gradients are the same on every GPU; a large one has about kFewestChunks multiprocessors.
   constexpr int64_t kFewestChunks = 128, kMostChunks = 4096, kRowBytes = int64_t(1) << 27;
   const int64_t elements = weights.gradient_elements(), times = problem.grid.count;
-  const int64_t fit = min(max(kRowBytes / (elements * int64_t(sizeof(T))), kFewestChunks), kMostChunks);
+  const int64_t row_bytes = max(elements, int64_t(1)) * int64_t(sizeof(T));
+  const int64_t fit = min(max(kRowBytes / row_bytes, kFewestChunks), kMostChunks);
   const int64_t chunks = min(problem.samples, fit);
   T* rows = on.take<T>({chunks + 1, elements});
   T* sums = rows + chunks * elements;
   double* time_rows = on.take<double>({chunks, times});
   if (chunks > 0) {
-    const auto kernel = reinterpret_cast<const void*>(backward_kernel<D>);
-    const Plan how = plan<D>(kernel, weights, true, chunks, work, on, [&](D& dynamics, Arena& arena) {
-      const BackwardSweep<D, Arena> sweep(dynamics, arena, problem, Group{0, 1}, nullptr);
-    });
+    const auto kernel = backward_kernel<D, Steps>;
+    const Plan how = plan<D>(reinterpret_cast<const void*>(kernel), weights, true, chunks, work, on,
+                             [&](D& dynamics, Arena& arena) { steps.take(dynamics, arena, problem); });
     problem.grid = uploaded(problem.grid, on);
     problem.failures = on.take<Failure>({problem.samples});
-    launch(backward_kernel<D>, how.teams, how.shared_bytes, on, weights, problem, how.memory, chunks, rows, time_rows);
+    launch(kernel, how.teams, how.shared_bytes, on, weights, steps.uploaded(on), problem, how.memory, chunks, rows,
+           time_rows);
     launch_report(problem, true, problem.drift_tolerance, on);
   }
   launch_over(elements, sum_chunks<T>, on, chunks, elements, rows, sums);
@@ -219,13 +245,13 @@ const T* solve(const Weights& weights, int64_t work, BackwardProblem<T> problem,
 template <class Model, class T>
 void forward(const Model& model, ForwardProblem<T> problem, const Launch& on) {
   const auto weights = prepare<T>(model, on);
-  solve(weights, work(weights), problem, on);
+  solve(weights, work(weights), ThetaSteps{}, problem, on);
 }
 
 template <class Model, class T>
 void backward(const Model& model, BackwardProblem<T> problem, const std::vector<T*>& gradients, const Launch& on) {
   const auto weights = prepare<T>(model, on);
-  const T* row = solve(weights, work(weights), problem, on);
+  const T* row = solve(weights, work(weights), ThetaSteps{}, problem, on);
   finish(weights, row, gradients, model, on);
 }
 

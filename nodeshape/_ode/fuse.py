@@ -90,9 +90,11 @@ class Fused(nn.Module):
             return "the state is not the tensor, or tuple, that f was fused for"
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         first = tensors[0]
-        dtype = first.dtype
-        if not first.is_cpu or dtype not in (torch.float32, torch.float64):
-            return f"the state is {dtype} on {first.device}"
+        dtype, device = first.dtype, first.device
+        if not (first.is_cpu or first.is_cuda) or dtype not in (torch.float32, torch.float64):
+            return f"the state is {dtype} on {device}"
+        if first.is_cuda and fused._cuda_missing is not None:
+            return fused._cuda_missing
         lead = 1 if self._batched else 0
         if [x.shape[lead:] for x in tensors] != self._shapes or (
             lead and self._tuple and any(x.shape[0] != first.shape[0] for x in tensors)
@@ -120,27 +122,29 @@ class Fused(nn.Module):
         if self._modes and [x.training for x in modal] != self._modes:
             return "f was fused in another mode: call train() or eval() before fuse"
         try:
-            weights = self._weights(places, dtype)
+            weights = self._weights(places, dtype, device)
         except KeyError:
             return "a weight of f is gone"
         for x in weights:
             if x is None:
                 return "a weight of f is gone"
-            if x.dtype is not dtype or not x.is_cpu:
-                return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {first.device}"
+            if x.dtype is not dtype or x.device != device:
+                return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {device}"
         return weights
 
-    def _weights(self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype) -> list[Tensor]:
+    def _weights(
+        self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor]:
         lowered = self._lowered
         tensors = [own[name] for own, name in places]
         if lowered.prelude is None and not lowered.constants:
             return tensors  # which _walk() found in the order of the program
         named = dict(zip(lowered.paths, tensors))
         for name, x in lowered.constants.items():
-            named[name] = x.to(dtype) if x.is_floating_point() else x
+            named[name] = self._constant(name, x, dtype, device)
         if lowered.prelude is None:
             return [named[name] for name in lowered.weights]  # type: ignore[index]
-        made = lowered.prelude(*(named[name] for name in lowered.prelude_inputs))
+        made = lowered.prelude(device, *(named[name] for name in lowered.prelude_inputs))
         made = [x.to(dtype) for x in made]  # what f makes itself, such as torch.arange(3)
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
@@ -152,6 +156,18 @@ class Fused(nn.Module):
                 return None
             known = self.__dict__["_known"] = Layers(self), self._walk()
         return known[1]
+
+    def _constant(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A constant of f where the state is; on a GPU it stays, as the way there would wait for the device."""
+        if x.is_floating_point():
+            x = x.to(dtype)
+        if x.device == device:
+            return x
+        placed: dict[Any, Tensor] = self.__dict__.setdefault("_placed", {})
+        key = name, x.dtype, device
+        if key not in placed:
+            placed[key] = x.to(device)
+        return placed[key]
 
     def _walk(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]:
         """The layers that have modes, and the dictionary and name of each parameter and buffer of f.
@@ -173,6 +189,7 @@ class Fused(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_known", None)
+        state.pop("_placed", None)
         return state
 
     def pack(self, y0: State) -> Tensor:
@@ -192,7 +209,7 @@ class Fused(nn.Module):
 
 
 def fuse(f: Callable[..., Any], y0: State) -> Fused:
-    """f as a module that :func:`odeint` and :class:`ODEBlock` solve in the fused C++ kernel, weights shared with f.
+    """f as a module that :func:`odeint` and :class:`ODEBlock` solve in the fused kernel, weights shared with f.
 
     f is traced once by torch.export and lowered to a program of layers, which is compared with f at random points in
     float64, values and gradients. Linear layers, convolutions of stride 1 (any groups and dilation), layer, group and
@@ -206,7 +223,7 @@ def fuse(f: Callable[..., Any], y0: State) -> Fused:
 
     Returns:
         A module to call as f; ``print`` shows its program. Where a solve cannot take the kernel (another shape of
-        samples, error control, a GPU), it takes the plain loop; ``nodeshape.backend`` says which and why.
+        samples, error control), it takes the plain loop; ``nodeshape.backend`` says which and why.
 
     Raises:
         FuseError: an operation does not lower, with its file and line and what to write instead; or the program does

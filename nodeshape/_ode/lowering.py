@@ -154,7 +154,8 @@ class Lowered:
         weights: for each of the program's weights the name of an input of the trace, or the number of a result of
             ``prelude``.
         paths, constants: where to find the inputs of the trace: from the module, or as they were.
-        prelude: computes weights from inputs of the trace, named by ``prelude_inputs``; None where none is computed.
+        prelude: computes weights on a device from inputs of the trace, named by ``prelude_inputs``; None where none is
+            computed.
     """
 
     program: Program
@@ -291,11 +292,14 @@ class Lowering:
         needed: dict[fx.Node, None] = {}
         for node in outputs:
             inputs_of(node)
+        device = graph.placeholder("device")
         for node in needed:
             copies[node] = graph.placeholder(node.name)
         graph.output(tuple(copy(node) for node in outputs))
         for node in graph.nodes:
             node.meta.clear()
+            if "device" in node.kwargs:  # that f was traced on
+                node.kwargs = {**node.kwargs, "device": device}
         prelude = fx.GraphModule(torch.nn.Module(), graph)
         return Lowered(program, tuple(weights), prelude, tuple(node.name for node in needed))
 

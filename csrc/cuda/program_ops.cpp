@@ -1,0 +1,53 @@
+// The ops of programs on CUDA; as in ops.cpp, nothing here waits for the device.
+#include "device.h"
+#include "../program_ops.h"
+
+namespace nodeshape {
+namespace {
+
+/// Kernels count the elements of a sample in int.
+constexpr int64_t kLargestSample = std::numeric_limits<int>::max();
+
+void check(const Common& common, const Tensor& y0) {
+  NODESHAPE_CHECK(Device::has(y0), common.op, "y0 must be on a CUDA device");
+  reports.raise();
+  common.check_arguments(y0, kLargestSample);
+}
+
+SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor program, Tensor constants, Tensor tableau,
+                  std::vector<int64_t> steps, double tolerance, int64_t max_iterations, int64_t adjoint,
+                  int64_t /*kept_per_step, which the shape of `stages` follows from*/, int64_t checkpoint_every,
+                  double drift_tolerance) {
+  const Common common = common_of("solve", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
+                                  checkpoint_every, drift_tolerance);
+  check(common, y0);
+  const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
+  const Sizes stored = owner.stored(common, y0);
+  return y0.scalar_type() == ScalarType::Float ? run<float>(common, owner.model(), stored, y0)
+                                               : run<double>(common, owner.model(), stored, y0);
+}
+
+GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
+                              Tensor program, Tensor constants, Tensor tableau, std::vector<int64_t> steps,
+                              double tolerance, int64_t max_iterations, int64_t adjoint, int64_t /*kept_per_step*/,
+                              int64_t checkpoint_every, double drift_tolerance) {
+  const Common common = common_of("solve_backward", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
+                                  checkpoint_every, drift_tolerance);
+  const Tensor y0 = first(common.op, ys);
+  check(common, y0);
+  const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
+  const BackwardArguments arguments{grad_ys, ys, stages};
+  owner.check_backward(common, y0, arguments);
+  return y0.scalar_type() == ScalarType::Float
+             ? run_backward<float>(common, owner.model(), owner.tensors(), y0, arguments)
+             : run_backward<double>(common, owner.model(), owner.tensors(), y0, arguments);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nodeshape, NODESHAPE_DISPATCH_KEY, m) {
+  m.impl("solve", TORCH_BOX(&solve));
+  m.impl("solve_backward", TORCH_BOX(&solve_backward));
+}
+
+}  // namespace nodeshape
