@@ -2,6 +2,7 @@
 // (cpu/simd.h, cuda/block.cuh).
 #pragma once
 
+#include "loops.h"
 #include "model.h"
 
 namespace nodeshape::NODESHAPE_TARGET {

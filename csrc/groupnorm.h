@@ -5,6 +5,7 @@
 //     xhat = (x - mean) rstd over a group's channels and all pixels,   y = gamma xhat + beta = scale x + shift
 #pragma once
 
+#include "loops.h"
 #include "problem.h"
 
 namespace nodeshape::NODESHAPE_TARGET {

@@ -3,25 +3,10 @@
 //     stage    Y       = y_k + theta h f(t_k + theta h, Y)
 //     update   y_{k+1} = y_k + h f(t_k + theta h, Y)
 //
-// A dynamics D knows f of one slot and nothing of time; the loop knows theta and nothing of layers. A slot holds one
-// sample, or kSamples of them side by side where no stage is iterated; fewer in a batch's last slot, whose `members`
-// say how many. D has
-//     Scalar, kSamples
-//     size()                       elements of a slot's state as D keeps it, a multiple of the vector
-//     sample(), kept()             elements of a sample in tensors, and in `stored` where stages are kept
-//     read(tensor, members, y), write(y, members, tensor)     a slot's states from and to a tensor's layout
-//     read_cotangent(tensor, members, lambda)                 as read(), zero for members that a slot lacks
-//     pack(y, members, row)        as write(), for a checkpoint in `stored`
-//     keep(s, y, members, row)     what recall() needs of slot s, linearised about y, for `stored`
-//     unpack(row, members, y)      the state that keep(), or pack() where checkpoints are compared, left in a row
-//     eval(t, batch)               out = f(t, in), and linearises each slot about its `in`, which stays in place
-//     recall(t, rows, members, batch)        as eval(), given what keep() left in rows[s]; in[s] is unpacked from it
-//     vjp(batch)                   out = J^T in at the slot's linearisation
-//     accumulate(t, h, count)      dL/dp += h (df/dp)^T w, where w is each slot's latest vjp argument
-//     time_product()               h w . df/dt, summed over the slots of the latest accumulate
+// The loop knows theta and nothing of layers; dynamics.h says what it asks of a dynamics.
 #pragma once
 
-#include "stage.h"
+#include "dynamics.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
@@ -89,7 +74,7 @@ NODESHAPE_FUNCTION bool is_finite(int64_t size, const T* x) {
 
 /// Take note of samples whose stage was not solved and let them go on as NaN, which costs one evaluation per stage. It
 /// is no failure if the function was linearised about an `origin` that is not finite: such a sample's gradient is NaN.
-template <class D, class T>
+template <Dynamics D, class T>
 NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, const Slots<D>& slots, int count, int64_t size,
                               int64_t step, Sweep sweep, double t, double h, T* const* origin, T* const* state,
                               Failure* failures) {
@@ -104,7 +89,7 @@ NODESHAPE_FUNCTION void judge(const StageSolver<T>& stages, const Slots<D>& slot
 }  // namespace detail
 
 /// Carry a group from the first observation time to the last.
-template <class D, class Arena>
+template <Dynamics D, class Arena>
 NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<typename D::Scalar>& p, Group group) {
   using T = typename D::Scalar;
   const Grid& grid = p.grid;
@@ -151,7 +136,7 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
 }
 
 /// The backward sweep of a group. Gradients of the parameters stay in f; those of the times are added to `grad_t`.
-template <class D, class Arena>
+template <Dynamics D, class Arena>
 class BackwardSweep {
   using T = typename D::Scalar;
 

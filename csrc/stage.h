@@ -6,6 +6,7 @@
 // history, stops at its own tolerance and fails alone, so what becomes of one does not depend on its company.
 #pragma once
 
+#include "loops.h"
 #include "problem.h"
 
 namespace nodeshape::NODESHAPE_TARGET {

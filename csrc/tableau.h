@@ -7,10 +7,7 @@
 //     dL/dp += (df/dp)_i^T w_i,   dL/dh += sum_i (w_i . F_i / h + c_i w_i . df/dt),   dL/dt_k += sum_i w_i . df/dt
 //
 // What a step keeps is the state it starts from, from which the stages are found again; or, where stages are equations,
-// all of them. A dynamics D is as in scheme.h, and has besides
-//     record(i)        eval() and vjp() from now on are about linearisation i, one for each stage
-//     pull(batch)      as vjp(), and dL/dp += (df/dp)^T w
-//     pulled_time()    w . df/dt, summed over the slots of the latest pull()
+// all of them.
 #pragma once
 
 #include "program.h"
@@ -47,7 +44,7 @@ struct Terms {
 
 }  // namespace detail
 
-template <class D, class Arena>
+template <StagedDynamics D, class Arena>
 class TableauSolve {
   using T = typename D::Scalar;
 
@@ -163,7 +160,7 @@ class TableauSolve {
 
 /// The backward sweep of a group: adjoint "discrete". Gradients of the parameters stay in f; those of the times are
 /// added to `grad_t`.
-template <class D, class Arena>
+template <StagedDynamics D, class Arena>
 class TableauSweep {
   using T = typename D::Scalar;
 

@@ -6,10 +6,12 @@ import ast
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 
 import nodeshape as ns
 
@@ -110,3 +112,20 @@ def test_public_names_say_that_they_are_nodeshapes(name: str) -> None:
     value = getattr(ns, name)
     assert value.__module__ == "nodeshape" and value.__qualname__ == name
     assert pickle.loads(pickle.dumps(value)) is value
+
+
+@pytest.mark.slow
+def test_each_header_stands_by_itself() -> None:
+    root = PACKAGE.parent
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++20", "-fsyntax-only", "-Wno-attributes", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+    def errors(header: Path) -> str:
+        command = ["c++", *flags, "-isystem", str(include), "-x", "c++", str(header)]
+        return subprocess.run(command, capture_output=True, text=True).stderr
+
+    headers = sorted((root / "csrc").glob("*.h")) + sorted((root / "csrc/cpu").glob("*.h"))
+    assert len(headers) > 30
+    with ThreadPoolExecutor() as pool:
+        wrong = {str(header): said for header, said in zip(headers, pool.map(errors, headers)) if "error:" in said}
+    assert not wrong

@@ -1,21 +1,16 @@
 // The time loop under error control, forwards and backwards (exact gradient for the steps that were taken): every
 // sample takes its own steps. A few samples are stepped side by side, each in a place; one that has arrived gives its
-// place to the next. A dynamics D has, besides what tableau.h asks for,
-//     factor(numbers, slot, i)      numbers[place], for each of the elements i, i + 1, ... of a slot
-//     sums(slot, body, out)         out[place] = the sum of body(i) over a sample's elements
-//     put(sample, place, slots), get(slots, place, sample)
-//     eval_at(times, batch)         with a time for each place
+// place to the next.
 #pragma once
 
 #include "share.h"
-#include "simd.h"
 #include "../control.h"
-#include "../stage.h"
+#include "../dynamics.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
 /// Samples in places, and the sums of slopes that steps are made of.
-template <class D>
+template <PlacedDynamics D>
 class Places {
  protected:
   using T = typename D::Scalar;
@@ -83,7 +78,7 @@ class Places {
   int64_t sample_[kMost];
 };
 
-template <class D>
+template <PlacedDynamics D>
 class AdaptiveSolve : Places<D> {
   using Base = Places<D>;
   using T = typename D::Scalar;
@@ -408,7 +403,7 @@ class AdaptiveSolve : Places<D> {
 };
 
 /// The backward sweep of a chunk of samples, each through its own steps. Gradients of the parameters stay in f.
-template <class D>
+template <PlacedDynamics D>
 class AdaptiveSweep : Places<D> {
   using Base = Places<D>;
   using T = typename D::Scalar;

@@ -51,8 +51,9 @@ void forward(const typename D::Weights& weights, const ForwardProblem<T>& proble
 
 /// to[count] = the sum of `chunks` rows.
 template <class T>
-void sum_chunks(const Executor& executor, int64_t chunks, int64_t count, const T* rows, T* to) {
-  constexpr int64_t kSlice = 4096;
+void sum_chunks(const Executor& all, int64_t chunks, int64_t count, const T* rows, T* to) {
+  constexpr int64_t kSlice = 4096, kWorthAThread = 1 << 18;
+  const Executor executor{larger(1, smaller(all.threads, chunks * count / kWorthAThread)), all.run, all.judge};
   share(executor, ceil_div(count, kSlice), [&](int64_t slice, Arena&) {
     const int64_t end = smaller(count, (slice + 1) * kSlice);
     for (int64_t i = slice * kSlice; i < end; ++i) to[i] = 0;
