@@ -10,6 +10,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from nodeshape._ode.unrolled import is_tracing
+
 State = Tensor | tuple[Tensor, ...]
 
 #: Types that are too coarse to add steps up in: such a state is carried in float32, f sees its own type.
@@ -19,11 +21,6 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 #: A repeated evaluation of f may differ from the first by this much, relative to the largest slope, by rounding.
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
-
-
-def is_tracing() -> bool:
-    """Whether a compiler or an exporter records the solve."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class Field:

@@ -24,6 +24,9 @@ from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 
 State = Tensor | tuple[Tensor, ...]
+#: Of a parameter or buffer: its module's attributes, which dictionary of them it is in (exporters replace these), and
+#: its name.
+Place = tuple[dict[str, Any], str, str]
 #: Largest relative difference from f, in float64, of values and of gradients (torch has hardsigmoid's 1/6 in float32).
 SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-7
 DERIVATIVES = (
@@ -101,8 +104,6 @@ class Fused(nn.Module):
         ):
             return f"f was fused for samples {self._shapes}, the state is {[list(x.shape) for x in tensors]}"
         if not compiling:
-            if torch._C._get_tracing_state() is not None:
-                return "torch.jit.trace records f itself, which runs anywhere"
             for x in tensors:
                 if type(x) is not Tensor and type(x) is not nn.Parameter:
                     return f"the state is a {type(x).__name__}"
@@ -132,11 +133,9 @@ class Fused(nn.Module):
                 return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {device}"
         return weights
 
-    def _weights(
-        self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype, device: torch.device
-    ) -> list[Tensor]:
+    def _weights(self, places: list[Place], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         lowered = self._lowered
-        tensors = [own[name] for own, name in places]
+        tensors = [own[kind][name] for own, kind, name in places]
         if lowered.prelude is None and not lowered.constants:
             return tensors  # which _walk() found in the order of the program
         named = dict(zip(lowered.paths, tensors))
@@ -148,7 +147,7 @@ class Fused(nn.Module):
         made = [x.to(dtype) for x in made]  # what f makes itself, such as torch.arange(3)
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
-    def _found(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]] | None:
+    def _found(self) -> tuple[list[nn.Module], list[Place]] | None:
         """What :meth:`_walk` finds, remembered for as long as the modules stand still; None if f is another one now."""
         known = self.__dict__.get("_known")
         if known is None or not known[0].are_those_of(self):
@@ -169,21 +168,21 @@ class Fused(nn.Module):
             placed[key] = x.to(device)
         return placed[key]
 
-    def _walk(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]:
-        """The layers that have modes, and the dictionary and name of each parameter and buffer of f.
+    def _walk(self) -> tuple[list[nn.Module], list[Place]]:
+        """The layers that have modes, and the place of each parameter and buffer of f.
 
         In the order of the program's weights, if those are all there is to it; else in that of the trace.
         """
         lowered = self._lowered
         direct = lowered.prelude is None and not lowered.constants
-        places: list[tuple[dict[str, Any], str]] = []
+        places: list[Place] = []
         for name in lowered.weights if direct else lowered.paths:
             *path, last = lowered.paths[name]  # type: ignore[index]
             module: Any = self
             for part in path:
                 module = None if module is None else module.__dict__["_modules"].get(part)
-            own: dict[str, Any] = {} if module is None else module.__dict__["_parameters"]
-            places.append((own if last in own or module is None else module.__dict__["_buffers"], last))
+            own: dict[str, Any] = {"_buffers": {}} if module is None else module.__dict__
+            places.append((own, "_parameters" if last in own.get("_parameters", ()) else "_buffers", last))
         return _modal(self.func) if self._modes else [], places
 
     def __getstate__(self) -> dict[str, Any]:
