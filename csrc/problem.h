@@ -132,6 +132,8 @@ struct BackwardProblem {
 struct Executor {
   int64_t threads;
   void (*run)(int64_t tasks, void (*task)(int64_t, void*), void* context);
+  /// Told how long threads took together, and how long one would have taken; in nanoseconds. May be null.
+  void (*judge)(double together, double alone) = nullptr;
 };
 
 }  // namespace nodeshape

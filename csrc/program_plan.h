@@ -111,7 +111,7 @@ class ProgramPlan {
     layer.scratch = code[8];
     layer.weight = code[9];
     layer.bias = code[10];
-    check(code[11] >= 0 && code[11] + kLayerConstants <= constant_count, "a layer's constants are missing");
+    check(code[11] >= 0 && code[11] <= constant_count - kLayerConstants, "a layer's constants are missing");
     std::copy_n(constants + code[11], kLayerConstants, layer.c);
     std::copy_n(code + kLayerHeader, kLayerNumbers, layer.n);
     check_ref(layer.out, false);
@@ -189,8 +189,9 @@ class ProgramPlan {
         const auto& n = layer.conv;
         check_ref(layer.a, false);
         check(n.in >= 1 && n.out >= 1 && n.groups >= 1 && n.in % n.groups == 0 && n.out % n.groups == 0 &&
-                  n.height >= 1 && n.width >= 1 && n.kernel_height >= 1 && n.kernel_width >= 1 &&
-                  n.dilation_height >= 1 && n.dilation_width >= 1 && n.pad_height >= 0 && n.pad_width >= 0,
+                  n.height >= 1 && n.height <= kMostElements && n.width >= 1 && n.width <= kMostElements &&
+                  n.kernel_height >= 1 && n.kernel_width >= 1 && n.dilation_height >= 1 && n.dilation_width >= 1 &&
+                  n.pad_height >= 0 && n.pad_width >= 0,
               "a convolution's sizes are out of their range");
         const int64_t reach_height = product({n.dilation_height, n.kernel_height - 1}),
                       reach_width = product({n.dilation_width, n.kernel_width - 1});

@@ -56,8 +56,11 @@ OF_THE_CPU = [
 ]
 #: Of programs, tests that run no kernel but the check of fuse().
 OF_FUSE = ["can_be_read", "does_not_lower", "do_not_own", "strided_convolution", "loads_states", "in_the_one"]
-#: And long ones.
-LONG = ["any_feature_map", "any_mlp", "wide_sample", "random_programs", "any_batch", "all_gradient_modes"]
+#: And long ones; some cases of them.
+LONG = [
+    *("any_feature_map", "any_mlp", "wide_sample", "random_programs", "any_batch", "all_gradient_modes", "in_float32"),
+    "(solves_as_its_f_does and (conv or separable or batch))",
+]
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 on_host = pytest.mark.skipif(

@@ -181,8 +181,9 @@ class Random(nn.Module):
         size, channels = a.shape[-1], a.shape[1]
         if number % 4 == 0:
             return F.layer_norm(a, (size,), self.weight(size), self.weight(size), eps=0.1)
-        if number % 4 == 1:
-            return F.group_norm(a, [n for n in (1, 2, 3) if channels % n == 0][-1], self.weight(channels), eps=0.1)
+        groups = [n for n in (1, 2, 3) if channels % n == 0][-1]
+        if number % 4 == 1 and a[0].numel() > groups:  # torch refuses less, of one sample
+            return F.group_norm(a, groups, self.weight(channels), eps=0.1)
         if number % 4 == 2 and a.dim() > 2 and a[0, 0].numel() > 1:
             return F.instance_norm(a, eps=0.1)
         return F.layer_norm(a, a.shape[1:], eps=0.1)
@@ -284,7 +285,8 @@ def test_random_programs(
         assert mine < 30 * plain + 1e-3, (mine, plain)
 
 
-NUMBERS = (-1, 0, 1, 2, 3, 7, 64, 2**20, 2**31, 2**40, -(2**62), 2**63 - 1)
+#: Between them are buffers that are allowed and only cost memory.
+NUMBERS = (-1, 0, 1, 2, 3, 7, 64, 1000, 2**37, 2**40, -(2**62), 2**63 - 1)
 
 
 @settings(max_examples=EXAMPLES)

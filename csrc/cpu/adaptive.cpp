@@ -28,7 +28,7 @@ void with_places(const AdaptiveModel& model, int64_t samples, int64_t tapes, Bod
 template <class W>
 Executor suitable(const W& weights, int64_t slots, int64_t stages, const Executor& all) {
   constexpr double kSteps = 20;
-  return {worthwhile(weights, double(slots) * double(stages) * kSteps, all.threads), all.run};
+  return {worthwhile(weights, double(slots) * double(stages) * kSteps, all.threads), all.run, all.judge};
 }
 
 template <class T>

@@ -29,10 +29,10 @@ class Winograd {
   template <class Weight>
   Winograd(const WinogradMap& map, int64_t width, Arena& arena, bool with_gradient, Weight&& weight)
       : map_(map), width_(width) {
-    constexpr int64_t kMostBytes = 1 << 20;  // of transformed maps, which should stay in the cache
+    constexpr int64_t kMostBytes = 1 << 18;  // of transformed maps, which should stay in the cache
     const int64_t tile = winograd::kProducts * (map.in + map.out) * width * int64_t(sizeof(T));
     block_ = map.tiles();
-    while (block_ > 1 && block_ * tile > kMostBytes && block_ * width > 4 * kWide) block_ = (block_ + 1) / 2;
+    while (block_ > 1 && block_ * tile > kMostBytes && block_ * width > 2 * kWide) block_ = (block_ + 1) / 2;
     inputs_ = arena.take<T>(winograd::kProducts * stride(map.in));
     outputs_ = arena.take<T>(winograd::kProducts * stride(map.out));
     nothing_ = arena.zeros<T>(width);

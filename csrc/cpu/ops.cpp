@@ -93,6 +93,7 @@ struct Cpu {
 
 /// For tests: the most threads that shared a solve's work since the last call.
 extern "C" __attribute__((visibility("default"))) int64_t nodeshape_most_threads() {
+  nodeshape::Company::forget();
   return nodeshape::most_threads.exchange(1);
 }
 

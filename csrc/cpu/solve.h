@@ -21,8 +21,8 @@ template <class D, class T, class Solve>
 void forward_groups(const typename D::Weights& weights, const ForwardProblem<T>& problem, const Executor& all,
                     Solve&& solve) {
   const int64_t slots = ceil_div(problem.samples, D::kSamples);
-  const Executor executor{worthwhile(weights, double(slots) * double(problem.grid.total_steps()), all.threads),
-                          all.run};
+  const Executor executor{worthwhile(weights, double(slots) * double(problem.grid.total_steps()), all.threads), all.run,
+                          all.judge};
   if constexpr (requires(D f, Team& team, Arena& arena) { f.join(team, arena); }) {
     // What threads pass to each other costs as much as they gain by sharing out a small map.
     constexpr double kWorthATeam = 250e3;
@@ -73,7 +73,7 @@ void backward_groups(const typename D::Weights& weights, const BackwardProblem<T
   const double evaluations = 3.0 * double(slots) * double(problem.grid.total_steps());
   const int64_t group = larger(1, smaller(weights.group(), slots / worthwhile(weights, evaluations, kWantedChunks)));
   const int64_t groups = ceil_div(slots, group), chunks = smaller(groups, kChunks);
-  const Executor executor{worthwhile(weights, evaluations, all.threads), all.run};
+  const Executor executor{worthwhile(weights, evaluations, all.threads), all.run, all.judge};
   Arena shared;
   T* rows = shared.take<T>(chunks * parameters);
   double* time_rows = shared.zeros<double>(chunks * times);

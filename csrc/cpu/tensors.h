@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "../ops.h"
 #include "pages.h"
@@ -54,9 +56,39 @@ std::vector<Tensor> parted(const T* row, const std::vector<Tensor>& parameters) 
   return parts;
 }
 
+/// Whether solves are to use one thread for now, as threads that share their cores with somebody else took longer than
+/// one: then for 10 ms, and twice as long each time that it turns out to be so again.
+class Company {
+ public:
+  static bool is_bad() { return now() < until(); }
+  static void forget() { until() = 0; }
+
+  static void judge(double together, double alone) {
+    static std::atomic<int64_t> pause = kShortest;
+    if (together > 0.95 * alone) {
+      const int64_t length = pause;
+      until() = now() + length;
+      pause = std::min(2 * length, kLongest);
+    } else {
+      pause = kShortest;
+    }
+  }
+
+ private:
+  static constexpr int64_t kShortest = 10'000'000, kLongest = 2'000'000'000;  // nanoseconds
+
+  static int64_t now() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+  static std::atomic<int64_t>& until() {
+    static std::atomic<int64_t> time = 0;
+    return time;
+  }
+};
+
 /// Torch's intra-op threads.
 inline Executor executor() {
-  return {int64_t(torch::stable::get_num_threads()), [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  return {threads > 1 && Company::is_bad() ? 1 : threads,
+          [](int64_t tasks, void (*task)(int64_t, void*), void* context) {
             std::atomic<int64_t> threads = 0;
             torch::stable::parallel_for(0, tasks, 1, [&threads, task, context](int64_t begin, int64_t end) {
               ++threads;  // each gets one piece of the range
@@ -65,7 +97,8 @@ inline Executor executor() {
             int64_t most = most_threads;
             while (most < threads && !most_threads.compare_exchange_weak(most, threads)) {
             }
-          }};
+          },
+          Company::judge};
 }
 
 }  // namespace nodeshape

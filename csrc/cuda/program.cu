@@ -117,8 +117,8 @@ class DeviceProgram {
   }
 
   const ProgramWeights<T>& weights() const { return weights_; }
-  /// Elements that a team works on side by side.
-  int64_t work() const { return work_; }
+  /// Elements that a team works on side by side: those of an average layer that multiplies, if there is any.
+  int64_t work() const { return multiplying_ > 0 ? products_ / multiplying_ : most_elements_; }
 
  private:
   static int small(int64_t n) {
@@ -205,12 +205,12 @@ class DeviceProgram {
       case LayerKind::linear: {
         const auto& n = from.linear;
         layer.linear = {small(n.positions), small(n.in), small(n.out), n.column == 1};
-        take_work(n.positions * n.in * n.out / kProductsPerThread);
+        take_products(n.positions * n.in * n.out / kProductsPerThread);
         break;
       }
       case LayerKind::unary:
         layer.count = small(from.unary.count);
-        take_work(from.unary.count / kElementsPerThread);
+        take_elements(from.unary.count / kElementsPerThread);
         break;
       case LayerKind::binary:
       case LayerKind::move: {
@@ -228,7 +228,7 @@ class DeviceProgram {
         // A copy goes to as many places as it has elements.
         if (from.kind == LayerKind::move && Move(from.function) == Move::copy && layer.strided.by_out.repeats > 1)
           throw std::runtime_error("program: a layer's strides overlap, which a GPU does not take");
-        take_work(dense / kElementsPerThread);
+        take_elements(dense / kElementsPerThread);
         break;
       }
       case LayerKind::matmul: {
@@ -238,7 +238,7 @@ class DeviceProgram {
                            {n.a[0], n.a[1], 0, n.a[2]},
                            {n.b[0], 0, n.b[2], n.b[1]},
                            {n.rows * n.columns, n.columns, 1, 0}});
-        take_work(n.batch * n.rows * n.columns * n.depth / kProductsPerThread);
+        take_products(n.batch * n.rows * n.columns * n.depth / kProductsPerThread);
         break;
       }
       case LayerKind::norm: {
@@ -246,7 +246,7 @@ class DeviceProgram {
         layer.norm = {small(n.groups), small(n.size), small(n.inner), small(n.count)};
         small(n.groups * n.size + n.inner * n.count);
         most_groups_ = max(most_groups_, n.groups);
-        take_work(n.groups * n.size / kElementsPerThread);
+        take_elements(n.groups * n.size / kElementsPerThread);
         break;
       }
       case LayerKind::conv:
@@ -293,7 +293,7 @@ class DeviceProgram {
     conv.back_top = int(reach_y - n.pad_height);
     conv.back_side = int(reach_x - n.pad_width);
     for (const Convolution& c : {conv.forward, conv.backward})
-      take_work(int64_t(c.groups) * ((c.out + 3) / 4) * ((c.pixels() + 3) / 4));
+      take_products(int64_t(c.groups) * ((c.out + 3) / 4) * ((c.pixels() + 3) / 4));
   }
 
   /// Room for the weights that prepare_program() lays out.
@@ -315,14 +315,19 @@ class DeviceProgram {
     }
   }
 
-  void take_work(int64_t work) { work_ = max(work_, work); }
+  void take_products(int64_t work) {
+    products_ += work;
+    ++multiplying_;
+  }
+  void take_elements(int64_t work) { most_elements_ = max(most_elements_, work); }
 
   const Program& program_;
   const bool with_gradient_;
   const Launch& on_;
   std::vector<int64_t> gradients_;  // where those of each weight begin
   std::vector<DeviceLayer<T>> layers_;
-  int64_t most_groups_ = 0, most_fresh_ = 0, work_ = 1;
+  int64_t most_groups_ = 0, most_fresh_ = 0;
+  int64_t products_ = 0, multiplying_ = 0, most_elements_ = 0;
   ProgramWeights<T> weights_;
 };
 

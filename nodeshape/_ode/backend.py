@@ -238,7 +238,7 @@ def fused_weights(
     if is_exporting():
         return "an exporter records f itself, which runs anywhere"
     if how.adaptive:
-        reason = _why_not_adaptive(how, t) if program else "error control chooses the steps"
+        reason = _why_not_adaptive(how, y0, t) if program else "error control chooses the steps"
         if reason:
             return reason
     if not (method.one_stage or program):
@@ -260,7 +260,7 @@ def fused_weights(
     return fused.weights_for(func, y0)
 
 
-def _why_not_adaptive(how: Request, t: Any) -> str | None:
+def _why_not_adaptive(how: Request, y0: Any, t: Any) -> str | None:
     """Why error control is not the kernel's, for a program: there every sample takes its own steps."""
     method = how.method
     if not (method.explicit and method.error and method.starts_with_slope and len(method.b) < MOST_STAGES):
@@ -277,6 +277,9 @@ def _why_not_adaptive(how: Request, t: Any) -> str | None:
         return "error control whose times are differentiated takes the plain loop"
     if t is not None and len(t) < 2:
         return "there is one time only"
+    first = y0[0] if isinstance(y0, tuple) and y0 else y0
+    if isinstance(first, Tensor) and not first.is_cpu:
+        return f"error control on {first.device} takes the plain loop"
     if is_tracing():
         return "error control cannot be traced"
     return None

@@ -222,7 +222,7 @@ def fuse(f: Callable[..., Any], y0: State) -> Fused:
 
     Returns:
         A module to call as f; ``print`` shows its program. Where a solve cannot take the kernel (another shape of
-        samples, error control), it takes the plain loop; ``nodeshape.backend`` says which and why.
+        samples, events), it takes the plain loop; ``nodeshape.backend`` says which and why.
 
     Raises:
         FuseError: an operation does not lower, with its file and line and what to write instead; or the program does
