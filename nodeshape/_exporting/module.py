@@ -1,4 +1,4 @@
-"""Any module with solves in it as a file that needs no nodeshape: ONNX, TorchScript or .pt2, compared with the module."""
+"""Any module with solves in it as a file that needs no nodeshape, ONNX, TorchScript or .pt2, compared with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ class ExportReport:
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.batch_sizes))
         lines = [
-            f"{self.path}: {self.nodes} nodes, {self.bytes / 1e6:.2f} MB; within {self.max_difference:.1e} of the module"
-            f" (tolerance {self.tolerance:g}) at batch sizes {sizes}"
+            f"{self.path}: {self.nodes} nodes, {self.bytes / 1e6:.2f} MB; within {self.max_difference:.1e} of the"
+            f" module (tolerance {self.tolerance:g}) at batch sizes {sizes}"
         ]
         if self.stage_iterations is not None:
             lines.append(f"implicit stages take {self.stage_iterations} evaluations of f each")
@@ -206,14 +206,13 @@ class _Subject:
         # PyTorch takes a size of 1 for a constant.
         size = None if self._batch is None else max(2, self._batch)
         self.traced_with: Any = pytree.tree_unflatten(self._sized(size), self._spec)
+        self.output_names: list[str] = []
         self.batch_sizes = (1,) if self._batch is None else tuple(sorted({1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
             self._expected = [self._outputs(self._sized(size)) for size in self.batch_sizes]
-        outputs, names = self._expected[0], self._keys
-        for name, y in zip(names, outputs):
+        for name, y in zip(self.output_names, self._expected[0]):
             if not isinstance(y, Tensor):
                 raise ValueError(f"{name} of the module is {type(y).__name__}, but a file gives tensors only")
-        self.output_names = names
         self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1)
         with _evaluating(module):
             self._choose()
@@ -296,9 +295,7 @@ class _Subject:
         with torch.no_grad():
             outputs = self.module(*pytree.tree_unflatten([x.clone() for x in inputs], self._spec))
         with_paths, _ = pytree.tree_flatten_with_path(outputs)
-        self._keys = [
-            "_".join(["output", *map(_key, path)]) if not _named(path) else _key(path[0]) for path, _ in with_paths
-        ]
+        self.output_names = [_output_name(path) for path, _ in with_paths]
         return [y for _, y in with_paths]
 
     def _sized(self, size: int | None) -> list[Tensor]:
@@ -334,8 +331,10 @@ def _key(entry: Any) -> str:
     return str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry))))
 
 
-def _named(path: Sequence[Any]) -> bool:
-    return len(path) == 1 and isinstance(path[0], pytree.MappingKey)
+def _output_name(path: Sequence[Any]) -> str:
+    """``output``, ``output_0`` ..., or after the key of a dictionary."""
+    named = bool(path) and isinstance(path[0], pytree.MappingKey)
+    return "_".join([*([] if named else ["output"]), *map(_key, path)])
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

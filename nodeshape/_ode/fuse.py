@@ -24,9 +24,6 @@ from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 
 State = Tensor | tuple[Tensor, ...]
-#: Of a parameter or buffer: its module's attributes, which dictionary of them it is in (exporters replace these), and
-#: its name.
-Place = tuple[dict[str, Any], str, str]
 #: Largest relative difference from f, in float64, of values and of gradients (torch has hardsigmoid's 1/6 in float32).
 SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-7
 DERIVATIVES = (
@@ -35,6 +32,13 @@ DERIVATIVES = (
 )
 #: Layers whose f depends on whether they are trained or evaluated.
 MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+class _Known:
+    """What a fused f remembers of its modules; a class of its own, as torch.export copies tuples that it finds."""
+
+    def __init__(self, layers: Layers, found: tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]) -> None:
+        self.layers, self.found = layers, found
 
 
 class Fused(nn.Module):
@@ -133,9 +137,11 @@ class Fused(nn.Module):
                 return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {device}"
         return weights
 
-    def _weights(self, places: list[Place], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    def _weights(
+        self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor]:
         lowered = self._lowered
-        tensors = [own[kind][name] for own, kind, name in places]
+        tensors = [own[name] for own, name in places]
         if lowered.prelude is None and not lowered.constants:
             return tensors  # which _walk() found in the order of the program
         named = dict(zip(lowered.paths, tensors))
@@ -147,14 +153,14 @@ class Fused(nn.Module):
         made = [x.to(dtype) for x in made]  # what f makes itself, such as torch.arange(3)
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
-    def _found(self) -> tuple[list[nn.Module], list[Place]] | None:
+    def _found(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]] | None:
         """What :meth:`_walk` finds, remembered for as long as the modules stand still; None if f is another one now."""
         known = self.__dict__.get("_known")
-        if known is None or not known[0].are_those_of(self):
+        if known is None or not known.layers.are_those_of(self):
             if kind_of(self) != self._kind:
                 return None
-            known = self.__dict__["_known"] = Layers(self), self._walk()
-        return known[1]
+            known = self.__dict__["_known"] = _Known(Layers(self), self._walk())
+        return known.found
 
     def _constant(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A constant of f where the state is; on a GPU it stays, as the way there would wait for the device."""
@@ -168,21 +174,21 @@ class Fused(nn.Module):
             placed[key] = x.to(device)
         return placed[key]
 
-    def _walk(self) -> tuple[list[nn.Module], list[Place]]:
-        """The layers that have modes, and the place of each parameter and buffer of f.
+    def _walk(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]:
+        """The layers that have modes, and the dictionary and name of each parameter and buffer of f.
 
         In the order of the program's weights, if those are all there is to it; else in that of the trace.
         """
         lowered = self._lowered
         direct = lowered.prelude is None and not lowered.constants
-        places: list[Place] = []
+        places: list[tuple[dict[str, Any], str]] = []
         for name in lowered.weights if direct else lowered.paths:
             *path, last = lowered.paths[name]  # type: ignore[index]
             module: Any = self
             for part in path:
                 module = None if module is None else module.__dict__["_modules"].get(part)
-            own: dict[str, Any] = {"_buffers": {}} if module is None else module.__dict__
-            places.append((own, "_parameters" if last in own.get("_parameters", ()) else "_buffers", last))
+            own: dict[str, Any] = {} if module is None else module.__dict__["_parameters"]
+            places.append((own if last in own or module is None else module.__dict__["_buffers"], last))
         return _modal(self.func) if self._modes else [], places
 
     def __getstate__(self) -> dict[str, Any]:
