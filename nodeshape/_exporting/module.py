@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -27,6 +28,9 @@ TOLERANCE = 1e-4
 MAX_ITERATIONS, MAX_STEPS = 30, 512
 #: The part of the tolerance that the choice of evaluations and steps keeps to on the examples.
 MARGIN = 0.25
+
+#: The input of a looped file that says how many steps to take.
+STEPS = "steps"
 
 #: Flat inputs to flat outputs.
 Run = Callable[[list[Tensor]], list[Tensor]]
@@ -71,7 +75,13 @@ class ExportReport:
 
 
 def to_onnx(
-    module: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, tolerance: float = TOLERANCE
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    loop: bool = False,
+    trajectory: bool | nn.Module = False,
+    tolerance: float = TOLERANCE,
 ) -> ExportReport:
     """Write a module with solves in it, whatever their f and method, as ONNX that onnxruntime runs to the same numbers.
 
@@ -85,6 +95,11 @@ def to_onnx(
             them. Their batch is the first dimension of the first tensor with at least two; tensors of the same first
             size share it, and it is left open in the file. Take examples of the kind that the file will see.
         path: of the file; one that is there is replaced once the new one is proven.
+        loop: write one step in an ONNX ``Loop`` for each interval, instead of all steps one after the other: a smaller
+            file. If all solves take the same number of steps it is an input of the file, ``steps``, int64, which may be
+            left out.
+        trajectory: also give the states of each solve after each step, ``trajectory``, ``[batch, steps + 1, ...]``; or
+            what a module makes of each, such as the head of a classifier. Does not go with ``loop``.
         tolerance: largest allowed difference of an output.
 
     Returns:
@@ -98,22 +113,27 @@ def to_onnx(
     import onnx
     import onnxruntime
 
-    subject = _Subject(module, example_inputs, tolerance)
+    subject = _Subject(module, example_inputs, tolerance, loop, trajectory)
     with _written(path) as partial, _quiet():
         program = torch.onnx.export(
             subject.program(),
             dynamo=True,
             opset_version=OPSET,
-            input_names=subject.input_names,
+            input_names=[*subject.input_names, *([STEPS] if subject.default_steps else [])],
             output_names=subject.output_names,
             verbose=False,
         )
         assert program is not None
         proto = program.model_proto
         proto.ir_version = IR_VERSION
+        _tidy(proto.graph, subject.dimensions)
+        if subject.default_steps:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(subject.default_steps), STEPS))
         onnx.checker.check_model(proto)
         onnx.save(proto, partial)
-        session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns that steps may be given
+        session = onnxruntime.InferenceSession(partial, options, providers=["CPUExecutionProvider"])
         taken = {x.name for x in session.get_inputs()}
 
         def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -121,7 +141,7 @@ def to_onnx(
             found = session.run(None, {name: x.numpy() for name, x in named if name in taken})
             return [torch.from_numpy(x) if x.ndim else torch.tensor(x) for x in found]
 
-        report = subject.report(Path(path), partial, len(proto.graph.node), run)
+        report = subject.report(Path(path), partial, sum(1 for _ in _nodes(proto.graph)), run)
     return report
 
 
@@ -129,17 +149,22 @@ to_onnx.__module__ = "nodeshape"
 
 
 def to_torchscript(
-    module: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, tolerance: float = TOLERANCE
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    trajectory: bool | nn.Module = False,
+    tolerance: float = TOLERANCE,
 ) -> ExportReport:
     """Write a module with solves in it as TorchScript, which C++ and ``torch.jit.load`` run without nodeshape.
 
     Arguments, result and errors are those of :func:`to_onnx`. The loaded module takes the arguments of ``forward`` by
     position.
     """
-    subject = _Subject(module, example_inputs, tolerance)
+    subject = _Subject(module, example_inputs, tolerance, False, trajectory)
     with _written(path) as partial, _quiet():
         with subject.recorded():
-            traced = torch.jit.trace(subject.module, subject.traced_with, check_trace=False, strict=False)
+            traced = torch.jit.trace(subject.recordable, subject.traced_with, check_trace=False, strict=False)
         torch.jit.save(traced, partial)
         loaded = torch.jit.load(partial)
         nodes = sum(1 for node in loaded.inlined_graph.nodes() if node.kind() != "prim::Constant")
@@ -151,13 +176,18 @@ to_torchscript.__module__ = "nodeshape"
 
 
 def to_pt2(
-    module: nn.Module, example_inputs: Any, path: str | os.PathLike[str], *, tolerance: float = TOLERANCE
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    trajectory: bool | nn.Module = False,
+    tolerance: float = TOLERANCE,
 ) -> ExportReport:
     """Write a module with solves in it as a program of ``torch.export``, for ``torch.export.load`` and AOTInductor.
 
     Arguments, result and errors are those of :func:`to_onnx`; nodeshape is not needed to load it.
     """
-    subject = _Subject(module, example_inputs, tolerance)
+    subject = _Subject(module, example_inputs, tolerance, False, trajectory)
     with _written(path) as partial, _quiet():
         torch.export.save(subject.program(), partial)
         loaded = torch.export.load(partial)
@@ -177,15 +207,22 @@ class _Subject:
         traced_with: its positional arguments as it is recorded.
         input_names, output_names: of the flat inputs and outputs.
         batch_sizes: at which it is compared; ``(1,)`` for a module without a batch.
+        recordable: the module with what a file has besides.
+        default_steps: of the input ``steps``; None where there is none.
+        dimensions: what the recorded program calls its batch.
     """
 
-    def __init__(self, module: nn.Module, example_inputs: Any, tolerance: float) -> None:
+    def __init__(
+        self, module: nn.Module, example_inputs: Any, tolerance: float, loop: bool, trajectory: bool | nn.Module
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"module must be an nn.Module, got {type(module).__name__}: put the call of odeint in one's forward"
             )
         if not tolerance > 0:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
+        if loop and trajectory is not False:
+            raise ValueError("loop=True does not go with trajectory, whose states it does not keep: choose one")
         self.module, self.tolerance = module, tolerance
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         self.input_names = _input_names(module, arguments)
@@ -207,6 +244,7 @@ class _Subject:
         size = None if self._batch is None else max(2, self._batch)
         self.traced_with: Any = pytree.tree_unflatten(self._sized(size), self._spec)
         self.output_names: list[str] = []
+        self.dimensions: set[str] = set()
         self.batch_sizes = (1,) if self._batch is None else tuple(sorted({1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
             self._expected = [self._outputs(self._sized(size)) for size in self.batch_sizes]
@@ -216,6 +254,15 @@ class _Subject:
         self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1)
         with _evaluating(module):
             self._choose()
+        counts = self._how.counts
+        self.default_steps = max(counts) if loop and len(counts) == 1 else None
+        self._how.looped = loop
+        self.recordable: nn.Module = module
+        if loop:
+            self.recordable = _Looped(module, self._how, self.default_steps is not None)
+        elif trajectory is not False:
+            self.recordable = _WithTrajectory(module, self._how, trajectory if trajectory is not True else None)
+            self._add_trajectories()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -227,8 +274,14 @@ class _Subject:
         """The module recorded by torch.export, with the batch size left open."""
         batch = torch.export.Dim("batch")
         shapes = pytree.tree_unflatten([{0: batch} if wide else None for wide in self._open], self._spec)
+        arguments = self.traced_with
+        if self.default_steps is not None:
+            shapes, arguments = (*shapes, None), (*arguments, torch.tensor(self.default_steps))
         with self.recorded():
-            return torch.export.export(self.module, self.traced_with, dynamic_shapes=_by_argument(self.module, shapes))
+            by_argument = inspect.signature(self.recordable.forward).bind(*shapes).arguments
+            program = torch.export.export(self.recordable, arguments, dynamic_shapes=tuple(by_argument.values()))
+        self.dimensions = {str(symbol) for symbol in program.range_constraints}
+        return program
 
     def structured(self, loaded: Any) -> Run:
         """A loaded module, which takes and gives what ours does, as a function of flat inputs."""
@@ -291,6 +344,19 @@ class _Subject:
                 f" tolerance {self.tolerance:g}: take more steps, another method or a larger tolerance"
             )
 
+    def _add_trajectories(self) -> None:
+        """Enter the states among the expected outputs, those of stages that are solved as well as can be."""
+        iterations, self._how.iterations = self._how.iterations, MAX_ITERATIONS
+        with self.recorded(), torch.no_grad():
+            for size, expected in zip(self.batch_sizes, self._expected):
+                inputs = self._sized(None if self._batch is None else size)
+                _, found = self.recordable(*pytree.tree_unflatten(inputs, self._spec))
+                leaves, _ = pytree.tree_flatten_with_path(found)
+                expected += [y for _, y in leaves]
+        self._how.iterations = iterations
+        alone = len(found) == 1
+        self.output_names += ["_".join(["trajectory", *map(_key, path[1:] if alone else path)]) for path, _ in leaves]
+
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             outputs = self.module(*pytree.tree_unflatten([x.clone() for x in inputs], self._spec))
@@ -307,6 +373,75 @@ class _Subject:
         return [x[rows] if wide else x for x, wide in zip(self._flat, self._open)]
 
 
+def _nodes(graph: Any) -> Iterator[Any]:
+    """All nodes of an ONNX graph, those of loops too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+def _tidy(graph: Any, batch: set[str]) -> None:
+    """Take out what runs nothing, such as lines of Python, and call the batch by its name."""
+    used = {name for node in _nodes(graph) for name in node.input} | {x.name for x in graph.output}
+    kept = [x for x in graph.initializer if x.name in used]
+    del graph.initializer[:], graph.value_info[:], graph.metadata_props[:]
+    graph.initializer.extend(kept)
+    for x in (*graph.input, *graph.output, *graph.initializer):
+        del x.metadata_props[:]
+    for node in _nodes(graph):
+        node.ClearField("doc_string")
+        del node.metadata_props[:]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                del attribute.g.value_info[:], attribute.g.metadata_props[:]
+    for value in (*graph.input, *graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in batch:
+                dimension.dim_param = "batch"
+
+
+class _Looped(nn.Module):
+    """A module whose solves take as many steps as its last argument says, if it ``takes_steps``."""
+
+    def __init__(self, module: nn.Module, how: Unrolled, takes_steps: bool) -> None:
+        super().__init__()
+        self.module, self._how, self._takes_steps = module, how, takes_steps
+
+    def forward(self, *arguments: Any) -> Any:
+        if self._takes_steps:
+            *arguments, self._how.given = arguments  # type: ignore[assignment]
+        try:
+            return self.module(*arguments)
+        finally:
+            self._how.given = None
+
+
+class _WithTrajectory(nn.Module):
+    """A module that also gives the states of its solves, ``[batch, steps + 1, ...]``, or what ``head`` makes of them."""
+
+    def __init__(self, module: nn.Module, how: Unrolled, head: nn.Module | None) -> None:
+        super().__init__()
+        self.module, self._how, self.head = module, how, head
+
+    def forward(self, *arguments: Any) -> tuple[Any, list[Any]]:
+        solves: list[list[Any]] = []
+        self._how.states = solves.append
+        try:
+            outputs = self.module(*arguments)
+        finally:
+            self._how.states = None
+        if not solves:
+            raise UserError("trajectory: the module has no solve in given steps")
+        return outputs, [self._stacked([x if self.head is None else self.head(x) for x in states]) for states in solves]
+
+    def _stacked(self, states: list[Any]) -> Any:
+        if isinstance(states[0], Tensor):
+            return torch.stack(states, dim=min(1, states[0].dim()))
+        return [torch.stack(parts, dim=min(1, parts[0].dim())) for parts in zip(*states)]
+
+
 def _input_names(module: nn.Module, arguments: Sequence[Any]) -> list[str]:
     """Names of the flat inputs, after the arguments of forward; raises ValueError where it does not take them."""
     signature = inspect.signature(module.forward)
@@ -319,12 +454,6 @@ def _input_names(module: nn.Module, arguments: Sequence[Any]) -> list[str]:
         ) from error
     found, _ = pytree.tree_flatten_with_path(dict(bound))
     return ["_".join(map(_key, path)) for path, _ in found]
-
-
-def _by_argument(module: nn.Module, shapes: Any) -> Any:
-    """Dynamic shapes as torch.export wants them: those of ``*args`` in a tuple of their own."""
-    bound = inspect.signature(module.forward).bind(*shapes).arguments
-    return tuple(bound.values())
 
 
 def _key(entry: Any) -> str:

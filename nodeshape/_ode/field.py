@@ -33,6 +33,7 @@ class Field:
         func: f as the user gave it.
         batched: whether the first dimension is that of samples.
         samples, size: of the batch, and elements of each sample.
+        rows: the shape of a state as rows of samples.
         dtype: of the state in the loops.
         time_dtype: of the times that f sees: real, and as fine as the state.
         device: of the state.
@@ -54,8 +55,12 @@ class Field:
         self.samples = first.shape[0] if batched else 1
         self.batched = batched
         self._lead = (self.samples,) if batched else ()
+        # A tracer's batch has any size, and what it records may hold no number of its own.
+        self._any = (-1,) if batched and is_tracing() else self._lead
+        self._as = [(*self._any, *shape[len(self._lead) :]) for shape in self._shapes]
         self._sizes = [prod(shape[len(self._lead) :]) for shape in self._shapes]
         self.size = sum(self._sizes)
+        self.rows = (*(self._any or (1,)), self.size)
         self._seen_as = first.dtype
         self.coarse = first.dtype in LOW_PRECISION
         self.dtype = torch.float32 if first.dtype in LOW_PRECISION else first.dtype
@@ -84,7 +89,7 @@ class Field:
         """The state as the loops hold it."""
         if isinstance(state, Tensor):
             return state if state.dtype is self.dtype else state.to(self.dtype)
-        return torch.cat([x.reshape((*self._lead, size)) for x, size in zip(state, self._sizes)], dim=-1).to(self.dtype)
+        return torch.cat([x.reshape((*self._any, size)) for x, size in zip(state, self._sizes)], dim=-1).to(self.dtype)
 
     def unpack(self, y: Tensor, lead: tuple[int, ...] = ()) -> State:
         """Undo :meth:`pack` for a tensor with ``lead`` dimensions before the state's, in the caller's type."""
@@ -93,7 +98,7 @@ class Field:
         if not self._tuple:
             return y
         parts = y.split(self._sizes, dim=-1)
-        return tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._shapes))
+        return tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._as))
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """f at time ``t`` (a scalar tensor) and state ``y``; or of some samples at times of their own, ``[n]``.
@@ -135,7 +140,7 @@ class Field:
             return self.evaluate(t.reshape(-1, *(1,) * (y.dim() - 1)), y)
         # f sees each sample as a batch of one; of a copy, which it may change.
         try:
-            each: Tensor = torch.func.vmap(self._alone, randomness="different")(t, y.clone())
+            each: Tensor = torch.func.vmap(self._of_one, randomness="different")(t, y.clone())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -145,7 +150,7 @@ class Field:
             ) from error
         return each
 
-    def _alone(self, t: Tensor, y: Tensor) -> Tensor:
+    def _of_one(self, t: Tensor, y: Tensor) -> Tensor:
         """f of one sample, ``y`` without the batch's dimension."""
         shapes = [torch.Size((1, *shape[1:])) for shape in self._shapes]
         seen = y.to(self._seen_as)
@@ -176,6 +181,10 @@ class Field:
             self._start = t.detach(), y.detach(), out.detach()
         return out
 
+    def alone(self, t: Tensor, y: Tensor) -> Tensor:
+        """f of a state that it may change, neither counted nor remembered: for the body of a loop that is recorded."""
+        return self.evaluate(t, y.clone())
+
     def check(self) -> None:
         """Raise RuntimeError if f is no longer what it was in its first call and its latest."""
         for call in (self._start, self._latest):
@@ -203,11 +212,13 @@ class Field:
         if self.coarse:
             t = t.to(self._seen_as)
         if self._tuple:
-            out = self.func(t, self.unpack(y))
+            state = self.unpack(y)
+            got: list[Any] = [x.shape for x in state]
+            out = self.func(t, state)
             shapes = [getattr(x, "shape", type(x).__name__) for x in out] if isinstance(out, (tuple, list)) else None
-            if shapes != self._shapes:
+            if shapes != got:
                 raise ValueError(
-                    f"func must return the shape of its state: it got {_shown(self._shapes)} and returned"
+                    f"func must return the shape of its state: it got {_shown(got)} and returned"
                     f" {_shown(shapes) if shapes is not None else type(out).__name__}"
                 )
             if not self.dtype.is_complex:

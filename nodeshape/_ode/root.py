@@ -138,16 +138,18 @@ class StageEquations:
 
     def _traced(self, t: Tensor, base: Tensor, c: Size, guess: Tensor | None) -> Tensor:
         """F by a fixed number of evaluations, for a compiler or an exporter."""
-        shape, rows_of = base.shape, (self.field.samples, self.field.size)
+        unrolled, shape, rows_of = current(), base.shape, self.field.rows
+        field = self.field if unrolled is None or not unrolled.looped else self.field.alone
 
         def function(rows: Tensor) -> Tensor:
-            return self.field(t, rows.reshape(shape)).reshape(rows_of)
+            return field(t, rows.reshape(shape)).reshape(rows_of)
 
         rows = base.reshape(rows_of)
         first = rows if guess is None else rows + c * guess.reshape(rows_of)
-        unrolled = current()
         if unrolled is not None:
-            unrolled.implicit, most = True, unrolled.iterations
+            if not unrolled.implicit:
+                unrolled.implicit = True
+            most = unrolled.iterations
         elif self.solver.max_iterations != MAX_STAGE_ITERATIONS:
             most = self.solver.max_iterations
         else:

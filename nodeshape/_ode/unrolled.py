@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -17,12 +19,20 @@ class Unrolled:
         iterations: evaluations of f of each stage that is an equation.
         steps: in each interval, of solves that ask for error control.
         implicit, adaptive: whether a solve was met that needs the one, or the other.
+        counts: of steps in an interval that solves were met with.
+        looped: write one step, in a loop.
+        given: how many steps that loop takes in each interval, a scalar; None for as many as the solve asks for.
+        states: told the states of each solve in given steps, from the first time to the last; None for nobody.
     """
 
     iterations: int
     steps: int
     implicit: bool = False
     adaptive: bool = False
+    counts: set[int] = field(default_factory=set)
+    looped: bool = False
+    given: Tensor | None = None
+    states: Callable[[list[Any]], Any] | None = None
 
 
 _current: Unrolled | None = None
