@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from nodeshape._errors import ReversalDriftError as ReversalDriftError
     from nodeshape._errors import StageSolveError as StageSolveError
     from nodeshape._errors import StepSizeError as StepSizeError
+    from nodeshape._exporting.module import ExportReport as ExportReport
+    from nodeshape._exporting.module import to_onnx as to_onnx
+    from nodeshape._exporting.module import to_pt2 as to_pt2
+    from nodeshape._exporting.module import to_torchscript as to_torchscript
     from nodeshape._models.block import ODEBlock as ODEBlock
     from nodeshape._models.classifier import ShapeClassifier as ShapeClassifier
     from nodeshape._models.dynamics import ConvDynamics as ConvDynamics
@@ -48,6 +52,10 @@ _HOME = {
     "ConvDynamics": "_models.dynamics",
     "MLPDynamics": "_models.dynamics",
     "ShapeClassifier": "_models.classifier",
+    "ExportReport": "_exporting.module",
+    "to_onnx": "_exporting.module",
+    "to_pt2": "_exporting.module",
+    "to_torchscript": "_exporting.module",
     "load_classifier": "_training.checkpoint",
     "SolverStats": "_ode.stats",
     "StageSolveError": "_errors",

@@ -690,9 +690,9 @@ def test_compilers_and_exporters_take_it() -> None:
     assert torch.equal(compiled(y0), expected)
     assert torch.equal(torch.autograd.grad(compiled(y0).square().sum(), y0)[0], gradient)
     y0 = y0.detach()
-    assert torch.equal(torch.export.export(block, (y0,)).module()(y0), expected)
-    traced = torch.jit.trace(block, (y0,))(y0)
-    assert relative_error([traced.detach()], [expected.detach()]) < 1e-12
+    for recorded in (torch.export.export(block, (y0,)).module(), torch.jit.trace(block, (y0,))):
+        assert relative_error([recorded(y0).detach()], [expected.detach()]) < 1e-12
+    assert torch.equal(block(y0), expected)  # exporters put other tensors in the place of weights for a while
     replica = fused._replicate_for_data_parallel()
     assert ns.backend(replica, y0, method="rk4", steps=2).name == "fused"
 
@@ -864,6 +864,6 @@ def test_compilers_and_exporters_take_weights_that_are_computed(name: str) -> No
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     exported = torch.export.export(block, (y0,)).module()
     expected = block(y0)
-    for found in (compiled(y0), exported(y0)):
+    for found, close in ((compiled(y0), 0.0), (exported(y0), 1e-12)):
         for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (found, expected))):
-            assert torch.equal(x, y)
+            assert relative_error([x], [y]) <= close

@@ -107,6 +107,12 @@ class ODEBlock(nn.Module):
         )
         return ys[-1]
 
+    def __prepare_scriptable__(self) -> ODEBlock:
+        raise RuntimeError(
+            "torch.jit.script cannot take an ODEBlock, whose solver is Python: use ns.to_torchscript(module,"
+            " example_inputs, path), whose file torch.jit.load and other scripted modules take"
+        )
+
     def with_solver(
         self, method: str | None = None, steps: int | None = None, step_size: float | None = None
     ) -> ODEBlock:

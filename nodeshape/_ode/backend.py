@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nodeshape._ode import fused
-from nodeshape._ode.field import is_tracing
 from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import CALLBACKS, check_steps, read_options, steps_of, uniform_grid
 from nodeshape._ode.program_op import MOST_STAGES
+from nodeshape._ode.unrolled import is_exporting, is_tracing
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,8 @@ def fused_weights(
     program = isinstance(func, Fused)
     if options.get("fused") is False:
         return "options={'fused': False}"
+    if is_exporting():
+        return "an exporter records f itself, which runs anywhere"
     if how.adaptive:
         reason = _why_not_adaptive(how, y0, t) if program else "error control chooses the steps"
         if reason:

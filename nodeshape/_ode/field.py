@@ -10,6 +10,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from nodeshape._ode.unrolled import is_tracing
+
 State = Tensor | tuple[Tensor, ...]
 
 #: Types that are too coarse to add steps up in: such a state is carried in float32, f sees its own type.
@@ -19,11 +21,6 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 #: A repeated evaluation of f may differ from the first by this much, relative to the largest slope, by rounding.
 SAME = {torch.float32: 1e-4, torch.float64: 1e-9}
-
-
-def is_tracing() -> bool:
-    """Whether a compiler or an exporter records the solve."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class Field:
@@ -36,6 +33,7 @@ class Field:
         func: f as the user gave it.
         batched: whether the first dimension is that of samples.
         samples, size: of the batch, and elements of each sample.
+        rows: the shape of a state as rows of samples.
         dtype: of the state in the loops.
         time_dtype: of the times that f sees: real, and as fine as the state.
         device: of the state.
@@ -57,8 +55,12 @@ class Field:
         self.samples = first.shape[0] if batched else 1
         self.batched = batched
         self._lead = (self.samples,) if batched else ()
+        # A tracer's batch has any size, and what it records may hold no number of its own.
+        self._any = (-1,) if batched and is_tracing() else self._lead
+        self._as = [(*self._any, *shape[len(self._lead) :]) for shape in self._shapes]
         self._sizes = [prod(shape[len(self._lead) :]) for shape in self._shapes]
         self.size = sum(self._sizes)
+        self.rows = (*(self._any or (1,)), self.size)
         self._seen_as = first.dtype
         self.coarse = first.dtype in LOW_PRECISION
         self.dtype = torch.float32 if first.dtype in LOW_PRECISION else first.dtype
@@ -87,7 +89,7 @@ class Field:
         """The state as the loops hold it."""
         if isinstance(state, Tensor):
             return state if state.dtype is self.dtype else state.to(self.dtype)
-        return torch.cat([x.reshape((*self._lead, size)) for x, size in zip(state, self._sizes)], dim=-1).to(self.dtype)
+        return torch.cat([x.reshape((*self._any, size)) for x, size in zip(state, self._sizes)], dim=-1).to(self.dtype)
 
     def unpack(self, y: Tensor, lead: tuple[int, ...] = ()) -> State:
         """Undo :meth:`pack` for a tensor with ``lead`` dimensions before the state's, in the caller's type."""
@@ -96,7 +98,7 @@ class Field:
         if not self._tuple:
             return y
         parts = y.split(self._sizes, dim=-1)
-        return tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._shapes))
+        return tuple(x.reshape((*lead, *shape)) for x, shape in zip(parts, self._as))
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """f at time ``t`` (a scalar tensor) and state ``y``; or of some samples at times of their own, ``[n]``.
@@ -138,7 +140,7 @@ class Field:
             return self.evaluate(t.reshape(-1, *(1,) * (y.dim() - 1)), y)
         # f sees each sample as a batch of one; of a copy, which it may change.
         try:
-            each: Tensor = torch.func.vmap(self._alone, randomness="different")(t, y.clone())
+            each: Tensor = torch.func.vmap(self._of_one, randomness="different")(t, y.clone())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -148,7 +150,7 @@ class Field:
             ) from error
         return each
 
-    def _alone(self, t: Tensor, y: Tensor) -> Tensor:
+    def _of_one(self, t: Tensor, y: Tensor) -> Tensor:
         """f of one sample, ``y`` without the batch's dimension."""
         shapes = [torch.Size((1, *shape[1:])) for shape in self._shapes]
         seen = y.to(self._seen_as)
@@ -179,6 +181,10 @@ class Field:
             self._start = t.detach(), y.detach(), out.detach()
         return out
 
+    def alone(self, t: Tensor, y: Tensor) -> Tensor:
+        """f of a state that it may change, neither counted nor remembered: for the body of a loop that is recorded."""
+        return self.evaluate(t, y.clone())
+
     def check(self) -> None:
         """Raise RuntimeError if f is no longer what it was in its first call and its latest."""
         for call in (self._start, self._latest):
@@ -206,11 +212,13 @@ class Field:
         if self.coarse:
             t = t.to(self._seen_as)
         if self._tuple:
-            out = self.func(t, self.unpack(y))
+            state = self.unpack(y)
+            got: list[Any] = [x.shape for x in state]
+            out = self.func(t, state)
             shapes = [getattr(x, "shape", type(x).__name__) for x in out] if isinstance(out, (tuple, list)) else None
-            if shapes != self._shapes:
+            if shapes != got:
                 raise ValueError(
-                    f"func must return the shape of its state: it got {_shown(self._shapes)} and returned"
+                    f"func must return the shape of its state: it got {_shown(got)} and returned"
                     f" {_shown(shapes) if shapes is not None else type(out).__name__}"
                 )
             if not self.dtype.is_complex:

@@ -34,6 +34,13 @@ DERIVATIVES = (
 MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
+class _Known:
+    """What a fused f remembers of its modules; a class of its own, as torch.export copies tuples that it finds."""
+
+    def __init__(self, layers: Layers, found: tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]) -> None:
+        self.layers, self.found = layers, found
+
+
 class Fused(nn.Module):
     """f as a program: what :func:`fuse` returns, to call as f; ``odeint`` and ``ODEBlock`` solve it in the kernel.
 
@@ -101,8 +108,6 @@ class Fused(nn.Module):
         ):
             return f"f was fused for samples {self._shapes}, the state is {[list(x.shape) for x in tensors]}"
         if not compiling:
-            if torch._C._get_tracing_state() is not None:
-                return "torch.jit.trace records f itself, which runs anywhere"
             for x in tensors:
                 if type(x) is not Tensor and type(x) is not nn.Parameter:
                     return f"the state is a {type(x).__name__}"
@@ -151,11 +156,11 @@ class Fused(nn.Module):
     def _found(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]] | None:
         """What :meth:`_walk` finds, remembered for as long as the modules stand still; None if f is another one now."""
         known = self.__dict__.get("_known")
-        if known is None or not known[0].are_those_of(self):
+        if known is None or not known.layers.are_those_of(self):
             if kind_of(self) != self._kind:
                 return None
-            known = self.__dict__["_known"] = Layers(self), self._walk()
-        return known[1]
+            known = self.__dict__["_known"] = _Known(Layers(self), self._walk())
+        return known.found
 
     def _constant(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A constant of f where the state is; on a GPU it stays, as the way there would wait for the device."""

@@ -174,7 +174,7 @@ def call(
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *weights))
     scheme = (*before, ADJOINTS.index(adjoint) if recorded else 0, *after)
     try:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling():
             ys, _, evaluations, residual = getattr(torch.ops.nodeshape, name).default(y0, t, weights, *scheme)
         elif recorded:
             counts: list[Tensor] = []

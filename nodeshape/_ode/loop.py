@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 
 from nodeshape._errors import StageSolveError, StepSizeError
 from nodeshape._ode.control import Controller
@@ -21,6 +22,7 @@ from nodeshape._ode.field import Field
 from nodeshape._ode.method import Method
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.step import Piece, Size, end, error, stages
+from nodeshape._ode.unrolled import current
 
 if TYPE_CHECKING:
     from nodeshape._ode.compiled import Step
@@ -97,14 +99,55 @@ class Loop:
         y = self._begun(y)
         states = [self._without_failed(y)]
         slope: Tensor | None = None
+        unrolled = current()
+        steps = [y]
         for j, count in enumerate(counts):
             ends = None if self.t is None else (self.t[j], self.t[j + 1])
             segment = Segment(self.times[j], self.times[j + 1], count, ends)
-            for _, after, last in self._segment(y, segment, slope):
-                y_after, slope_after = after, last
-            y, slope = y_after, slope_after
+            if unrolled is not None and unrolled.looped:
+                y = self._looped(y, segment, unrolled.given)
+            else:
+                for _, after, last in self._segment(y, segment, slope):
+                    y_after, slope_after = after, last
+                    if unrolled is not None:
+                        steps.append(after)
+                y, slope = y_after, slope_after
             states.append(self._without_failed(y))
+        if unrolled is not None:
+            unrolled.counts.update(counts)
+            if unrolled.states is not None:
+                unrolled.states([self.field.unpack(x) for x in steps])
         return torch.stack(states)
+
+    def _looped(self, y: Tensor, segment: Segment, given: Tensor | None) -> Tensor:
+        """The state at the end of the segment by one step that is recorded as the body of a loop.
+
+        Args:
+            given: how many steps to take; by default as many as the segment has.
+        """
+        kind, device = self.field.time_dtype, self.field.device
+        count = torch.tensor(segment.count, device=device) if given is None else given
+        start, stop = (torch.tensor(x, dtype=torch.float64) for x in (segment.start, segment.end))
+        if segment.ends is not None:
+            start, stop = segment.ends
+        begin, length = (
+            x.to(device, kind).clone() for x in (start, stop - start)
+        )  # no views, which a loop cannot take
+
+        def more(k: Tensor, *_: Tensor) -> Tensor:
+            return k < count
+
+        def step(k: Tensor, y: Tensor, guess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            h = length / count
+            times = [begin + (k.to(kind) + c) * h for c in self.method.c]
+            slopes = stages(self.field.alone, self.method, y, times, h, None, guess, self.solve)
+            after = end(self.method, y, h, slopes).contiguous()
+            return k + 1, after, slopes[-1].clone().contiguous() if self.solve is not None else guess.clone()
+
+        y = y.contiguous().clone()
+        guess = torch.zeros_like(y) if self.solve is not None else torch.zeros((), dtype=y.dtype, device=device)
+        _, y, _ = while_loop(more, step, (torch.zeros((), dtype=torch.long, device=device), y, guess))
+        return y
 
     def on_grid(self, y: Tensor, grid: Sequence[float], traced: Tensor | None, cubic: bool) -> Tensor:
         """Step from point to point of a grid; observations between its points are interpolated.

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nodeshape._ode import fused, program_op
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
-from nodeshape._ode.backend import Request, default_method, fused_weights
+from nodeshape._ode.backend import ERROR_CONTROL, Request, default_method, fused_weights
 from nodeshape._ode.compiled import compiled_step
 from nodeshape._ode.control import rms
 from nodeshape._ode.event import EventFunction, integrate_until_event, with_moving_time
-from nodeshape._ode.field import State, is_tracing
+from nodeshape._ode.field import State
 from nodeshape._ode.fuse import Fused
 from nodeshape._ode.interpolation import DenseSolution
 from nodeshape._ode.method import Method, get_method
@@ -32,6 +32,7 @@ from nodeshape._ode.recompute import recomputed_solution
 from nodeshape._ode.solver import Plan, controller_of, most_attempts_of
 from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
 from nodeshape._ode.stats import SolverStats
+from nodeshape._ode.unrolled import current, is_exporting, is_tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -210,13 +211,16 @@ def odeint(
         and event_fn is None
         and not (return_dense or settings.get("recompute", False) or any(hasattr(func, name) for name in CALLBACKS))
     )
-    if isinstance(t, Tensor) and symbolic and (steps is not None or _takes_one_step(method, rtol, atol, settings)):
+    given = steps is not None or current() is not None
+    if isinstance(t, Tensor) and symbolic and (given or _takes_one_step(method, rtol, atol, settings)):
         times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
     else:
         symbolic = False
         t, times = _times(t)
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
+    if is_exporting() and (how.adaptive or event_fn is not None or return_dense):
+        how = _given_steps(how, event_fn is not None or return_dense)
     weights = fused_weights(func, y0, how, event_fn is None and not return_dense, t)
     if isinstance(func, Fused) and not isinstance(weights, str) and how.adaptive:
         return _fused_adaptive(func, weights, y0, t, times, how, return_stats)
@@ -305,6 +309,20 @@ def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor |
         stage_iterations=torch.zeros_like(forward) if method.explicit else forward,
         residual=residual,
     )
+
+
+def _given_steps(how: Request, other: bool) -> Request:
+    """The same solve in as many equal steps as the exporter says, which error control cannot be recorded in."""
+    unrolled = current()
+    if unrolled is None or other:
+        what = "an event or dense output" if other else "error control"
+        raise ValueError(
+            f"{what} cannot be exported, as its steps depend on the numbers: give odeint steps=... or step_size=..."
+            + ("" if other else ", or export by ns.to_onnx, ns.to_torchscript or ns.to_pt2, which choose steps")
+        )
+    unrolled.adaptive = True
+    options = {name: value for name, value in how.options.items() if name not in ERROR_CONTROL}
+    return replace(how, steps=unrolled.steps, options=options, tolerances=(None, None))
 
 
 def _takes_one_step(method: str | None, rtol: Any, atol: Any, settings: Mapping[str, Any]) -> bool:

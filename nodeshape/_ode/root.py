@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nodeshape._ode.field import Field, is_tracing
+from nodeshape._ode.field import Field
 from nodeshape._ode.graph import jacobian_by_rows, leaves
 from nodeshape._ode.implicit import differentiable_stage, products_of
 from nodeshape._ode.stage import (
@@ -28,6 +28,7 @@ from nodeshape._ode.stage import (
 )
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.step import Size
+from nodeshape._ode.unrolled import current, is_tracing
 
 
 @dataclass
@@ -137,17 +138,25 @@ class StageEquations:
 
     def _traced(self, t: Tensor, base: Tensor, c: Size, guess: Tensor | None) -> Tensor:
         """F by a fixed number of evaluations, for a compiler or an exporter."""
-        shape, rows_of = base.shape, (self.field.samples, self.field.size)
+        unrolled, shape, rows_of = current(), base.shape, self.field.rows
+        field = self.field if unrolled is None or not unrolled.looped else self.field.alone
 
         def function(rows: Tensor) -> Tensor:
-            return self.field(t, rows.reshape(shape)).reshape(rows_of)
+            return field(t, rows.reshape(shape)).reshape(rows_of)
 
         rows = base.reshape(rows_of)
         first = rows if guess is None else rows + c * guess.reshape(rows_of)
-        most = TRACED_ITERATIONS[self.field.time_dtype]
-        if self.solver.max_iterations != MAX_STAGE_ITERATIONS:
+        if unrolled is not None:
+            if not unrolled.implicit:
+                unrolled.implicit = True
+            most = unrolled.iterations
+        elif self.solver.max_iterations != MAX_STAGE_ITERATIONS:
             most = self.solver.max_iterations
-        _, slope = traced_stage(function, rows, c, first, self.solver.tolerance, most)
+        else:
+            most = TRACED_ITERATIONS[self.field.time_dtype]
+        slope, solved = traced_stage(function, rows, c, first, self.solver.tolerance, most)
+        if unrolled is None:  # who says how many evaluations compares the result with that of solved stages
+            slope = torch.where(solved, slope, torch.nan)
         return slope.reshape(shape)
 
     def _count(self, stage: Stage) -> None:

@@ -161,25 +161,49 @@ TRACED_ITERATIONS = {torch.float64: 32, torch.float32: 16}
 def traced_stage(
     function: Function, base: Tensor, c: Tensor | float, guess: Tensor, tolerance: float, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """Solve Y = base + c F(Y) by a given number of Anderson's iterations, as plain operations; Y and F(Y).
+    """Solve Y = base + c F(Y) by a given number of evaluations of F, as few plain operations; F(Y), and who is solved.
 
-    What is not solved then is NaN. Differentiated as a quasi-Newton iteration whose matrices are constants, the
-    gradient converges with the iterates.
+    Anderson acceleration as in :func:`anderson_stage`, but for the order of orthogonalisation: the oldest difference
+    first, so that each is orthogonalised once, and all at once. A sample that is solved stays where it is.
+    Differentiated as a quasi-Newton iteration whose matrices are constants, the gradient converges with the iterates.
+
+    Returns:
+        F(Y) ``[samples, size]`` and ``[samples, 1]``.
     """
     value, slope = guess, function(guess)
     residual = base + c * slope - value
-    mixing = torch.ones_like(base[:, :1])
-    history: list[tuple[Tensor, Tensor]] = []
-    for _ in range(iterations - 1):
-        new_value = value + _anderson_step(residual, history, mixing)
-        slope = function(new_value)
-        new_residual = base + c * slope - new_value
-        before, after = residual.detach(), new_residual.detach()
-        mixing = torch.where(_norm(after) > 2.0 * _norm(before), 0.5 * mixing, mixing)
-        history = [(after - before, (new_value - value).detach()), *history[: ANDERSON_MEMORY - 1]]
-        value, residual = new_value, new_residual
-    solved = (_relative(residual.detach(), value.detach(), base.detach()) <= tolerance)[:, None]
-    return torch.where(solved, value, torch.nan), torch.where(solved, slope, torch.nan)
+    squared, whole = _dot(*[residual.detach()] * 2), _dot(*[base.detach()] * 2)
+    mixing = torch.ones_like(squared)
+    # Orthonormal combinations of residual differences, and those of the moves behind them, [kept, samples, size].
+    directions = moves = base.detach()[None][:0]
+    for k in range(iterations - 1):
+        step = residual
+        if k > 0:
+            along = _dot(directions, residual)
+            step = residual - (along * directions).sum(dim=0)
+            step = mixing * step - (along * moves).sum(dim=0)
+        unsolved = squared > tolerance**2 * torch.maximum(whole, _dot(*[value.detach()] * 2))
+        move = torch.where(unsolved, step, 0.0)
+        value = value + move
+        slope = function(value)
+        before, residual = residual, base + c * slope - value
+        after = _dot(*[residual.detach()] * 2)
+        if k < iterations - 2:
+            mixing = torch.where(after > 4.0 * squared, 0.5 * mixing, mixing)
+            difference, move = (residual - before).detach(), move.detach()
+            length = _dot(difference, difference)
+            if k > 0:
+                overlap = _dot(directions, difference)
+                difference = difference - (overlap * directions).sum(dim=0)
+                move = move - (overlap * moves).sum(dim=0)
+            left = _dot(difference, difference)
+            useful = left > DEPENDENT**2 * length
+            scale = torch.where(useful, torch.where(useful, left, 1.0).rsqrt(), 0.0)
+            directions = torch.cat([directions, (difference * scale)[None]])[-ANDERSON_MEMORY:]
+            moves = torch.cat([moves, (move * scale)[None]])[-ANDERSON_MEMORY:]
+        squared = after
+    solved = _relative(residual.detach(), value.detach(), base.detach()) <= tolerance
+    return slope, solved[:, None]
 
 
 def newton_stage(

@@ -1,0 +1,259 @@
+"""``to_onnx``, ``to_torchscript`` and ``to_pt2``: any module with solves in it, as a file that gives its numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nodeshape as ns
+
+#: At most, on outputs.
+CLOSE = 1e-4
+
+
+class TimeMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.net(torch.cat([y, t.expand(y.shape[0], 1)], dim=1))
+        return out
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.conv(y)) * t
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(2, 2)
+
+    def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.a(y[0])) + y[1].sum(dim=1, keepdim=True), torch.sin(self.b(y[1])) * t
+
+
+class Around(nn.Module):
+    """Two observations of a solve, as users write it."""
+
+    def __init__(self, f: nn.Module, **how: object) -> None:
+        super().__init__()
+        self.f, self.how = f, how
+
+    def forward(self, *y: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = ns.odeint(self.f, y if len(y) > 1 else y[0], torch.tensor([0.0, 0.4, 1.0]), **self.how)
+        return out[-1] if isinstance(out, Tensor) else tuple(x[-1] for x in out)
+
+
+def states(shape: tuple[int, ...]) -> Tensor:
+    return torch.sin(torch.arange(float(torch.Size(shape).numel()))).reshape(shape)
+
+
+F: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
+    "mlp": (TimeMLP, [(3,)]),
+    "conv": (Conv, [(2, 4, 4)]),
+    "tuple": (Pair, [(3,), (2,)]),
+    "MLPDynamics": (lambda: ns.MLPDynamics(3, (8,)), [(3,)]),
+    "ConvDynamics": (lambda: ns.ConvDynamics(4), [(4, 4, 4)]),
+    "fused": (lambda: ns.fuse(TimeMLP(), states((3, 3))), [(3,)]),
+}
+METHODS = ("euler", "implicit_euler", "implicit_midpoint", "rk4")
+
+
+def around(f: str, **how: object) -> tuple[nn.Module, Callable[[int], tuple[Tensor, ...]]]:
+    """A module with a solve in it, and its inputs by batch size."""
+    torch.manual_seed(0)
+    make, shapes = F[f]
+    return Around(make(), **how).eval(), lambda batch: tuple(0.5 * states((batch, *shape)) for shape in shapes)
+
+
+def by_onnx(path: Path, inputs: Sequence[Tensor], **named: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    given = dict(zip([x.name for x in session.get_inputs()], inputs)) | named
+    return [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in given.items()})]
+
+
+def listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def exported(how: str, module: nn.Module, inputs: Callable[[int], tuple[Tensor, ...]], path: Path) -> Callable:
+    """The exported module as a function of inputs."""
+    example = inputs(3)
+    if how in ("to_onnx", "loop"):
+        ns.to_onnx(module, example, path, loop=how == "loop")
+        return lambda *x: by_onnx(path, x)
+    if how == "torch.onnx.export":
+        batch = ({0: torch.export.Dim("batch")},) * len(example)
+        program = torch.onnx.export(module, example, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+        program.save(path)
+        return lambda *x: by_onnx(path, x)
+    if how == "torch.export":
+        batch = ({0: torch.export.Dim("batch")},) * len(example)
+        return torch.export.export(module, example, dynamic_shapes=(batch,)).module()
+    if how == "to_torchscript":
+        ns.to_torchscript(module, example, path)
+        return torch.jit.load(path)
+    if how == "to_pt2":
+        ns.to_pt2(module, example, path)
+        return torch.export.load(path).module()
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+
+
+#: What a quick run takes of all combinations; TorchScript, which is written in no time, besides.
+QUICK = {
+    ("to_onnx", "mlp", "implicit_euler"),
+    ("to_onnx", "ConvDynamics", "euler"),
+    ("loop", "tuple", "euler"),
+    ("torch.onnx.export", "fused", "euler"),
+    ("torch.export", "MLPDynamics", "rk4"),
+    ("to_pt2", "conv", "euler"),
+    ("compile", "mlp", "rk4"),
+}
+EXPORTERS = ("to_onnx", "loop", "torch.onnx.export", "torch.export", "to_torchscript", "to_pt2", "compile")
+COMBINATIONS = [
+    pytest.param(*case, marks=() if case in QUICK or case[0] == "to_torchscript" else pytest.mark.slow)
+    for case in ((how, f, method) for how in EXPORTERS for f in F for method in METHODS)
+]
+
+
+@pytest.mark.parametrize(("how", "f", "method"), COMBINATIONS)
+@torch.no_grad()
+def test_every_f_and_method_gives_the_modules_numbers(how: str, f: str, method: str, tmp_path: Path) -> None:
+    # Its stages are traced in as many evaluations as any f may need where nobody says how many.
+    few = {"options": {"max_stage_iterations": 12}} if how in ("torch.export", "torch.onnx.export", "compile") else {}
+    module, inputs = around(f, method=method, steps=2, **(few if method.startswith("implicit") else {}))
+    found = exported(how, module, inputs, tmp_path / "model")
+    for batch in (1, 3, 8):
+        for x, y in zip(listed(found(*inputs(batch))), listed(module(*inputs(batch))), strict=True):
+            torch.testing.assert_close(x, y, atol=CLOSE, rtol=0)
+
+
+def test_a_torchdiffeq_users_module_exports_with_equal_steps(tmp_path: Path) -> None:
+    module, inputs = around("mlp")
+    report = ns.to_torchscript(module, inputs(3), tmp_path / "model.ts")
+    assert report.steps is not None and f"{report.steps} equal steps" in str(report)
+    torch.testing.assert_close(torch.jit.load(report.path)(*inputs(5)), module(*inputs(5)), atol=CLOSE, rtol=0)
+    with pytest.raises(ValueError, match=r"error control cannot be exported.*steps=\.\.\..*ns\.to_onnx"):
+        torch.export.export(module, inputs(3))
+
+
+@torch.no_grad()
+def test_a_looped_file_takes_other_steps(tmp_path: Path) -> None:
+    module, inputs = around("mlp", method="rk4", steps=2)
+    report = ns.to_onnx(module, inputs(3), tmp_path / "model.onnx", loop=True)
+    (found,) = by_onnx(report.path, inputs(5), steps=torch.tensor(5))
+    other = Around(module.f, method="rk4", steps=5)
+    torch.testing.assert_close(found, other(*inputs(5)), atol=1e-6, rtol=0)
+    assert (found - module(*inputs(5))).abs().max() > 1e-6
+    assert "Loop" in {node.op_type for node in onnx.load(report.path).graph.node}
+
+
+class Classifier(nn.Module):
+    """Several inputs and outputs, one of them in a dictionary; in training mode, with what that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+        self.block = ns.ODEBlock(TimeMLP(), method="implicit_midpoint", steps=2)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, shift: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        y = self.block(self.stem(x) + shift[0] * shift[1])
+        return {"logits": self.head(y), "features": y}
+
+
+def test_names_shapes_and_trajectory_of_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Classifier()
+    x, shift, scale = torch.randn(1, 4), torch.randn(1, 3), torch.tensor([0.1, 0.2, 0.3])
+    report = ns.to_onnx(module, (x, (shift, scale)), tmp_path / "model.onnx", trajectory=module.head)
+    assert module.stem.training and report.batch_sizes == (1, 3) and report.stage_iterations
+    session = onnxruntime.InferenceSession(report.path)
+    names = {"x": ["batch", 4], "shift_0": ["batch", 3], "shift_1": [3]}
+    assert {x.name: x.shape for x in session.get_inputs()} == names
+    outputs = {x.name: x.shape for x in session.get_outputs()}
+    assert outputs == {"logits": ["batch", 2], "features": ["batch", 3], "trajectory": ["batch", 3, 2]}
+    logits, _, trajectory = by_onnx(report.path, (x.repeat(4, 1), shift.repeat(4, 1), scale))
+    torch.testing.assert_close(trajectory[:, -1], logits, atol=1e-6, rtol=0)
+    proto = onnx.load(report.path)
+    assert proto.ir_version == 8 and proto.opset_import[0].version == 18
+    assert report.bytes == report.path.stat().st_size and report.nodes == len(proto.graph.node)
+
+
+def test_a_torchscript_file_loads_without_nodeshape_and_scripts(tmp_path: Path) -> None:
+    module, inputs = around("ConvDynamics", method="euler", steps=2)
+    path = ns.to_torchscript(module, inputs(3), tmp_path / "model.ts").path
+    torch.save(inputs(7), tmp_path / "inputs.pt")
+    code = (
+        "import sys, torch; from torch import nn\n"
+        "class Within(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        f"        self.inner = torch.jit.load({str(path)!r})\n"
+        "    def forward(self, y: torch.Tensor) -> torch.Tensor:\n"
+        "        return self.inner(y)\n"
+        f"out = torch.jit.script(Within())(*torch.load({str(tmp_path / 'inputs.pt')!r}))\n"
+        f"torch.save(out, {str(tmp_path / 'out.pt')!r}); sys.exit('nodeshape' in sys.modules)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    assert subprocess.run([sys.executable, tmp_path / "run.py"]).returncode == 0
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), module(*inputs(7)), atol=CLOSE, rtol=0)
+
+
+def test_scripting_a_block_says_what_to_use() -> None:
+    with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot take an ODEBlock.*: use ns.to_torchscript"):
+        torch.jit.script(nn.Sequential(ns.ODEBlock(TimeMLP())))
+
+
+class Branching(nn.Module):
+    """What a trace cannot follow: it depends on the numbers."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * 2 if len(y) > 2 else y
+
+
+def test_what_differs_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "model.ts"
+    path.write_text("earlier")
+    with pytest.raises(ValueError, match=r"model.ts differs from the module by .* at batch size 1, tolerance 0.0001"):
+        ns.to_torchscript(Branching(), torch.ones(3, 2), path)
+    module, inputs = around("mlp", method="implicit_euler", steps=2)
+    with pytest.raises(ValueError, match="with 30 evaluations of f in each implicit stage the outputs come within"):
+        ns.to_torchscript(module, inputs(3), path, tolerance=1e-15)
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "message"),
+    [
+        (torch.sin, torch.ones(2, 2), r"module must be an nn.Module, got builtin_function_or_method"),
+        (nn.Tanh(), (torch.ones(2, 2), torch.ones(1)), r"example_inputs are 2 arguments, but forward"),
+        (nn.Tanh(), (3,), r"the input input is int 3, but a file takes tensors only"),
+        (nn.Tanh(), torch.ones(0, 2), r"example_inputs hold no sample"),
+        (nn.Tanh(), torch.ones(2, 2, device="meta"), r"the input input is on meta: export on the CPU"),
+    ],
+)
+def test_inputs_that_a_file_cannot_have_get_one_line(
+    module: nn.Module, inputs: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        ns.to_torchscript(module, inputs, tmp_path / "model.ts")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="there is no folder"):
+        ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "gone" / "model.ts")
