@@ -56,7 +56,7 @@ class Fused(nn.Module):
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         self._batched = tensors[0].dim() >= 2
         self._shapes = [tuple(x.shape[1 if self._batched else 0 :]) for x in tensors]
-        self._modes = [x.training for x in _modal(func)]
+        self._modes = [x.training for x in _modal(self)]
         self._kind = kind_of(self)
         self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
@@ -184,7 +184,7 @@ class Fused(nn.Module):
                 module = None if module is None else module.__dict__["_modules"].get(part)
             own: dict[str, Any] = {} if module is None else module.__dict__["_parameters"]
             places.append((own if last in own or module is None else module.__dict__["_buffers"], last))
-        return _modal(self.func) if self._modes else [], places
+        return _modal(self) if self._modes else [], places
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -406,9 +406,9 @@ def _refuse_closures(f: Callable[..., Any]) -> None:
             )
 
 
-def _modal(f: Any) -> list[nn.Module]:
-    """Layers of f that depend on whether they are in training mode."""
-    return [m for m in f.modules() if isinstance(m, MODAL)] if isinstance(f, nn.Module) else []
+def _modal(fused: Fused) -> list[nn.Module]:
+    """Layers of f, or of the module that it is a method of, that depend on whether they are in training mode."""
+    return [m for m in fused.modules() if isinstance(m, MODAL)]
 
 
 def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
