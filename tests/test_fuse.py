@@ -870,3 +870,13 @@ def test_compilers_and_exporters_take_weights_that_are_computed(name: str) -> No
     for found in (compiled(y0), exported(y0)):
         for x, y in zip(*((z if isinstance(z, tuple) else (z,)) for z in (found, expected))):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0,)])
+def test_an_empty_state_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ns.FuseError, match="at least one sample of at least one element"):
+        ns.fuse(_double_state, torch.zeros(shape))
+
+
+def _double_state(t: Tensor, y: Tensor) -> Tensor:
+    return 2 * y

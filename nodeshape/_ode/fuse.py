@@ -373,10 +373,10 @@ def _computing_in_float64() -> Iterator[None]:
 
 def _example(x: Tensor, batched: bool) -> Tensor:
     """A state like ``x`` of another batch, so that nothing that is traced can take its size for granted."""
+    if x.numel() == 0:
+        raise FuseError(f"y0 must hold at least one sample of at least one element, got shape {list(x.shape)}")
     if not batched:
         return x.clone()
-    if x.shape[0] == 0:
-        raise FuseError("y0 must hold at least one sample")
     return x[:1].expand(3, *x.shape[1:]).clone()
 
 

@@ -215,7 +215,7 @@ class _AdaptiveRecorded(torch.autograd.Function):
     def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
-        op = torch.ops.nodeshape.solve_adaptive_backward.default
+        op: Any = torch.ops.nodeshape.solve_adaptive_backward.default
         if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
             op = partial(fused._below_autograd, op)
         states, spans, before, last, t, *weights = ctx.saved_tensors  # once, as torch.utils.checkpoint insists
