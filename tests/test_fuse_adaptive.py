@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import nodeshape as ns
@@ -138,6 +139,14 @@ def test_samples_that_fail(batch: int) -> None:
     torch.testing.assert_close(y0.grad[:2], exact, rtol=1e-5, atol=0)
 
 
+def test_a_state_that_is_not_finite_is_an_error_in_the_plain_loop_too() -> None:
+    f, y0 = problem("perceptron", 4)
+    y0[2, 1] = torch.inf
+    for func, options in ((ns.fuse(f, y0), {}), (f, DECLARED)):
+        with pytest.raises(ns.StepSizeError, match="1 of 4 samples .the first is number 2.*is not finite"):
+            ns.odeint(func, y0, [0.0, 1.0], options=options)
+
+
 def test_too_many_attempts() -> None:
     f, y0 = problem("perceptron", 4)
     with pytest.raises(ns.StepSizeError, match="has made 3 attempts, as many as allowed"):
@@ -182,3 +191,20 @@ def test_what_takes_the_plain_loop_says_so() -> None:
     assert "times are differentiated" in ns.backend(fused, y0, moved).reason
     ns.odeint(fused, y0, moved)[-1].sum().backward()
     torch.testing.assert_close(moved.grad[1], f(moved[1], ns.odeint(f, y0, t)[-1]).sum().detach(), rtol=1e-5, atol=0)
+
+
+def test_checkpointed_and_recorded_gradients() -> None:
+    f, y0 = problem("perceptron", 6)
+    y0.requires_grad_()
+    fused = ns.fuse(f, y0)
+
+    def loss(y: Tensor) -> Tensor:
+        return ns.odeint(fused, y, [0.0, 1.0])[-1].square().sum()
+
+    (plainly,) = torch.autograd.grad(loss(y0), y0)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, y0, use_reentrant=False), y0)
+    (recorded,) = torch.autograd.grad(loss(y0), y0, create_graph=True)
+    assert torch.equal(plainly, again)
+    assert torch.equal(plainly, recorded)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        recorded.sum().backward()

@@ -348,7 +348,7 @@ class AdaptiveSolve : Places<D> {
     const bool many = attempts_[p] >= control.most_attempts;
     if (target != now && !(!keep && size <= control.min_step) && !many) return false;
     p_.outcomes[n] = int64_t(many ? Outcome::too_many_attempts : Outcome::too_small_steps);
-    p_.failures[2 * n] = now;
+    p_.failures[2 * n] = t_[p];
     p_.failures[2 * n + 1] = ratio;
     p_.last[n] = before_[p];
     lose(n, observed_[p]);

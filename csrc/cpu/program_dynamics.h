@@ -20,6 +20,8 @@ struct ProgramWeights {
 
   int64_t parameters() const { return program.parameters(); }
   int64_t group() const { return samples > 0 ? 1 : kMaxGroup; }
+  /// Samples in lanes fill them.
+  int64_t least_group() const { return samples > 0 || rows ? 1 : smaller(kMaxGroup, kLanes<T>); }
   double cost() const {
     const double vectors = samples > 0 ? double(samples) : (rows ? 1.2 : 2.0) / double(kLanes<T>);
     return 50 + 0.6 * vectors * program.operations;

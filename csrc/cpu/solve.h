@@ -15,6 +15,13 @@ int64_t worthwhile(const W& weights, double evaluations, int64_t most) {
   return threads < double(most) ? larger(1, int64_t(threads)) : most;
 }
 
+/// Slots that cost no more together than one.
+template <class W>
+int64_t least_group(const W& weights) {
+  if constexpr (requires { weights.least_group(); }) return weights.least_group();
+  return 1;
+}
+
 /// Calls solve(dynamics, arena, group) for groups of samples. Results do not depend on how samples are grouped, so
 /// groups may be as many as keep all threads busy.
 template <class D, class T, class Solve>
@@ -35,7 +42,7 @@ void forward_groups(const typename D::Weights& weights, const ForwardProblem<T>&
         solve(dynamics, arena, Group{0, 1});
       });
   }
-  const int64_t group = larger(1, smaller(weights.group(), ceil_div(slots, executor.threads)));
+  const int64_t group = larger(least_group(weights), smaller(weights.group(), ceil_div(slots, executor.threads)));
   share(executor, ceil_div(slots, group), [&](int64_t task, Arena& arena) {
     const Group members{task * group * D::kSamples, int(smaller(group, slots - task * group))};
     D dynamics(weights, arena, members.count, false);
@@ -72,7 +79,8 @@ void backward_groups(const typename D::Weights& weights, const BackwardProblem<T
   const int64_t slots = ceil_div(problem.samples, D::kSamples), parameters = weights.parameters(),
                 times = problem.grid.count;
   const double evaluations = 3.0 * double(slots) * double(problem.grid.total_steps());
-  const int64_t group = larger(1, smaller(weights.group(), slots / worthwhile(weights, evaluations, kWantedChunks)));
+  const int64_t group =
+      larger(least_group(weights), smaller(weights.group(), slots / worthwhile(weights, evaluations, kWantedChunks)));
   const int64_t groups = ceil_div(slots, group), chunks = smaller(groups, kChunks);
   const Executor executor{worthwhile(weights, evaluations, all.threads), all.run, all.judge};
   Arena shared;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -271,7 +272,7 @@ def _why_not_adaptive(how: Request, y0: Any, t: Any) -> str | None:
         return "gradients of error control without a record take the plain loop"
     if how.options.get("step_control") == "shared":
         return "samples are to share their steps"
-    if not all(x is None or isinstance(x, (int, float)) for x in how.tolerances):
+    if not all(x is None or isinstance(x, Real) or (isinstance(x, Tensor) and x.dim() == 0) for x in how.tolerances):
         return "tolerances of each element take the plain loop"
     if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
         return "error control whose times are differentiated takes the plain loop"

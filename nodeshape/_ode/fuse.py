@@ -63,7 +63,7 @@ class Fused(nn.Module):
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         self._batched = tensors[0].dim() >= 2
         self._shapes = [tuple(x.shape[1 if self._batched else 0 :]) for x in tensors]
-        self._modes = [x.training for x in _modal(func)]
+        self._modes = [x.training for x in _modal(self)]
         self._kind = kind_of(self)
         self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
@@ -189,7 +189,7 @@ class Fused(nn.Module):
                 module = None if module is None else module.__dict__["_modules"].get(part)
             own: dict[str, Any] = {} if module is None else module.__dict__["_parameters"]
             places.append((own if last in own or module is None else module.__dict__["_buffers"], last))
-        return _modal(self.func) if self._modes else [], places
+        return _modal(self) if self._modes else [], places
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -378,10 +378,10 @@ def _computing_in_float64() -> Iterator[None]:
 
 def _example(x: Tensor, batched: bool) -> Tensor:
     """A state like ``x`` of another batch, so that nothing that is traced can take its size for granted."""
+    if x.numel() == 0:
+        raise FuseError(f"y0 must hold at least one sample of at least one element, got shape {list(x.shape)}")
     if not batched:
         return x.clone()
-    if x.shape[0] == 0:
-        raise FuseError("y0 must hold at least one sample")
     return x[:1].expand(3, *x.shape[1:]).clone()
 
 
@@ -402,6 +402,11 @@ def _refuse_closures(f: Callable[..., Any]) -> None:
     names = code.co_names if code is not None else ()
     used = [*cells, *(f.__globals__[name] for name in names if name in getattr(f, "__globals__", {}))]
     for x in used:
+        if isinstance(x, nn.Module) and any(isinstance(m, MODAL) for m in x.modules()):
+            raise FuseError(
+                f"f is a function that uses a {type(x).__name__} it does not own, whose mode may change unseen: make f an"
+                " nn.Module that has it as an attribute"
+            )
         if isinstance(x, nn.Module) and next(x.parameters(), None) is None:
             continue
         if isinstance(x, nn.Module) or (isinstance(x, Tensor) and x.requires_grad):
@@ -411,9 +416,9 @@ def _refuse_closures(f: Callable[..., Any]) -> None:
             )
 
 
-def _modal(f: Any) -> list[nn.Module]:
-    """Layers of f that depend on whether they are in training mode."""
-    return [m for m in f.modules() if isinstance(m, MODAL)] if isinstance(f, nn.Module) else []
+def _modal(fused: Fused) -> list[nn.Module]:
+    """Layers of f, or of the module that it is a method of, that depend on whether they are in training mode."""
+    return [m for m in fused.modules() if isinstance(m, MODAL)]
 
 
 def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:

@@ -149,8 +149,8 @@ def odeint(
             ``first_step``, ``min_step`` (kept whatever its error), ``max_step``, ``max_num_steps`` or ``max_steps``
             (attempts between two times), ``safety``, ``ifactor``, ``dfactor``, ``norm``, ``step_t``, ``jump_t``, as in
             torchdiffeq, and ``step_control``: ``"shared"`` steps of the whole batch, or ``"per_sample"`` for an f that
-            does not couple samples (the default of ConvDynamics, MLPDynamics and a fused f). Of implicit stages
-            ``stage_solver``, ``"anderson"``, ``"newton"`` (small stiff states) or ``"krylov"`` (large ones),
+            does not couple samples (the default of ConvDynamics, MLPDynamics, and a fused f in the kernel). Of implicit
+            stages ``stage_solver``, ``"anderson"``, ``"newton"`` (small stiff states) or ``"krylov"`` (large ones),
             ``stage_tolerance``, ``max_stage_iterations``. ``on_failure``: ``"raise"``, or ``"nan"`` for samples that
             fail while the others live on; the statistics say why. ``compile``: compile each step by torch.compile
             (explicit methods, given steps). ``checkpoint_every`` (steps between stored states) and ``drift_tolerance``
@@ -536,7 +536,7 @@ def _fused_adaptive(
     _check_resolution(start, times, None, None, True)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     _check_tolerances(rtol, atol)
-    control = controller_of(how.method, how.options, rtol, atol, rms)
+    control = controller_of(how.method, how.options, float(rtol), float(atol), rms)
     most, on_failure = most_attempts_of(how.options), how.options.get("on_failure", "raise")
     kept = t if t.is_cpu and t.dtype in (torch.float32, torch.float64) else t.to("cpu", torch.float64)
     found = program_op.solve_adaptive(func.program, weights, start, kept, how.method, control, most, on_failure)

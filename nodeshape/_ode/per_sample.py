@@ -75,7 +75,13 @@ class SampleSteps:
             return torch.stack([y] * len(loop.times))
         lost = ~torch.isfinite(y.detach()).reshape(n, -1).all(dim=1)  # has nowhere to go
         for i in lost.nonzero()[:, 0].tolist():
-            self.failures[i] = f"the state at t={loop.times[0]:.6g} is not finite"
+            self.failures[i] = f"the state of sample {i} at t={loop.times[0]:.6g} is not finite"
+        if self.failures and self.on_failure == "raise":
+            first = min(self.failures)
+            raise StepSizeError(
+                f"{len(self.failures)} of {n} samples (the first is number {first}) failed: {self.failures[first]};"
+                " options={'on_failure': 'nan'} lets the others live on"
+            )
         done = lost.clone()
         slope = loop.field(self._seen(self._clock(t)), y)
         self.evaluations += 1

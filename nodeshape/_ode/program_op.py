@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -214,12 +215,11 @@ class _AdaptiveRecorded(torch.autograd.Function):
     def backward(ctx: Any, grad_ys: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_ys is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
-            raise RuntimeError(fused.NO_SECOND_DERIVATIVE)
-        *record, t = ctx.saved_tensors[:5]
-        weights = ctx.saved_tensors[5:]
-        op = torch.ops.nodeshape.solve_adaptive_backward.default
-        grad_y0, grad_weights, evaluations = fused._below_autograd(op, grad_ys, *record, t, weights, *ctx.scheme)
+        op: Any = torch.ops.nodeshape.solve_adaptive_backward.default
+        if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
+            op = partial(fused._below_autograd, op)
+        states, spans, before, last, t, *weights = ctx.saved_tensors  # once, as torch.utils.checkpoint insists
+        grad_y0, grad_weights, evaluations = op(grad_ys, states, spans, before, last, t, weights, *ctx.scheme)
         ctx.counts.copy_(evaluations)
         grads = (None, None, None, grad_y0, None, *grad_weights)
         return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))
@@ -244,3 +244,4 @@ def _fake(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
 
 if fused._missing is None:
     fused.register("solve", _fake)
+    torch.library.register_autograd("nodeshape::solve_adaptive_backward", fused._no_second_derivative)
