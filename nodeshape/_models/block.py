@@ -109,7 +109,8 @@ class ODEBlock(nn.Module):
         if isinstance(found, Tensor):
             return found[-1]
         ys, self.stats = found
-        return ys[-1]
+        end: Tensor = ys[-1]
+        return end
 
     def __prepare_scriptable__(self) -> ODEBlock:
         raise RuntimeError(
