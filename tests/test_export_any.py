@@ -133,7 +133,6 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("how", "f", "method"), COMBINATIONS)
-@torch.no_grad()
 def test_every_f_and_method_gives_the_modules_numbers(how: str, f: str, method: str, tmp_path: Path) -> None:
     # Its stages are traced in as many evaluations as any f may need where nobody says how many.
     few = {"options": {"max_stage_iterations": 12}} if how in ("torch.export", "torch.onnx.export", "compile") else {}
@@ -155,12 +154,12 @@ def test_a_torchdiffeq_users_module_exports_with_equal_steps(tmp_path: Path) -> 
 
 @torch.no_grad()
 def test_a_looped_file_takes_other_steps(tmp_path: Path) -> None:
-    module, inputs = around("mlp", method="rk4", steps=2)
+    module, inputs = around("mlp", method="euler", steps=2)
     report = ns.to_onnx(module, inputs(3), tmp_path / "model.onnx", loop=True)
     (found,) = by_onnx(report.path, inputs(5), steps=torch.tensor(5))
-    other = Around(module.f, method="rk4", steps=5)
+    other = Around(module.f, method="euler", steps=5)
     torch.testing.assert_close(found, other(*inputs(5)), atol=1e-6, rtol=0)
-    assert (found - module(*inputs(5))).abs().max() > 1e-6
+    assert (found - module(*inputs(5))).abs().max() > 1e-3
     assert "Loop" in {node.op_type for node in onnx.load(report.path).graph.node}
 
 
@@ -221,6 +220,13 @@ def test_scripting_a_block_says_what_to_use() -> None:
         torch.jit.script(nn.Sequential(ns.ODEBlock(TimeMLP())))
 
 
+class Stiff(nn.Module):
+    """More fast rates than Anderson acceleration keeps differences."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return -torch.logspace(0, 5, 40) * (y - 1 - t)
+
+
 class Branching(nn.Module):
     """What a trace cannot follow: it depends on the numbers."""
 
@@ -233,9 +239,9 @@ def test_what_differs_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     path.write_text("earlier")
     with pytest.raises(ValueError, match=r"model.ts differs from the module by .* at batch size 1, tolerance 0.0001"):
         ns.to_torchscript(Branching(), torch.ones(3, 2), path)
-    module, inputs = around("mlp", method="implicit_euler", steps=2)
+    stiff = Around(Stiff(), method="implicit_euler", steps=2, options={"stage_solver": "newton"})
     with pytest.raises(ValueError, match="with 30 evaluations of f in each implicit stage the outputs come within"):
-        ns.to_torchscript(module, inputs(3), path, tolerance=1e-15)
+        ns.to_torchscript(stiff, torch.ones(3, 40), path)
     assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
 
 

@@ -143,7 +143,7 @@ def test_a_state_that_is_not_finite_is_an_error_in_the_plain_loop_too() -> None:
     f, y0 = problem("perceptron", 4)
     y0[2, 1] = torch.inf
     for func, options in ((ns.fuse(f, y0), {}), (f, DECLARED)):
-        with pytest.raises(ns.StepSizeError, match="1 of 4 samples .the first is number 2.*is not finite"):
+        with pytest.raises(ns.StepSizeError, match=r"1 of 4 samples .the first is number 2.*is not finite"):
             ns.odeint(func, y0, [0.0, 1.0], options=options)
 
 

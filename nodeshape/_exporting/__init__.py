@@ -1,1 +1,1 @@
-"""A classifier as files that need no solver, verified. Imports models, data and the solver."""
+"""Modules and classifiers as files that need no solver, verified. Imports models, data and the solver."""

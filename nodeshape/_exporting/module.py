@@ -419,7 +419,7 @@ class _Looped(nn.Module):
 
 
 class _WithTrajectory(nn.Module):
-    """A module that also gives the states of its solves, ``[batch, steps + 1, ...]``, or what ``head`` makes of them."""
+    """A module that also gives its solves' states, ``[batch, steps + 1, ...]``, or what ``head`` makes of them."""
 
     def __init__(self, module: nn.Module, how: Unrolled, head: nn.Module | None) -> None:
         super().__init__()
@@ -498,7 +498,8 @@ def _written(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    partial = partial_path(path).with_suffix(path.suffix)
+    partial = partial_path(path)
+    partial = partial.with_name(partial.name + path.suffix)  # which torch wants to be .pt2
     try:
         yield partial
         os.replace(partial, path)

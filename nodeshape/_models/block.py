@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nodeshape._ode.odeint import odeint
 from nodeshape._ode.stats import SolverStats
+from nodeshape._ode.unrolled import is_exporting
 
 DEFAULT_STEP_SIZE = 0.05
 
@@ -92,7 +93,7 @@ class ODEBlock(nn.Module):
         if not self.training:
             rtol = rtol if self.eval_rtol is None else self.eval_rtol
             atol = atol if self.eval_atol is None else self.eval_atol
-        ys, self.stats = odeint(
+        found: Any = odeint(
             self.dynamics,
             y,
             (0.0, 1.0),
@@ -103,9 +104,13 @@ class ODEBlock(nn.Module):
             atol=atol,
             adjoint=self.adjoint,
             options=self.options,
-            return_stats=True,
+            return_stats=not is_exporting(),  # whose tensors are no module's to keep
         )
-        return ys[-1]
+        if isinstance(found, Tensor):
+            return found[-1]
+        ys, self.stats = found
+        end: Tensor = ys[-1]
+        return end
 
     def __prepare_scriptable__(self) -> ODEBlock:
         raise RuntimeError(

@@ -404,8 +404,8 @@ def _refuse_closures(f: Callable[..., Any]) -> None:
     for x in used:
         if isinstance(x, nn.Module) and any(isinstance(m, MODAL) for m in x.modules()):
             raise FuseError(
-                f"f is a function that uses a {type(x).__name__} it does not own, whose mode may change unseen: make f an"
-                " nn.Module that has it as an attribute"
+                f"f is a function that uses a {type(x).__name__} it does not own, whose mode may change unseen: make f"
+                " an nn.Module that has it as an attribute"
             )
         if isinstance(x, nn.Module) and next(x.parameters(), None) is None:
             continue

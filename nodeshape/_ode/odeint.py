@@ -201,6 +201,8 @@ def odeint(
                 "adjoint_params": adjoint_params,
             },
         )
+    if is_exporting() and current() is None:
+        _refuse_to_export(Request.of(method, steps, step_size, (rtol, atol), adjoint, settings), event_fn, return_dense)
     symbolic = (
         isinstance(t, Tensor)
         and is_tracing()
@@ -219,8 +221,13 @@ def odeint(
         t, times = _times(t)
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
-    if is_exporting() and (how.adaptive or event_fn is not None or return_dense):
-        how = _given_steps(how, event_fn is not None or return_dense)
+    unrolled = current()
+    if unrolled is not None:
+        _refuse_to_export(how, event_fn, return_dense)
+        if how.adaptive:
+            unrolled.adaptive = True
+            kept = {name: value for name, value in how.options.items() if name not in ERROR_CONTROL}
+            how = replace(how, steps=unrolled.steps, options=kept, tolerances=(None, None))
     weights = fused_weights(func, y0, how, event_fn is None and not return_dense, t)
     if isinstance(func, Fused) and not isinstance(weights, str) and how.adaptive:
         return _fused_adaptive(func, weights, y0, t, times, how, return_stats)
@@ -232,7 +239,8 @@ def odeint(
     if not symbolic:
         _check_resolution(tensors[0], times, steps, how.step_size, how.adaptive)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
-    _check_tolerances(rtol, atol)
+    if not is_exporting():  # which would record it
+        _check_tolerances(rtol, atol)
     traced = t.double() if symbolic or (torch.is_grad_enabled() and t.requires_grad) else None
     plan = Plan(func, y0, times, traced, how.method, steps, how.step_size, how.adaptive, rtol, atol, dict(how.options))
     plan.per_sample = how.adaptive and _per_sample(func, plan, event_fn is not None or return_dense)
@@ -311,18 +319,15 @@ def _fused_stats(method: Method, steps: int, forward: Tensor, backward: Tensor |
     )
 
 
-def _given_steps(how: Request, other: bool) -> Request:
-    """The same solve in as many equal steps as the exporter says, which error control cannot be recorded in."""
-    unrolled = current()
-    if unrolled is None or other:
-        what = "an event or dense output" if other else "error control"
+def _refuse_to_export(how: Request, event_fn: EventFunction | None, return_dense: bool) -> None:
+    """Raise ValueError for solves whose steps depend on the numbers, so that no record of them holds for others."""
+    if event_fn is not None or return_dense:
+        raise ValueError("event_fn and return_dense cannot be exported: give odeint times and steps=...")
+    if how.adaptive and current() is None:
         raise ValueError(
-            f"{what} cannot be exported, as its steps depend on the numbers: give odeint steps=... or step_size=..."
-            + ("" if other else ", or export by ns.to_onnx, ns.to_torchscript or ns.to_pt2, which choose steps")
+            "error control cannot be exported, as its steps depend on the numbers: give odeint steps=..., or export by"
+            " ns.to_onnx, ns.to_torchscript or ns.to_pt2, which find how many"
         )
-    unrolled.adaptive = True
-    options = {name: value for name, value in how.options.items() if name not in ERROR_CONTROL}
-    return replace(how, steps=unrolled.steps, options=options, tolerances=(None, None))
 
 
 def _takes_one_step(method: str | None, rtol: Any, atol: Any, settings: Mapping[str, Any]) -> bool:
