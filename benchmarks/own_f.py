@@ -1,7 +1,8 @@
-"""Time a user's own f, which no kernel knows, beside torchdiffeq: ``python benchmarks/own_f.py [--quick]``.
+"""Time a user's own f beside torchdiffeq: ``python benchmarks/own_f.py [--fused] [--quick]``.
 
-Prints ratios, torchdiffeq's time over ours (above 1 is better for us), medians of alternating runs on one thread:
-forward, a training step against backpropagation through torchdiffeq, and against its adjoint method.
+By itself f is one that no kernel knows; with ``--fused`` ours solves ``nodeshape.fuse(f, y0)``. Prints ratios,
+torchdiffeq's time over ours (above 1 is better for us), medians of alternating runs on one thread: forward, a training
+step against backpropagation through torchdiffeq, and against its adjoint method.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torchdiffeq
@@ -71,6 +73,11 @@ def main() -> None:
     print("| f | method | forward | training, backpropagation | training, adjoint |\n|---|---|---|---|---|")
     for name, f, y0 in cases:
         start = y0.clone().requires_grad_()
+        ours = ns.fuse(f, y0) if "--fused" in sys.argv else f
+
+        def solve_ours(_: nn.Module, *arguments: Any, f: Any = ours, **how: Any) -> Any:
+            return ns.odeint(f, *arguments, **how)
+
         for method in ("euler", "midpoint", "heun3", "rk4", "dopri5"):
             how = {"rtol": 1e-5, "atol": 1e-5} if method == "dopri5" else {"options": {"step_size": 0.05}}
 
@@ -88,9 +95,9 @@ def main() -> None:
 
             few = samples if "conv" not in name or "64" not in name else max(5, samples // 4)
             ratios = (
-                alternating(lambda: forward(ns.odeint), lambda: forward(torchdiffeq.odeint), few),
-                alternating(lambda: train(ns.odeint), lambda: train(torchdiffeq.odeint), few),
-                alternating(lambda: train(ns.odeint), lambda: train(torchdiffeq.odeint_adjoint), few),
+                alternating(lambda: forward(solve_ours), lambda: forward(torchdiffeq.odeint), few),
+                alternating(lambda: train(solve_ours), lambda: train(torchdiffeq.odeint), few),
+                alternating(lambda: train(solve_ours), lambda: train(torchdiffeq.odeint_adjoint), few),
             )
             print(f"| {name} | {method} | " + " | ".join(f"{x:.2f}" for x in ratios) + " |", flush=True)
 
