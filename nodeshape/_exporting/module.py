@@ -324,6 +324,7 @@ class _Subject:
         inputs = self._sized(self._batch)
 
         def difference() -> float:
+            how.counts.clear()
             with unrolled(how):
                 return _difference(self._outputs(inputs), expected)
 
