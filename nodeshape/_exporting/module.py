@@ -324,6 +324,7 @@ class _Subject:
         inputs = self._sized(self._batch)
 
         def difference() -> float:
+            how.counts.clear()
             with unrolled(how):
                 return _difference(self._outputs(inputs), expected)
 
@@ -331,11 +332,6 @@ class _Subject:
         while how.adaptive and best > MARGIN * self.tolerance and how.steps < MAX_STEPS:
             how.steps *= 2
             best = difference()
-        if how.implicit:
-            for how.iterations in range(2, MAX_ITERATIONS):
-                if difference() <= max(best, MARGIN * self.tolerance):
-                    return
-            how.iterations = MAX_ITERATIONS
         if not best <= self.tolerance:
             parts = [f"{MAX_ITERATIONS} evaluations of f in each implicit stage"] if how.implicit else []
             parts += [f"{how.steps} steps in place of error control"] if how.adaptive else []
@@ -343,6 +339,10 @@ class _Subject:
                 f"with {' and '.join(parts) or 'plain operations'} the outputs come within {best:.1e} of the module's,"
                 f" tolerance {self.tolerance:g}: take more steps, another method or a larger tolerance"
             )
+        if how.implicit:
+            for how.iterations in range(2, MAX_ITERATIONS + 1):
+                if difference() <= max(best, MARGIN * self.tolerance):
+                    return
 
     def _add_trajectories(self) -> None:
         """Enter the states among the expected outputs, those of stages that are solved as well as can be."""

@@ -22,7 +22,9 @@ from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
 
 IMAGES = 1000
+#: All images go through in the largest batches; of smaller ones, which show that the batch is open, some do.
 BATCH_SIZES = (1, 7, 300)
+MOST_BATCHES = 20
 
 #: Images float32 ``[batch, channels, height, width]`` to logits ``[batch, classes]``.
 Classify = Callable[[Tensor], Tensor]
