@@ -318,7 +318,7 @@ def test_a_changed_program_is_refused_or_solved(
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setenv("NODESHAPE_ISA", isa)
         for code in [*programs, together]:
-            rest = (code, fused.program.constants, program_op.tableau_of(scheme), [1], 1e-3, 10, 1, 1, 0, 1e-3)
+            rest = (code, fused.program.constants, program_op.tableau_of(scheme)[0], [1], 1e-3, 10, 1, 1, 0, 1e-3)
             try:
                 ys, stages, *_ = ops.solve(packed, t, weights, *rest)
                 grad_y0, _, grads, _ = ops.solve_backward(torch.ones_like(ys), ys, stages, t, weights, *rest)

@@ -112,7 +112,7 @@ def test_a_program_whose_places_overlap_is_refused():
     builder.move(Ref(0), (1, 1), out, (1, 1), (2, 2), "copy")
     bad = builder.finish(out)
     y0, t = torch.ones(2, 3), torch.tensor([0.0, 1.0])
-    rest = (program_op.tableau_of(METHODS["euler"]), [1], 1e-6, 10, 0, 1, 0, 1e-3)
+    rest = (program_op.tableau_of(METHODS["euler"])[0], [1], 1e-6, 10, 0, 1, 0, 1e-3)
     assert torch.equal(torch.ops.nodeshape.solve(y0, t, [], good.code, good.constants, *rest)[0][1], 2 * y0)
     with pytest.raises(RuntimeError, match="strides overlap"):
         torch.ops.nodeshape.solve(y0, t, [], bad.code, bad.constants, *rest)
