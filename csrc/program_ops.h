@@ -50,17 +50,50 @@ inline const Program& planned(const int64_t* code, int64_t length, const double*
   return latest.front().plan->program();
 }
 
+/// A program for the samples of y0, and its weights, checked.
+class WeightedProgram {
+ public:
+  WeightedProgram(const std::string& op, const Tensor& y0, const ProgramArguments& given)
+      : program_(make(op, y0, given)) {
+    int64_t elements = 1;
+    for (int64_t d = 1; d < y0.dim(); ++d) elements *= y0.size(d);
+    NODESHAPE_CHECK(y0.dim() >= 1 && elements == program_.state(), op,
+                    "a sample of y0 has " + std::to_string(elements) + " elements but the program expects " +
+                        std::to_string(program_.state()));
+  }
+
+  const Program& program() const { return program_; }
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+  const void* const* pointers() const { return pointers_.data(); }
+
+ private:
+  const Program& make(const std::string& op, const Tensor& y0, const ProgramArguments& given) {
+    std::vector<int64_t> sizes;
+    sizes.reserve(given.weights.size());
+    tensors_.reserve(given.weights.size());
+    pointers_.reserve(given.weights.size());
+    for (const Tensor& weight : given.weights) {
+      check_kind(op, {"weights.", int64_t(sizes.size())}, weight, y0);
+      sizes.push_back(weight.numel());
+      tensors_.push_back(dense(weight));
+      pointers_.push_back(tensors_.back().data_ptr());
+    }
+    return planned(numbers<int64_t>(op, "program", given.code, ScalarType::Long), given.code.numel(),
+                   numbers<double>(op, "constants", given.constants, ScalarType::Double), given.constants.numel(),
+                   sizes);
+  }
+
+  std::vector<Tensor> tensors_;
+  std::vector<const void*> pointers_;
+  const Program& program_;
+};
+
 /// A program, its weights and its tableau, checked.
 class ProgramOwner {
  public:
   ProgramOwner(const Common& common, const Tensor& y0, const ProgramArguments& given)
-      : model_(make(common.op, y0, given)) {
-    const Program& program = model_.program;
-    int64_t elements = 1;
-    for (int64_t d = 1; d < y0.dim(); ++d) elements *= y0.size(d);
-    NODESHAPE_CHECK(y0.dim() >= 1 && elements == program.state(), common.op,
-                    "a sample of y0 has " + std::to_string(elements) + " elements but the program expects " +
-                        std::to_string(program.state()));
+      : weighted_(common.op, y0, given),
+        model_{weighted_.program(), weighted_.pointers(), tableau_of(common.op, given.tableau)} {
     if (common.adjoint == kReversible || common.store() > 0 || common.adjoint == kContinuous)
       NODESHAPE_CHECK(
           model_.tableau.stages == 1, common.op,
@@ -68,7 +101,7 @@ class ProgramOwner {
   }
 
   const ProgramModel& model() const { return model_; }
-  const std::vector<Tensor>& tensors() const { return tensors_; }
+  const std::vector<Tensor>& tensors() const { return weighted_.tensors(); }
 
   /// [rows, ...]: of the states that `common` has the forward solve keep.
   Sizes stored(const Common& common, const Tensor& y0) const {
@@ -87,23 +120,6 @@ class ProgramOwner {
   }
 
  private:
-  ProgramModel make(const std::string& op, const Tensor& y0, const ProgramArguments& given) {
-    std::vector<int64_t> sizes;
-    sizes.reserve(given.weights.size());
-    tensors_.reserve(given.weights.size());
-    pointers_.reserve(given.weights.size());
-    for (const Tensor& weight : given.weights) {
-      check_kind(op, {"weights.", int64_t(sizes.size())}, weight, y0);
-      sizes.push_back(weight.numel());
-      tensors_.push_back(dense(weight));
-      pointers_.push_back(tensors_.back().data_ptr());
-    }
-    const Program& program =
-        planned(numbers<int64_t>(op, "program", given.code, ScalarType::Long), given.code.numel(),
-                numbers<double>(op, "constants", given.constants, ScalarType::Double), given.constants.numel(), sizes);
-    return {program, pointers_.data(), tableau_of(op, given.tableau)};
-  }
-
   /// [stages + 2, stages]: a, b, c.
   static Tableau tableau_of(const std::string& op, const Tensor& x) {
     const double* numbers_of = numbers<double>(op, "tableau", x, ScalarType::Double);
@@ -123,9 +139,8 @@ class ProgramOwner {
     return tableau;
   }
 
-  std::vector<Tensor> tensors_;
-  std::vector<const void*> pointers_;
-  ProgramModel model_;
+  const WeightedProgram weighted_;
+  const ProgramModel model_;
 };
 
 inline Common common_of(const char* op, const Tensor& t, std::vector<int64_t> steps, const Tensor& tableau,

@@ -139,26 +139,11 @@ class ProgramTile {
   T* ignored_ = nullptr;
 };
 
-/// A slot is one sample, a lane of the tile that a group is evaluated in.
+/// States of slots that are one sample each, padded with zeros to whole vectors.
 template <class T>
-class ProgramSamples {
+class SampleStates {
  public:
-  using Scalar = T;
-  using Weights = ProgramWeights<T>;
-  static constexpr int kSamples = 1;
-
-  ProgramSamples(const Weights& weights, Arena& arena, int group, bool with_gradient)
-      : sample_(weights.program.state()),
-        width_(padded<T>(group)),
-        layers_(weights.program, weights.weights, arena, width_, with_gradient ? weights.tapes : 1, with_gradient) {
-    const int64_t tapes = with_gradient ? weights.tapes : 1, rows = sample_ * width_;
-    in_ = arena.zeros<T>(tapes * rows);
-    out_ = arena.zeros<T>(tapes * rows);
-    times_ = arena.take<T>(width_);
-    if (!with_gradient) return;
-    w_ = arena.zeros<T>(rows);
-    pulled_ = arena.take<T>(rows);
-  }
+  explicit SampleStates(int64_t sample) : sample_(sample) {}
 
   int64_t size() const { return padded<T>(sample_); }
   int64_t sample() const { return sample_; }
@@ -173,6 +158,34 @@ class ProgramSamples {
   void pack(const T* y, int members, T* row) const { write(y, members, row); }
   void keep(int, const T* y, int members, T* row) const { write(y, members, row); }
   void unpack(const T* row, int members, T* y) const { read(row, members, y); }
+
+ protected:
+  const int64_t sample_;
+};
+
+/// A slot is one sample, a lane of the tile that a group is evaluated in.
+template <class T>
+class ProgramSamples : public SampleStates<T> {
+  using SampleStates<T>::sample_;
+
+ public:
+  using Scalar = T;
+  using Weights = ProgramWeights<T>;
+  static constexpr int kSamples = 1;
+  using SampleStates<T>::size;
+
+  ProgramSamples(const Weights& weights, Arena& arena, int group, bool with_gradient)
+      : SampleStates<T>(weights.program.state()),
+        width_(padded<T>(group)),
+        layers_(weights.program, weights.weights, arena, width_, with_gradient ? weights.tapes : 1, with_gradient) {
+    const int64_t tapes = with_gradient ? weights.tapes : 1, rows = sample_ * width_;
+    in_ = arena.zeros<T>(tapes * rows);
+    out_ = arena.zeros<T>(tapes * rows);
+    times_ = arena.take<T>(width_);
+    if (!with_gradient) return;
+    w_ = arena.zeros<T>(rows);
+    pulled_ = arena.take<T>(rows);
+  }
 
   void record(int stage) { tape_ = stage; }
 
@@ -227,7 +240,7 @@ class ProgramSamples {
       for (int64_t lane = count; lane < width_; ++lane) w_[e * width_ + lane] = 0;
   }
 
-  const int64_t sample_, width_;
+  const int64_t width_;
   Layers<T> layers_;
   int tape_ = 0;
   int64_t seen_ = 0;     // slots that have ever been evaluated
@@ -239,14 +252,17 @@ class ProgramSamples {
 
 /// A slot is one sample, whose elements fill the lanes.
 template <class T>
-class ProgramRows {
+class ProgramRows : public SampleStates<T> {
+  using SampleStates<T>::sample_;
+
  public:
   using Scalar = T;
   using Weights = ProgramWeights<T>;
   static constexpr int kSamples = 1;
+  using SampleStates<T>::size;
 
   ProgramRows(const Weights& weights, Arena& arena, int group, bool with_gradient)
-      : sample_(weights.program.state()),
+      : SampleStates<T>(weights.program.state()),
         layers_(weights.program, weights.weights, arena, group, with_gradient ? weights.tapes : 1, with_gradient) {
     if (!with_gradient) return;
     for (int s = 0; s < group; ++s) {
@@ -254,20 +270,6 @@ class ProgramRows {
       ignored_[s] = arena.take<T>(size());
     }
   }
-
-  int64_t size() const { return padded<T>(sample_); }
-  int64_t sample() const { return sample_; }
-  int64_t kept() const { return sample_; }
-
-  void read(const T* tensor, int, T* y) const {
-    for (int64_t i = sample_; i < size(); ++i) y[i] = 0;
-    __builtin_memcpy(y, tensor, sample_ * sizeof(T));
-  }
-  void read_cotangent(const T* tensor, int members, T* lambda) const { read(tensor, members, lambda); }
-  void write(const T* y, int, T* tensor) const { __builtin_memcpy(tensor, y, sample_ * sizeof(T)); }
-  void pack(const T* y, int members, T* row) const { write(y, members, row); }
-  void keep(int, const T* y, int members, T* row) const { write(y, members, row); }
-  void unpack(const T* row, int members, T* y) const { read(row, members, y); }
 
   void record(int stage) { tape_ = stage; }
   void eval(double t, const Batch<T>& batch) {
@@ -319,8 +321,8 @@ class ProgramRows {
     }
     *out = total;
   }
-  void put(const T* from, int place, T* const* slots) const { read(from, 1, slots[place]); }
-  void get(const T* const* slots, int place, T* to) const { write(slots[place], 1, to); }
+  void put(const T* from, int place, T* const* slots) const { this->read(from, 1, slots[place]); }
+  void get(const T* const* slots, int place, T* to) const { this->write(slots[place], 1, to); }
   void add(const T* const* slots, int place, T factor, T* to) const {
     for (int64_t e = 0; e < sample_; ++e) to[e] += factor * slots[place][e];
   }
@@ -334,7 +336,6 @@ class ProgramRows {
       for (int64_t e = sample_; e < size(); ++e) batch.out[i][e] = 0;
   }
 
-  const int64_t sample_;
   RowLayers<T> layers_;
   int tape_ = 0;
   T* w_[kMaxGroup];  // the latest arguments of vjp()

@@ -10,6 +10,7 @@ namespace nodeshape {
 namespace {
 
 constexpr int64_t kLargestSample = int64_t(1) << 36;  // elements
+
 template <class T>
 SolveResult run(const Common& common, const ProgramOwner& owner, const ProgramKernelsOf<T>& kernels, const Tensor& y0) {
   const Grid grid = common.grid();
@@ -88,26 +89,40 @@ GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t
 class AdaptiveOwner {
  public:
   AdaptiveOwner(const std::string& op, const Tensor& y0, const Tensor& t, const ProgramArguments& given)
-      : times_(times_of(t)) {
+      : times_(checked_times(op, y0, t)),
+        weighted_(op, y0, given),
+        model_{weighted_.program(), weighted_.pointers(), method_of(op, given.tableau)} {
+    int64_t ignored;
+    NODESHAPE_CHECK(multiply({int64_t(times_.size()), y0.numel()}, 8, &ignored), op, "the solution is too large");
+  }
+
+  const AdaptiveModel& model() const { return model_; }
+  const std::vector<double>& times() const { return times_; }
+  const std::vector<Tensor>& tensors() const { return weighted_.tensors(); }
+
+ private:
+  static std::vector<double> checked_times(const std::string& op, const Tensor& y0, const Tensor& t) {
     NODESHAPE_CHECK(y0.is_cpu() && (y0.scalar_type() == ScalarType::Float || y0.scalar_type() == ScalarType::Double),
                     op, "y0 must be float32 or float64 on the CPU");
-    NODESHAPE_CHECK(times_.size() >= 2, op, "t must be a float32 or float64 tensor of at least two times on the CPU");
-    for (size_t j = 0; j < times_.size(); ++j)
-      NODESHAPE_CHECK(std::isfinite(times_[j]) &&
-                          (j == 0 || (std::isfinite(times_[j] - times_[j - 1]) && times_[j] != times_[j - 1] &&
-                                      (times_[j] > times_[j - 1]) == (times_[1] > times_[0]))),
-                      op, "t must be finite and strictly increasing or decreasing");
-    const int64_t stages = given.tableau.dim() == 2 ? given.tableau.size(1) : 0;
-    NODESHAPE_CHECK(stages >= 2 && stages <= kMostStages && given.tableau.size(0) == stages + 7, op,
+    std::vector<double> times = times_of(t);
+    NODESHAPE_CHECK(times.size() >= 2, op, "t must be a float32 or float64 tensor of at least two times on the CPU");
+    for (size_t j = 0; j < times.size(); ++j)
+      NODESHAPE_CHECK(
+          std::isfinite(times[j]) && (j == 0 || (std::isfinite(times[j] - times[j - 1]) && times[j] != times[j - 1] &&
+                                                 (times[j] > times[j - 1]) == (times[1] > times[0]))),
+          op, "t must be finite and strictly increasing or decreasing");
+    return times;
+  }
+
+  /// [stages + 7, stages]: a, b, c, error, dense.
+  static Embedded method_of(const std::string& op, const Tensor& x) {
+    const int64_t stages = x.dim() == 2 ? x.size(1) : 0;
+    NODESHAPE_CHECK(stages >= 2 && stages <= kMostStages && x.size(0) == stages + 7, op,
                     "tableau must be [stages + 7, stages] for 2 to " + std::to_string(kMostStages) + " stages, got " +
-                        text(sizes_of(given.tableau)));
-    const double* rows = numbers<double>(op, "tableau", given.tableau, ScalarType::Double);
+                        text(sizes_of(x)));
+    const double* rows = numbers<double>(op, "tableau", x, ScalarType::Double);
     const double* behind = rows + stages * (stages + 2);
-    model_ = std::make_unique<AdaptiveModel>(AdaptiveModel{
-        program_of(op, y0, given),
-        pointers_.data(),
-        {{stages, rows, rows + stages * stages, rows + stages * (stages + 1), {}}, behind, behind + stages}});
-    const Tableau& tableau = model_->method.tableau;
+    const Tableau tableau{stages, rows, rows + stages * stages, rows + stages * (stages + 1), {}};
     bool good = tableau.is_explicit();
     for (int64_t i = 0; i < stages; ++i) {
       for (int64_t j = i + 1; j < stages; ++j) good = good && tableau.at(i, j) == 0;
@@ -116,37 +131,12 @@ class AdaptiveOwner {
     NODESHAPE_CHECK(
         good && tableau.c[0] == 0 && tableau.c[stages - 1] == 1, op,
         "tableau must be explicit, begin with the slope at the start and end with that at the end of a step");
-    int64_t elements = 1;
-    for (int64_t d = 1; d < y0.dim(); ++d) elements *= y0.size(d);
-    NODESHAPE_CHECK(y0.dim() >= 1 && elements == model_->program.state(), op,
-                    "a sample of y0 has " + std::to_string(elements) + " elements but the program expects " +
-                        std::to_string(model_->program.state()));
-    int64_t ignored;
-    NODESHAPE_CHECK(multiply({int64_t(times_.size()), y0.numel()}, 8, &ignored), op, "the solution is too large");
+    return {tableau, behind, behind + stages};
   }
 
-  const AdaptiveModel& model() const { return *model_; }
-  const std::vector<double>& times() const { return times_; }
-  const std::vector<Tensor>& tensors() const { return tensors_; }
-
- private:
-  const Program& program_of(const std::string& op, const Tensor& y0, const ProgramArguments& given) {
-    std::vector<int64_t> sizes;
-    for (const Tensor& weight : given.weights) {
-      check_kind(op, {"weights.", int64_t(sizes.size())}, weight, y0);
-      sizes.push_back(weight.numel());
-      tensors_.push_back(dense(weight));
-      pointers_.push_back(tensors_.back().data_ptr());
-    }
-    return planned(numbers<int64_t>(op, "program", given.code, ScalarType::Long), given.code.numel(),
-                   numbers<double>(op, "constants", given.constants, ScalarType::Double), given.constants.numel(),
-                   sizes);
-  }
-
-  std::vector<double> times_;
-  std::vector<Tensor> tensors_;
-  std::vector<const void*> pointers_;
-  std::unique_ptr<AdaptiveModel> model_;
+  const std::vector<double> times_;
+  const WeightedProgram weighted_;
+  const AdaptiveModel model_;
 };
 
 /// The steps that chunks of samples record, and them all behind each other.
@@ -288,19 +278,12 @@ AdaptiveGradients run_adaptive_backward(const std::string& op, const AdaptiveOwn
   Sizes sizes = sizes_of(grad_ys);
   sizes.erase(sizes.begin());
   const Tensor grad_y0 = empty(sizes, dtype_of<T>()), evaluations = empty({samples}, aoti_torch_dtype_int64());
-  std::vector<T> grad_parameters(owner.model().program.parameters());
+  const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
   kernels.backward(owner.model(),
                    {owner.times().data(), count, samples, data<T>(cotangents), data<T>(recorded.states), spans, before,
-                    last, data<T>(grad_y0), grad_parameters.data(), data<int64_t>(evaluations)},
+                    last, data<T>(grad_y0), grad_parameters.get(), data<int64_t>(evaluations)},
                    executor());
-  std::vector<Tensor> grads;
-  const T* from = grad_parameters.data();
-  for (const Tensor& x : owner.tensors()) {
-    grads.push_back(empty(sizes_of(x), dtype_of<T>()));
-    std::copy(from, from + x.numel(), data<T>(grads.back()));
-    from += x.numel();
-  }
-  return {grad_y0, grads, evaluations};
+  return {grad_y0, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
 }
 
 AdaptiveGradients solve_adaptive_backward(Tensor grad_ys, Tensor states, Tensor spans, Tensor before, Tensor last,

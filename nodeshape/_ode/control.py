@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as default
 from math import inf, isfinite
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nodeshape._errors import StepSizeError
 
 Norm = Callable[[Any], Tensor]
 
@@ -93,3 +95,36 @@ class Controller:
 
     def _bounded(self, h: float) -> float:
         return min(max(h, self.min_step), self.max_step)
+
+
+def not_finite(sample: int, t: float) -> str:
+    """Why a sample failed whose steps cannot begin at ``t``."""
+    return f"the state of sample {sample} at t={t:.6g} is not finite"
+
+
+def no_further(sample: int, t: float, ratio: float, most: int | None) -> str:
+    """Why a sample failed that its steps do not carry past ``t``.
+
+    Args:
+        ratio: its error in units of the tolerance.
+        most: attempts that were allowed, if it made them all; None if its steps became too small.
+    """
+    reason = (
+        "needs steps below min_step or the resolution of time"
+        if most is None
+        else f"has made {most} attempts, as many as allowed"
+    )
+    remedy = "" if most is None else "raise options={'max_num_steps': ...}, "
+    return (
+        f"sample {sample} cannot be carried past t={t:.6g}: it {reason} (error {ratio:.1e} of the tolerance); loosen"
+        f" rtol and atol, {remedy}or use an implicit method if the problem is stiff"
+    )
+
+
+def samples_failed(failures: Mapping[int, str], samples: int) -> StepSizeError:
+    """The error of a solve in which some of ``samples`` failed, for the reasons by their numbers."""
+    first = min(failures)
+    return StepSizeError(
+        f"{len(failures)} of {samples} samples (the first is number {first}) failed: {failures[first]};"
+        " options={'on_failure': 'nan'} lets the others live on"
+    )

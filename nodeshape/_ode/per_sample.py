@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._errors import StepSizeError
-from nodeshape._ode.control import Controller
+from nodeshape._ode.control import Controller, no_further, not_finite, samples_failed
 from nodeshape._ode.loop import Loop
 from nodeshape._ode.step import combine, end, error, interpolate, stages
 
@@ -75,13 +74,9 @@ class SampleSteps:
             return torch.stack([y] * len(loop.times))
         lost = ~torch.isfinite(y.detach()).reshape(n, -1).all(dim=1)  # has nowhere to go
         for i in lost.nonzero()[:, 0].tolist():
-            self.failures[i] = f"the state of sample {i} at t={loop.times[0]:.6g} is not finite"
+            self.failures[i] = not_finite(i, loop.times[0])
         if self.failures and self.on_failure == "raise":
-            first = min(self.failures)
-            raise StepSizeError(
-                f"{len(self.failures)} of {n} samples (the first is number {first}) failed: {self.failures[first]};"
-                " options={'on_failure': 'nan'} lets the others live on"
-            )
+            raise samples_failed(self.failures, n)
         done = lost.clone()
         slope = loop.field(self._seen(self._clock(t)), y)
         self.evaluations += 1
@@ -334,27 +329,17 @@ class SampleSteps:
         if not failed:
             return
 
-        def why(k: int) -> str:
-            reason = (
-                f"has made {self.most_steps} attempts, as many as allowed"
-                if bool(many[k])
-                else "needs steps below min_step or the resolution of time"
+        reasons = {
+            int(rows[k]): no_further(
+                int(rows[k]), float(t[rows[k]]), float(ratio[k]), self.most_steps if bool(many[k]) else None
             )
-            remedy = "raise options={'max_num_steps': ...}, " if bool(many[k]) else ""
-            return (
-                f"sample {int(rows[k])} cannot be carried past t={float(t[rows[k]]):.6g}: it {reason} (error"
-                f" {float(ratio[k]):.1e} of the tolerance); loosen rtol and atol, {remedy}or use an implicit method if"
-                " the problem is stiff"
-            )
-
+            for k in failed
+        }
         if self.on_failure == "raise":
-            raise StepSizeError(
-                f"{len(failed)} of {self.loop.field.samples} samples (the first is number {int(rows[failed[0]])})"
-                f" failed: {why(failed[0])}; options={{'on_failure': 'nan'}} lets the others live on"
-            )
-        for k in failed:
-            self.failures[int(rows[k])] = why(k)
-            done[rows[k]] = lost[rows[k]] = True
+            raise samples_failed(reasons, self.loop.field.samples)
+        self.failures |= reasons
+        for i in reasons:
+            done[i] = lost[i] = True
 
     # ---- shapes ------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@
   its last stage is the slope at the end of a step. ``states`` ``[steps, elements]``, ``spans`` ``[steps, 2]`` (start
   and end) and ``before`` ``[steps]`` (the sample's step before it, or -1) are the accepted steps of all samples,
   ``last`` ``[samples]`` each one's last; there are none without ``record``. ``counts`` ``[3, samples]``: accepted,
-  rejected, evaluations. ``outcomes`` ``[samples]``: 0, or an index of :data:`FAILURES`; ``failures`` ``[samples, 2]``:
+  rejected, evaluations. ``outcomes`` ``[samples]``: of csrc/control.h; ``failures`` ``[samples, 2]``:
   the time such a sample did not get past, and its error in units of the tolerance.
 """
 
@@ -40,9 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._errors import StepSizeError
 from nodeshape._ode import fused
-from nodeshape._ode.control import Controller
+from nodeshape._ode.control import Controller, no_further, not_finite, samples_failed
 from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 from nodeshape._ode.step import interpolant
@@ -84,13 +83,8 @@ def solve(
     return fused.call("solve", y0, t, weights, before, adjoint, after)
 
 
-#: Why a sample's steps could not go on, by the number that the op gives.
-FAILURES = (
-    "",
-    "has made {most} attempts, as many as allowed",
-    "needs steps below min_step or the resolution of time",
-    "is not finite where it starts",
-)
+#: Of csrc/control.h's outcomes of a sample.
+TOO_MANY_ATTEMPTS, NOT_FINITE = 1, 3
 
 
 @dataclass(frozen=True)
@@ -177,25 +171,13 @@ def solve_adaptive(
     if outcomes.any():
         for k in outcomes.nonzero()[:, 0].tolist():
             where, ratio = failures[k].tolist()
-            reasons[k] = _reason(k, int(outcomes[k]), where, ratio, most_attempts)
+            if outcomes[k] == NOT_FINITE:
+                reasons[k] = not_finite(k, where)
+            else:
+                reasons[k] = no_further(k, where, ratio, most_attempts if outcomes[k] == TOO_MANY_ATTEMPTS else None)
         if on_failure == "raise":
-            first = min(reasons)
-            raise StepSizeError(
-                f"{len(reasons)} of {y0.shape[0]} samples (the first is number {first}) failed: {reasons[first]};"
-                " options={'on_failure': 'nan'} lets the others live on"
-            )
+            raise samples_failed(reasons, y0.shape[0])
     return Adaptive(ys, accepted, rejected, evaluations, backward, reasons)
-
-
-def _reason(sample: int, outcome: int, t: float, ratio: float, most: int) -> str:
-    why = FAILURES[outcome].format(most=most)
-    if outcome == 3:
-        return f"the state of sample {sample} at t={t:.6g} is not finite"
-    remedy = "raise options={'max_num_steps': ...}, " if outcome == 1 else ""
-    return (
-        f"sample {sample} cannot be carried past t={t:.6g}: it {why} (error {ratio:.1e} of the tolerance); loosen rtol"
-        f" and atol, {remedy}or use an implicit method if the problem is stiff"
-    )
 
 
 class _AdaptiveRecorded(torch.autograd.Function):
