@@ -60,6 +60,7 @@ OF_FUSE = ["can_be_read", "does_not_lower", "do_not_own", "strided_convolution",
 LONG = [
     *("any_feature_map", "any_mlp", "wide_sample", "random_programs", "any_batch", "all_gradient_modes", "in_float32"),
     "(solves_as_its_f_does and (conv or separable or batch))",
+    *("full_size", "every_other_method"),  # whose cases are all slow
 ]
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
