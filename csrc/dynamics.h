@@ -54,6 +54,17 @@ concept StagedDynamics = Dynamics<D> && requires(D& f, int stage, const Batch<ty
   { f.pulled_time() } -> std::same_as<double>;
 };
 
+/// That can leave what the backward pass reads of an evaluation in memory of the caller's.
+template <class D>
+concept TapedDynamics = StagedDynamics<D> && requires(D& f, const D& known, typename D::Scalar* memory) {
+  /// Elements of a slot's tape, which begins with the state.
+  { known.tape() } -> std::same_as<int64_t>;
+  /// Where a tape has f(t, y), or null if nothing reads it.
+  { known.slope(memory) } -> std::same_as<typename D::Scalar*>;
+  /// The linearisation of record() is in this tape from now on: made by the next eval(), or by an earlier one.
+  f.attach(memory);
+};
+
 /// Whose samples each have a time of their own. A sample has a place: a lane of a slot, or a slot.
 template <class D>
 concept PlacedDynamics =

@@ -82,10 +82,11 @@ struct ForwardProblem {
   Grid grid;
   StageOptions stage;
   int64_t samples;
-  int64_t store;         // kStoreNothing, kStoreStages, or m > 0: the state after every m-th step of an interval
+  int64_t store;         // kStore..., or m > 0: the state after every m-th step of an interval
   const T* y0;           // [samples, sample]
   T* ys;                 // [times, samples, sample]
-  T* stored;             // [stored, samples, sample], channels last; a stage of ConvDynamics is kConvMapsKept samples
+  T* stored;             // [stored, samples, sample], channels last; a stage of ConvDynamics is kConvMapsKept samples;
+                         // tapes as TapedDynamics lay them out, [steps, used stages, slots]
   int64_t* evaluations;  // [samples]
   double* residual;      // [samples], the largest of all stages
   Failure* failures;     // [samples]
@@ -93,6 +94,8 @@ struct ForwardProblem {
 
 inline constexpr int64_t kStoreNothing = 0;
 inline constexpr int64_t kStoreStages = -1;
+/// All that the backward pass reads of the evaluations of a step, so that none is made again.
+inline constexpr int64_t kStoreTapes = -2;
 /// Maps that `stored` holds for a stage of ConvDynamics: the stage and both convolutions' outputs. Other dynamics keep
 /// the stage alone.
 inline constexpr int64_t kConvMapsKept = 3;

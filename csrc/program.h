@@ -43,6 +43,26 @@ enum class Unary : int64_t {
 };
 inline constexpr int64_t kUnaries = 27;
 
+/// Whether f'(x) is computed from x.
+NODESHAPE_SMALL constexpr bool slope_reads_argument(Unary f) {
+  switch (f) {
+    case Unary::affine:
+    case Unary::tanh:
+    case Unary::sigmoid:
+    case Unary::exp:
+    case Unary::sqrt:
+    case Unary::reciprocal:
+    case Unary::expm1:
+      return false;
+    default:
+      return true;
+  }
+}
+/// Whether f'(x) is computed from f(x).
+NODESHAPE_SMALL constexpr bool slope_reads_value(Unary f) {
+  return f == Unary::elu || (f != Unary::affine && !slope_reads_argument(f));
+}
+
 enum class Binary : int64_t {
   add,
   subtract,
@@ -120,6 +140,7 @@ struct Buffer {
   int64_t brief;      // place, in elements per sample, where buffers share memory once they have been read
   int64_t kept;       // place where all are kept for the backward pass
   int64_t cotangent;  // place of dL/d(buffer)
+  bool read;          // by the backward pass
 };
 
 /// How a weight's gradient is gathered.
@@ -164,6 +185,11 @@ struct Tableau {
     for (int64_t i = 0; i < stages; ++i)
       if (at(i, i) != 0) return false;
     return true;
+  }
+  NODESHAPE_SMALL int64_t used_stages() const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < stages; ++i) total += used[i];
+    return total;
   }
   /// States that a step keeps for the backward pass: the one it starts from, or all stages where they are equations.
   NODESHAPE_SMALL int64_t kept() const { return is_explicit() ? 1 : stages; }

@@ -111,12 +111,13 @@ class ProgramOwner {
     return sizes;
   }
 
-  void check_backward(const Common& common, const Tensor& y0, const BackwardArguments& arguments) const {
+  void check_backward(const Common& common, const Tensor& y0, const BackwardArguments& arguments,
+                      const Sizes& kept) const {
     Sizes sizes = sizes_of(y0);
     sizes.insert(sizes.begin(), int64_t(common.times.size()));
     check_tensor(common.op, {"ys"}, arguments.ys, y0, sizes);
     check_tensor(common.op, {"grad_ys"}, arguments.grad_ys, y0, sizes);
-    check_tensor(common.op, {"stages"}, arguments.stored, y0, stored(common, y0));
+    check_tensor(common.op, {"stages"}, arguments.stored, y0, kept);
   }
 
  private:

@@ -33,7 +33,7 @@ class ProgramPlan {
     for (int64_t b = 0; b < buffers; ++b) {
       const int64_t size = code[kProgramHeader + b];
       check(size >= 0 && size <= kMostElements, "a buffer is too large");
-      buffers_.push_back({size, 0, 0, 0});
+      buffers_.push_back({size, 0, 0, 0, false});
     }
     check(buffers_[1].size == 1, "time is one element");
     check(result >= 2 && result < buffers && buffers_[result].size == buffers_[0].size,
@@ -44,6 +44,7 @@ class ProgramPlan {
       read(code + kProgramHeader + buffers + l * kLayerRecord, constants, constant_count);
     place();
     plan_cotangents();
+    note_what_is_read();
     program_.buffer_count = buffers;
     program_.layer_count = layers;
     program_.weight_count = int64_t(weights_.size());
@@ -322,6 +323,37 @@ class ProgramPlan {
     std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.to > y.to; });
     program_.cotangents = pack(spans, &Buffer::cotangent);
     program_.uses_time = touched[1];
+  }
+
+  /// Note the buffers whose values a vjp looks at.
+  void note_what_is_read() {
+    const auto read = [&](const Ref& ref) {
+      if (!ref.is_weight()) buffers_[ref.buffer].read = true;
+    };
+    for (const Layer& layer : layers_) {
+      if (!layer.live) continue;
+      switch (layer.kind) {
+        case LayerKind::linear:
+        case LayerKind::norm:
+        case LayerKind::conv:
+          read(layer.a);
+          if (layer.scratch >= 0) buffers_[layer.scratch].read = true;
+          break;
+        case LayerKind::unary:
+          if (slope_reads_argument(Unary(layer.function))) read(layer.a);
+          if (slope_reads_value(Unary(layer.function))) read(layer.out);
+          break;
+        case LayerKind::binary:
+          if (Binary(layer.function) == Binary::add || Binary(layer.function) == Binary::subtract) break;
+          [[fallthrough]];
+        case LayerKind::matmul:
+          read(layer.a);
+          read(layer.b);
+          break;
+        case LayerKind::move:
+          break;
+      }
+    }
   }
 
   static bool is_strided(const Layer& layer) {

@@ -7,7 +7,7 @@
 //     dL/dp += (df/dp)_i^T w_i,   dL/dh += sum_i (w_i . F_i / h + c_i w_i . df/dt),   dL/dt_k += sum_i w_i . df/dt
 //
 // What a step keeps is the state it starts from, from which the stages are found again; or, where stages are equations,
-// all of them.
+// all of them; or all that their evaluations left for the backward pass.
 #pragma once
 
 #include "program.h"
@@ -40,6 +40,23 @@ struct Terms {
     factor[count] = T(a);
     x[count++] = from;
   }
+};
+
+/// Tapes of a step's stages in `stored`, [steps, used stages, slots].
+template <class D>
+class Tapes {
+  using T = typename D::Scalar;
+
+ public:
+  NODESHAPE_FUNCTION Tapes(const D& f, const Tableau& tableau, int64_t samples)
+      : size_(f.tape()), slots_((samples + D::kSamples - 1) / D::kSamples), stages_(tableau.used_stages()) {}
+
+  NODESHAPE_FUNCTION T* at(T* stored, int64_t step, int64_t stage, int64_t first_sample) const {
+    return stored + ((step * stages_ + stage) * slots_ + first_sample / D::kSamples) * size_;
+  }
+
+ private:
+  const int64_t size_, slots_, stages_;
 };
 
 }  // namespace detail
@@ -97,7 +114,35 @@ class TableauSolve {
     f_.keep(s, y, slots_.members(s), p_.stored + (row * p_.samples + slots_.first(s)) * f_.kept());
   }
 
+  /// A step of a lone slot that leaves its stages' tapes.
+  NODESHAPE_FUNCTION void take_taped(int64_t step, double t, double h)
+    requires TapedDynamics<D>
+  {
+    const detail::Tapes<D> tapes(f_, tableau_, p_.samples);
+    T* slope[kMostStages];
+    detail::Terms<T> last;
+    int64_t used = 0;
+    for (int64_t i = 0; i < tableau_.stages; ++i) {
+      if (!used_[i]) continue;
+      T* tape = tapes.at(p_.stored, step, used++, slots_.first(0));
+      detail::Terms<T> terms;
+      for (int64_t j = 0; j < i; ++j)
+        if (used_[j]) terms.add(h * tableau_.at(i, j), slope[j]);
+      detail::combine(size_, tape, y_[0], terms.count, terms.factor, terms.x);
+      f_.attach(tape);
+      slope[i] = f_.slope(tape) != nullptr ? f_.slope(tape) : slope_[i][0];
+      Batch<T> batch;
+      batch.add(0, tape, slope[i]);
+      f_.eval(t + tableau_.c[i] * h, batch);
+      ++evaluations_;
+      last.add(h * tableau_.b[i], slope[i]);
+    }
+    detail::combine(size_, y_[0], y_[0], last.count, last.factor, last.x);
+  }
+
   NODESHAPE_FUNCTION void take(int64_t step, double t, double h) {
+    if constexpr (TapedDynamics<D>)
+      if (p_.store == kStoreTapes) return take_taped(step, t, h);
     const bool stores = p_.store == kStoreStages;
     if (stores && explicit_)
       for (int s = 0; s < group_.count; ++s) keep(step, s, y_[s]);
@@ -159,7 +204,7 @@ class TableauSolve {
 };
 
 /// The backward sweep of a group: adjoint "discrete". Gradients of the parameters stay in f; those of the times are
-/// added to `grad_t`.
+/// added to `grad_t`, and are NaN where tapes go without the slopes that they need.
 template <StagedDynamics D, class Arena>
 class TableauSweep {
   using T = typename D::Scalar;
@@ -231,8 +276,26 @@ class TableauSweep {
     return p_.stored + (row * p_.samples + slots_.first(s)) * f_.kept();
   }
 
+  /// The stages of a step that left their tapes.
+  NODESHAPE_FUNCTION void attach_stages(int64_t step)
+    requires TapedDynamics<D>
+  {
+    const detail::Tapes<D> tapes(f_, tableau_, p_.samples);
+    int64_t used = 0;
+    for (int64_t i = 0; i < tableau_.stages; ++i) {
+      if (!used_[i]) continue;
+      T* tape = tapes.at(const_cast<T*>(p_.stored), step, used++, slots_.first(0));  // which is only read
+      f_.record(int(i));
+      f_.attach(tape);
+      stage_[i][0] = tape;
+      slope_[i][0] = f_.slope(tape);
+    }
+  }
+
   /// The stages of a step, their slopes and linearisations.
   NODESHAPE_FUNCTION NODESHAPE_OUTLINE void find_stages(int64_t step, double t, double h) {
+    if constexpr (TapedDynamics<D>)
+      if (p_.store == kStoreTapes) return attach_stages(step);
     if (explicit_)
       for (int s = 0; s < group_.count; ++s) f_.unpack(kept(step, s), slots_.members(s), y_[s]);
     for (int64_t i = 0; i < tableau_.stages; ++i) {
@@ -284,7 +347,8 @@ class TableauSweep {
       *to_start += to_t;
       *to_h += tableau_.c[i] * to_t;
       double along = 0;
-      for (int s = 0; s < group_.count; ++s) along += detail::dot(size_, w_[s], slope_[i][s]);
+      for (int s = 0; s < group_.count; ++s)
+        along += slope_[i][s] == nullptr ? __builtin_nan("") : detail::dot(size_, w_[s], slope_[i][s]);
       *to_h += along / h;
     }
     for (int s = 0; s < group_.count; ++s) {

@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,33 @@ def test_every_instruction_set_gives_the_same(name: str, isa: str, monkeypatch: 
     for method in ("midpoint", "trapezoid"):
         y0 = problem(name, 9)[1]
         assert_same(fused, f, y0, method=method, steps=2, options=TIGHT if method in IMPLICIT else None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_forward_pass_keeps_does_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States, from which the backward pass evaluates f again, or all that it reads of the evaluations."""
+    op, backward = torch.ops.nodeshape.solve.default, torch.ops.nodeshape.solve_backward.default
+    for dtype, isa, method in product((torch.float32, torch.float64), ISAS, ("euler", "rk4")):
+        monkeypatch.setenv("NODESHAPE_ISA", isa)
+        fused, _ = fused_problem(name, dtype)
+        y0 = problem(name, 37, dtype)[1]
+        weights = [x.detach() for x in fused.weights_for(y0, METHODS[method], "discrete")]
+        t = torch.tensor([0.1, 0.4, 1.0], dtype=torch.float64)
+        scheme = (fused.program.code, fused.program.constants, program_op.tableau_of(METHODS[method])[0], [2, 3])
+        found = []
+        for kept_per_step in (1, -1):
+            rest = (1e-6, 10, 1, kept_per_step, 0, 1e-3)
+            ys, kept, evaluations, _ = op(fused.pack(y0), t, weights, *scheme, *rest)
+            assert kept.dim() == (1 if kept_per_step < 0 else ys.dim())
+            grad_ys = torch.randn(ys.shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+            found.append((ys, evaluations, backward(grad_ys, ys, kept, t, weights, *scheme, *rest)))
+        states, tapes = found
+        assert torch.equal(states[0], tapes[0])
+        assert torch.equal(states[1], tapes[1])
+        assert torch.equal(states[2][0], tapes[2][0])
+        assert all(torch.equal(a, b) for a, b in zip(states[2][2], tapes[2][2]))
+        of_t = tapes[2][1]
+        assert of_t.isnan().all() or torch.equal(of_t, states[2][1])
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -18,16 +18,22 @@ class Layers {
  public:
   static constexpr int64_t kWide = kLanes<T>;
 
-  /// `width`, a multiple of the vector; without a gradient one tape, whose values overwrite each other.
+  /// `width`, a multiple of the vector; without a gradient one tape, whose values overwrite each other. With
+  /// `attached`, what the backward pass reads is where attach() says.
   NODESHAPE_OUTLINE Layers(const Program& program, const T* const* weights, Arena& arena, int64_t width, int64_t tapes,
-                           bool with_gradient)
+                           bool with_gradient, bool attached = false)
       : p_(program), weights_(weights), width_(width), members_(width), with_gradient_(with_gradient) {
-    const int64_t elements = with_gradient ? p_.kept : p_.brief;
+    const bool keeps = with_gradient && !attached;
     values_ = arena.take<T*>(tapes * p_.buffer_count);
+    T* values = nullptr;
     for (int64_t k = 0; k < tapes; ++k) {
-      T* memory = arena.take<T>(elements * width);
+      if (k == 0 || keeps) values = arena.take<T>((keeps ? p_.kept : p_.brief) * width);
       for (int64_t b = 0; b < p_.buffer_count; ++b)
-        value(k, b) = memory + (with_gradient ? p_.buffers[b].kept : p_.buffers[b].brief) * width;
+        value(k, b) = values + (keeps ? p_.buffers[b].kept : p_.buffers[b].brief) * width;
+    }
+    if (attached) {
+      places_ = arena.take<int64_t>(p_.buffer_count);
+      tape_ = lay_out(p_, places_);
     }
     plan_convolutions(arena);
     if (!with_gradient) return;
@@ -50,6 +56,26 @@ class Layers {
       if (layer.kind == LayerKind::conv && plans_[l].fast == nullptr && lanes_[layer.weight] == nullptr)
         lanes_[layer.weight] = arena.zeros<T>(p_.weights[layer.weight].size * kWide);
     }
+  }
+
+  /// Elements per sample of a tape: all that the backward pass reads of an evaluation, the state first. `places`, if
+  /// not null, is given each buffer's place in it, or -1.
+  static int64_t lay_out(const Program& p, int64_t* places) {
+    int64_t total = 0;
+    const auto add = [&](int64_t b, bool read) {
+      if (places != nullptr) places[b] = read ? total : -1;
+      if (read) total += p.buffers[b].size;
+    };
+    add(0, true);
+    for (int64_t b = 1; b < p.buffer_count; ++b) add(b, p.buffers[b].read && !is_idle_frame(p, b));
+    return total;
+  }
+  int64_t tape() const { return tape_; }
+  /// Of the result in a tape, or -1.
+  int64_t result_place() const { return places_[p_.result]; }
+  void attach(int64_t tape, T* memory) {
+    for (int64_t b = 0; b < p_.buffer_count; ++b)
+      if (places_[b] >= 0) value(tape, b) = memory + places_[b] * width_;
   }
 
   /// Only the first `count` lanes have a cotangent from now on.
@@ -216,6 +242,15 @@ class Layers {
     });
   }
 
+  /// f' of vector i, from what a tape has of x and y = f(x).
+  template <Unary F>
+  static NODESHAPE_INLINE Vec<T> slope_at(const T* x, const T* y, int64_t i, const Constants<T>& k) {
+    Vec<T> argument{}, value{};
+    if constexpr (slope_reads_argument(F)) argument = load(x + i);
+    if constexpr (slope_reads_value(F)) value = load(y + i);
+    return slope<F, T>(argument, value, k);
+  }
+
   NODESHAPE_OUTLINE void unary_vjp(const Layer& layer, T* const* values) {
     const T *x = at(values, layer.a), *y = at(values, layer.out), *d = at(cotangents_, layer.out);
     T* to = at(cotangents_, layer.a);
@@ -223,12 +258,10 @@ class Layers {
     const bool add = layer.add_a;
     with_unary(Unary(layer.function), [&]<Unary F>() {
       if (add)
-        each_vector(layer.unary.count, [=, &k](int64_t i) {
-          store(to + i, fma(load(d + i), slope<F, T>(load(x + i), load(y + i), k), load(to + i)));
-        });
-      else
         each_vector(layer.unary.count,
-                    [=, &k](int64_t i) { store(to + i, load(d + i) * slope<F, T>(load(x + i), load(y + i), k)); });
+                    [=, &k](int64_t i) { store(to + i, fma(load(d + i), slope_at<F>(x, y, i, k), load(to + i))); });
+      else
+        each_vector(layer.unary.count, [=, &k](int64_t i) { store(to + i, load(d + i) * slope_at<F>(x, y, i, k)); });
     });
   }
 
@@ -453,6 +486,30 @@ class Layers {
     Winograd<T>** fast_back;
   };
 
+  static bool pays(const Layer& layer, int64_t out_y, int64_t out_x) {
+    const auto& n = layer.conv;
+    return n.kernel_height == 3 && n.kernel_width == 3 && n.dilation_height == 1 && n.dilation_width == 1 &&
+           map_of(layer, out_y, out_x).pays() && back_map_of(layer, out_y, out_x).pays();
+  }
+  static WinogradMap map_of(const Layer& layer, int64_t out_y, int64_t out_x) {
+    const auto& n = layer.conv;
+    return {n.in / n.groups, n.out / n.groups, n.height, n.width, n.pad_height, n.pad_width, out_y, out_x};
+  }
+  static WinogradMap back_map_of(const Layer& layer, int64_t out_y, int64_t out_x) {
+    const auto& n = layer.conv;
+    return {n.out / n.groups, n.in / n.groups, out_y, out_x, 2 - n.pad_height, 2 - n.pad_width, n.height, n.width};
+  }
+  /// Whether a buffer is the frame of a convolution that goes without.
+  static bool is_idle_frame(const Program& p, int64_t buffer) {
+    for (int64_t l = 0; l < p.layer_count; ++l) {
+      const Layer& layer = p.layers[l];
+      if (layer.kind != LayerKind::conv || layer.scratch != buffer) continue;
+      const ConvSizes c = conv_sizes(layer);
+      return pays(layer, c.out_y, c.out_x);
+    }
+    return false;
+  }
+
   void plan_convolutions(Arena& arena) {
     plans_ = arena.take<ConvPlan>(p_.layer_count);
     for (int64_t l = 0; l < p_.layer_count; ++l) {
@@ -479,11 +536,9 @@ class Layers {
 
   void plan_winograd(const Layer& layer, int64_t out_y, int64_t out_x, Arena& arena, ConvPlan& plan) {
     const auto& n = layer.conv;
-    if (n.kernel_height != 3 || n.kernel_width != 3 || n.dilation_height != 1 || n.dilation_width != 1) return;
-    const int64_t in = n.in / n.groups, out = n.out / n.groups;
-    const WinogradMap map{in, out, n.height, n.width, n.pad_height, n.pad_width, out_y, out_x};
-    const WinogradMap back{out, in, out_y, out_x, 2 - n.pad_height, 2 - n.pad_width, n.height, n.width};
-    if (!map.pays() || !back.pays()) return;
+    if (!pays(layer, out_y, out_x)) return;
+    const WinogradMap map = map_of(layer, out_y, out_x), back = back_map_of(layer, out_y, out_x);
+    const int64_t in = map.in, out = map.out;
     plan.fast = arena.take<Winograd<T>*>(n.groups);
     if (with_gradient_) plan.fast_back = arena.take<Winograd<T>*>(n.groups);
     for (int64_t g = 0; g < n.groups; ++g) {
@@ -600,7 +655,9 @@ class Layers {
   const int64_t width_;
   int64_t members_;
   const bool with_gradient_;
-  T** values_;  // [tapes, buffers]
+  T** values_;                 // [tapes, buffers]
+  int64_t* places_ = nullptr;  // [buffers], in a tape that is attached
+  int64_t tape_ = 0;
   ConvPlan* plans_;
   T** cotangents_ = nullptr;  // [buffers]
   T* scratch_ = nullptr;

@@ -14,9 +14,10 @@ template <class T>
 struct ProgramWeights {
   const Program& program;
   const T* const* weights;
-  int64_t tapes;    // linearisations that are kept side by side
-  int64_t samples;  // of a slot, in vectors, or 0 where a slot is a sample
-  bool rows;        // whether it has the lanes to itself
+  int64_t tapes;          // linearisations that are kept side by side
+  int64_t samples;        // of a slot, in vectors, or 0 where a slot is a sample
+  bool rows;              // whether it has the lanes to itself
+  bool attached = false;  // whether tapes are where the time loop says
 
   int64_t parameters() const { return program.parameters(); }
   int64_t group() const { return samples > 0 ? 1 : kMaxGroup; }
@@ -46,7 +47,8 @@ class ProgramTile {
 
   ProgramTile(const Weights& weights, Arena& arena, int, bool with_gradient)
       : sample_(weights.program.state()),
-        layers_(weights.program, weights.weights, arena, kWidth, with_gradient ? weights.tapes : 1, with_gradient) {
+        layers_(weights.program, weights.weights, arena, kWidth, with_gradient ? weights.tapes : 1, with_gradient,
+                weights.attached) {
     if (!with_gradient) return;
     w_ = arena.take<T>(size());
     ignored_ = arena.take<T>(size());
@@ -91,6 +93,9 @@ class ProgramTile {
     layers_.eval(tape_, times, const_cast<T*>(batch.in[0]), batch.out[0]);
   }
   void recall(double t, const T* const*, const int*, const Batch<T>& batch) { eval(t, batch); }
+  int64_t tape() const { return layers_.tape() * kWidth; }
+  T* slope(T* memory) const { return layers_.result_place() < 0 ? nullptr : memory + layers_.result_place() * kWidth; }
+  void attach(T* memory) { layers_.attach(tape_, memory); }
   NODESHAPE_OUTLINE void vjp(const Batch<T>& batch) {
     __builtin_memcpy(w_, batch.in[0], size() * sizeof(T));
     layers_.vjp(tape_, batch.in[0], batch.out[0], false);

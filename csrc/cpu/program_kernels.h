@@ -22,6 +22,9 @@ template <class T>
 struct ProgramKernelsOf {
   void (*forward)(const ProgramModel&, const ForwardProblem<T>&, const Executor&);
   void (*backward)(const ProgramModel&, const BackwardProblem<T>&, const Executor&);
+  /// Elements that the tapes of `steps` steps take, or 0 where there are none, or unless `always` where storing states
+  /// is better.
+  int64_t (*tapes)(const ProgramModel&, int64_t samples, int64_t steps, bool always);
 };
 
 struct ProgramKernels {

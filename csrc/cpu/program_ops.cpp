@@ -11,21 +11,27 @@ namespace {
 
 constexpr int64_t kLargestSample = int64_t(1) << 36;  // elements
 
+/// Stores the state of each step, or if the caller leaves it to the kernels their tapes, in one dimension.
 template <class T>
-SolveResult run(const Common& common, const ProgramOwner& owner, const ProgramKernelsOf<T>& kernels, const Tensor& y0) {
+SolveResult run(const Common& common, const ProgramOwner& owner, const ProgramKernelsOf<T>& kernels, const Tensor& y0,
+                int64_t kept_per_step) {
   const Grid grid = common.grid();
   const int64_t samples = y0.size(0);
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), grid.count);
   const Tensor ys = empty(sizes, dtype_of<T>());
-  const Tensor stored = empty_stored(owner.stored(common, y0), dtype_of<T>());
+  const int64_t tapes = kept_per_step <= 0 && common.store() == kStoreStages
+                            ? kernels.tapes(owner.model(), samples, grid.total_steps(), kept_per_step < 0)
+                            : 0;
+  const Tensor stored =
+      tapes > 0 ? empty({tapes}, dtype_of<T>()) : empty_stored(owner.stored(common, y0), dtype_of<T>());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);
   std::vector<Failure> failures(samples);
   kernels.forward(owner.model(),
-                  {grid, common.stage(), samples, common.store(), data<T>(start), data<T>(ys), data<T>(stored),
-                   data<int64_t>(evaluations), data<double>(residual), failures.data()},
+                  {grid, common.stage(), samples, tapes > 0 ? kStoreTapes : common.store(), data<T>(start), data<T>(ys),
+                   data<T>(stored), data<int64_t>(evaluations), data<double>(residual), failures.data()},
                   executor());
   check_failures(first_failures(failures.data(), samples, false), samples, common.tolerance, common.drift_tolerance);
   return {ys, stored, evaluations, residual};
@@ -33,10 +39,14 @@ SolveResult run(const Common& common, const ProgramOwner& owner, const ProgramKe
 
 template <class T>
 GradientResult run_backward(const Common& common, const ProgramOwner& owner, const ProgramKernelsOf<T>& kernels,
-                            const Tensor& y0, const BackwardArguments& arguments) {
+                            const Tensor& y0, const BackwardArguments& arguments, int64_t kept_per_step) {
   const Grid grid = common.grid();
   const int64_t samples = y0.size(0);
-  owner.check_backward(common, y0, arguments);
+  const bool taped = common.store() == kStoreStages && arguments.stored.dim() == 1;
+  const int64_t tapes = taped ? kernels.tapes(owner.model(), samples, grid.total_steps(), kept_per_step < 0) : 0;
+  NODESHAPE_CHECK(!taped || tapes > 0, common.op, "stages has one dimension, but this solve stores no tapes");
+  const Sizes kept = taped ? Sizes{tapes} : owner.stored(common, y0);
+  owner.check_backward(common, y0, arguments, kept);
   const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys), stored = dense(arguments.stored);
 
   const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
@@ -45,9 +55,9 @@ GradientResult run_backward(const Common& common, const ProgramOwner& owner, con
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   std::vector<Failure> failures(samples);
   kernels.backward(owner.model(),
-                   {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance,
-                    data<T>(grad_ys), data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t),
-                    grad_parameters.get(), data<int64_t>(evaluations), failures.data()},
+                   {grid, common.stage(), samples, adjoint_of(common), taped ? kStoreTapes : common.store(),
+                    common.drift_tolerance, data<T>(grad_ys), data<T>(ys), data<T>(stored), data<T>(grad_y0),
+                    data<double>(grad_t), grad_parameters.get(), data<int64_t>(evaluations), failures.data()},
                    executor());
   check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
 
@@ -56,20 +66,20 @@ GradientResult run_backward(const Common& common, const ProgramOwner& owner, con
 
 SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor program, Tensor constants, Tensor tableau,
                   std::vector<int64_t> steps, double tolerance, int64_t max_iterations, int64_t adjoint,
-                  int64_t /*kept_per_step, which the shape of `stages` follows from*/, int64_t checkpoint_every,
-                  double drift_tolerance) {
+                  int64_t kept_per_step, int64_t checkpoint_every, double drift_tolerance) {
   const Common common = common_of("solve", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
                                   checkpoint_every, drift_tolerance);
   NODESHAPE_CHECK(y0.is_cpu(), common.op, "y0 must be on the CPU");
   common.check_arguments(y0, kLargestSample);
   const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
-  return y0.scalar_type() == ScalarType::Float ? run<float>(common, owner, program_kernels().float32, y0)
-                                               : run<double>(common, owner, program_kernels().float64, y0);
+  return y0.scalar_type() == ScalarType::Float
+             ? run<float>(common, owner, program_kernels().float32, y0, kept_per_step)
+             : run<double>(common, owner, program_kernels().float64, y0, kept_per_step);
 }
 
 GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
                               Tensor program, Tensor constants, Tensor tableau, std::vector<int64_t> steps,
-                              double tolerance, int64_t max_iterations, int64_t adjoint, int64_t /*kept_per_step*/,
+                              double tolerance, int64_t max_iterations, int64_t adjoint, int64_t kept_per_step,
                               int64_t checkpoint_every, double drift_tolerance) {
   const Common common = common_of("solve_backward", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
                                   checkpoint_every, drift_tolerance);
@@ -79,8 +89,8 @@ GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t
   const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
   const BackwardArguments arguments{grad_ys, ys, stages};
   return y0.scalar_type() == ScalarType::Float
-             ? run_backward<float>(common, owner, program_kernels().float32, y0, arguments)
-             : run_backward<double>(common, owner, program_kernels().float64, y0, arguments);
+             ? run_backward<float>(common, owner, program_kernels().float32, y0, arguments, kept_per_step)
+             : run_backward<double>(common, owner, program_kernels().float64, y0, arguments, kept_per_step);
 }
 
 // ---- error control -------------------------------------------------------------------------------------------------

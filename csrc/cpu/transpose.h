@@ -53,25 +53,41 @@ NODESHAPE_INLINE void exchange(Vec<T>* rows) {
   }
 }
 
+/// A square, or its first rows or columns.
+template <class T, class Rows, class Columns>
+NODESHAPE_INLINE void transpose_square(Rows rows, Columns columns, const T* from, int64_t from_row, T* to,
+                                       int64_t to_row) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> square[lanes];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i) {
+    square[i] = Vec<T>{};
+    if (i < lanes_of<T>(rows)) square[i] = load(from + i * from_row, columns);
+  }
+  exchange<T, int(lanes) / 2>(square);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i)
+    if (i < lanes_of<T>(columns)) store(to + i * to_row, square[i], rows);
+}
+
 }  // namespace detail
 
-/// to[c, r] = from[r, c] for r < rows and c < columns; what is left of whole squares goes one by one.
+/// to[c, r] = from[r, c] for r < rows and c < columns.
 template <class T>
 NODESHAPE_OUTLINE void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to,
                                  int64_t to_row) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
-  for (int64_t r = 0; r < whole_rows; r += lanes)
-    for (int64_t c = 0; c < whole_columns; c += lanes) {
-      Vec<T> square[lanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) square[i] = load(from + (r + i) * from_row + c);
-      detail::exchange<T, int(lanes) / 2>(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) store(to + (c + i) * to_row + r, square[i]);
-    }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
+  constexpr int64_t kFew = kLanes<T> / 4;  // elements of a row or column that go one by one
+  each_part<T>(rows, [=](int64_t r, auto some_rows) {
+    each_part<T>(columns, [=](int64_t c, auto some_columns) {
+      const T* square = from + r * from_row + c;
+      T* turned = to + c * to_row + r;
+      const int64_t high = lanes_of<T>(some_rows), wide = lanes_of<T>(some_columns);
+      if (high > kFew && wide > kFew)
+        return detail::transpose_square<T>(some_rows, some_columns, square, from_row, turned, to_row);
+      for (int64_t i = 0; i < high; ++i)
+        for (int64_t j = 0; j < wide; ++j) turned[j * to_row + i] = square[i * from_row + j];
+    });
+  });
 }
 
 }  // namespace nodeshape::NODESHAPE_TARGET

@@ -37,7 +37,7 @@ GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t
   check(common, y0);
   const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
   const BackwardArguments arguments{grad_ys, ys, stages};
-  owner.check_backward(common, y0, arguments);
+  owner.check_backward(common, y0, arguments, owner.stored(common, y0));
   return y0.scalar_type() == ScalarType::Float
              ? run_backward<float>(common, owner.model(), owner.tensors(), y0, arguments)
              : run_backward<double>(common, owner.model(), owner.tensors(), y0, arguments);

@@ -20,7 +20,9 @@
         -> (Tensor grad_y0, Tensor[] grad_weights, Tensor evaluations)
 
 - ``adjoint`` 0 none, 1 discrete, 2 reversible, 3 continuous. ``discrete`` keeps ``kept_per_step`` states per step: one
-  of an explicit method, all stages of others. The rest is as in :mod:`nodeshape._ode.fused`.
+  of an explicit method, all stages of others. With 0 the kernels choose: they keep that, or what the backward
+  pass reads of every evaluation, ``[elements]``, so that none is made again (with -1 wherever they can); ``grad_t`` is
+  then NaN unless that includes the slopes. The rest is as in :mod:`nodeshape._ode.fused`.
 - Under error control every sample takes its own steps, on the CPU, in eager mode. ``tableau`` is float64
   ``[stages + 7, stages]``: behind a, b and c the weights of the error, and those of dense output for x, x², x³ and x⁴;
   its last stage is the slope at the end of a step. ``states`` ``[steps, elements]``, ``spans`` ``[steps, 2]`` (start
@@ -78,6 +80,8 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`nodeshape._ode.fused.solve`, of a program."""
     tableau, kept_per_step = tableau_of(method)
+    if not (torch.compiler.is_compiling() or t.requires_grad):
+        kept_per_step = 0
     before = (program.code, program.constants, tableau, steps, tolerance, int(max_iterations))
     after = (kept_per_step, int(checkpoint_every or 0), drift_tolerance)
     return fused.call("solve", y0, t, weights, before, adjoint, after)
