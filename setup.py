@@ -5,7 +5,8 @@ every torch from 2.10 on. The CPU kernels are compiled once per instruction set 
 chooses.
 The CUDA library is built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds it for any torch and fails without
 nvcc, NODESHAPE_CUDA=0 leaves it out, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs.
-NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's.
+NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's; NODESHAPE_PORTABLE=1
+leaves out the kernels for wider vectors, for a quick build.
 """
 
 import os
@@ -32,7 +33,8 @@ KERNELS = ("program", "adaptive", "kernels")
 #: Contraction is off so that a sum rounds the same way wherever the compiler has inlined it; kernels call fma by name.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"portable": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
+PORTABLE = os.environ.get("NODESHAPE_PORTABLE") == "1"
+if platform.machine().lower() in ("x86_64", "amd64") and not PORTABLE:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -109,7 +111,7 @@ class BuildLibrary(build_ext):
         names = ", ".join(sorted(INSTRUCTION_SETS))
         print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
         command = [*shlex.split(find_compiler()), *FLAGS]
-        extra = shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", ""))
+        extra = [*shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", "")), *(["-DNODESHAPE_PORTABLE"] if PORTABLE else [])]
         units = [(CPU / f"{name}.cpp", name, [*torch_flags, *extra]) for name in ("ops", "program_ops")]
         units.append((CPU / "isa.cpp", "isa", extra))
         for name, flags in INSTRUCTION_SETS.items():

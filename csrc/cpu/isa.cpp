@@ -23,7 +23,7 @@ struct Candidate {
 
 const Candidate& chosen() {
   // Widest first. The compiler's builtins ask the processor and, for its registers, the operating system.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(NODESHAPE_PORTABLE)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
