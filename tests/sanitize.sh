@@ -20,7 +20,7 @@ cd "$copy"
 case $mode in
 address | quick)
   flags="-fsanitize=address"
-  preload="$(g++ -print-file-name=libasan.so)"
+  preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" # which must know how to throw
   if [ "$mode" = quick ]; then
     export NODESHAPE_PORTABLE=1
   else
