@@ -1088,3 +1088,14 @@ def test_several_cotangents_at_once_are_refused_in_words_and_transforms_take_the
     assert relative_error([torch.func.jacrev(solve)(y0)], [expected]) < 1e-6
     plain = torch.autograd.functional.jacobian(lambda y: solve(y, fused=False), y0, vectorize=True)
     assert relative_error([plain], [expected]) < 1e-6
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "reversible", "continuous"])
+def test_no_samples_have_a_solution_and_gradients_of_zero(adjoint: str) -> None:
+    fused, f = fused_problem("mlp")
+    for g in (fused, f):
+        y0 = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
+        ys = ns.odeint(g, y0, [0.0, 1.0], method="implicit_midpoint", steps=2, adjoint=adjoint)
+        assert ys.shape == (2, 0, 8)
+        grads = torch.autograd.grad(ys.sum(), [y0, *f.parameters()])
+        assert grads[0].shape == (0, 8) and not any(bool(x.any()) for x in grads)
