@@ -48,7 +48,9 @@ def _recording(kind: type[nn.Module], names: set[str]) -> type[nn.Module]:
         names.add(name)
         return kind.__getattribute__(self, name)
 
-    return type(kind)(kind.__name__, (kind,), {"__getattribute__": read})
+    metaclass: Any = type(kind)
+    made: type[nn.Module] = metaclass(kind.__name__, (kind,), {"__getattribute__": read})
+    return made
 
 
 class Reads:
