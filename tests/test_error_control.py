@@ -7,7 +7,7 @@ from math import e, pi
 import pytest
 import torch
 from problems import METHODS, dynamics_and_state, gradients, relative_error
-from torch import Tensor
+from torch import Tensor, nn
 
 import nodeshape as ns
 
@@ -266,3 +266,32 @@ def test_tolerances_work_in_float32_and_for_an_empty_batch() -> None:
     fine = ns.odeint(func, y0, [0.0, 1.0], steps=50)
     assert ys.dtype == torch.float32 and float((ys - fine).abs().max()) < 5e-2
     assert ns.odeint(func, y0[:0], [0.0, 1.0]).shape == (2, 0, *y0.shape[1:])
+
+
+class Rooted(nn.Module):
+    """dy/dt = w √(y - 0.5), which is not a number below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.w * torch.sqrt(y - 0.5)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("control", ["per_sample", "shared"])
+@pytest.mark.parametrize("bad", [0.3, float("nan"), float("inf")])
+def test_a_sample_that_fails_leaves_the_gradients_of_the_others(method: str, control: str, bad: float) -> None:
+    f = Rooted()
+    y0 = torch.tensor([[1.0], [bad], [2.0]], dtype=torch.float64, requires_grad=True)
+    options = {"step_control": control, "on_failure": "nan", "max_num_steps": 200}
+    found = []
+    for start in (y0, y0.detach()[::2].requires_grad_()):
+        ys = ns.odeint(f, start, [0.0, 0.5, 1.0], method=method, rtol=1e-8, atol=1e-8, options=options)
+        good = ys[:, [0, -1]]
+        found.append((good.detach(), *torch.autograd.grad(good.square().sum(), [start, f.w])))
+    assert float(found[0][1][1].abs().max()) == 0.0
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1][::2], found[1][1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-6, atol=1e-6)

@@ -907,3 +907,223 @@ def test_an_empty_state_is_refused(shape: tuple[int, ...]) -> None:
 
 def _double_state(t: Tensor, y: Tensor) -> Tensor:
     return 2 * y
+
+
+class Reader(nn.Module):
+    """Reads what may change after fuse: attributes of its layers and its own, of its class, lists, tensors, globals."""
+
+    factor = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.01), nn.Linear(6, 4, bias=False))
+        self.norm = nn.LayerNorm(4)
+        self.twin = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.twin.weight
+        self.rate, self.nfe, self.name = 0.3, 0, "a name"
+        self.given = {"shift": [0.1, 0.2]}
+        self.plain = torch.full((4,), 0.2, dtype=torch.float64)
+        self.act = torch.tanh
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return OUTSIDE["scale"] * y
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.nfe += 1
+        y = self.norm(self.net(y)) * self.rate * self.factor + self.given["shift"][0] * y + self.plain
+        return self.act(self.scaled(self.tied(self.twin(y)))) + getattr(self, "extra", 0.0)
+
+
+OUTSIDE = {"scale": 0.7}
+READS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another layer of the class": (lambda f: f.net.__setitem__(1, nn.LeakyReLU(0.3)), "net.1.negative_slope"),
+    "a number of a layer": (lambda f: setattr(f.norm, "eps", 0.5), "norm.eps"),
+    "a bias more": (lambda f: f.net.__setitem__(2, nn.Linear(6, 4).double()), "net.2.bias"),
+    "a number": (
+        lambda f: setattr(f, "rate", 0.9),
+        "rate is another than when f was fused .0.3, now 0.9.: fuse it anew",
+    ),
+    "a number that is a tensor now": (lambda f: setattr(f, "rate", torch.rand(4, dtype=torch.float64)), "rate"),
+    "a number of the class": (lambda f: setattr(f, "factor", 2.0), "factor"),
+    "a list": (lambda f: f.given["shift"].__setitem__(0, 3.0), "given"),
+    "a tensor": (lambda f: f.plain.mul_(3), "plain"),
+    "another tensor": (lambda f: setattr(f, "plain", torch.rand(4, dtype=torch.float64)), "plain"),
+    "a function": (lambda f: setattr(f, "act", torch.sin), "act"),
+    "what was not there": (lambda f: setattr(f, "extra", 2.0), "extra"),
+    "untied weights": (lambda f: setattr(f.tied, "weight", nn.Parameter(torch.rand(4, 4).double())), "tied"),
+}
+
+
+@cache
+def fused_reader() -> tuple[Any, Tensor]:
+    torch.manual_seed(3)
+    y0 = torch.randn(3, 4, dtype=torch.float64)
+    return ns.fuse(Reader().double(), y0), y0
+
+
+@pytest.mark.parametrize("change", READS)
+def test_what_f_reads_is_noticed_when_it_changes(change: str) -> None:
+    fused, y0 = fused_reader()
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert_same(other, other.func, y0, method="midpoint", steps=2)
+        READS[change][0](other.func)
+        found = ns.backend(other, y0, method="midpoint", steps=2)
+        assert found.name == "plain" and re.search(READS[change][1], found.reason), found
+        ys, expected = (ns.odeint(g, y0, [0.0, 1.0], method="midpoint", steps=2).detach() for g in (other, other.func))
+        assert torch.equal(ys, expected)
+
+
+def test_what_f_finds_outside_is_noticed_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, y0 = fused_reader()
+    shift = torch.ones(4, dtype=torch.float64)
+    function = ns.fuse(lambda t, y: OUTSIDE["scale"] * torch.sin(y + shift), y0)
+    for g in (fused, function):
+        assert_same(g, g.func if g is fused else g, y0, method="midpoint", steps=2)
+    monkeypatch.setitem(OUTSIDE, "scale", 3.0)
+    for g in (fused, function):
+        assert "OUTSIDE" in ns.backend(g, y0, method="midpoint", steps=2).reason
+    monkeypatch.undo()
+    for g in (fused, function):
+        assert ns.backend(g, y0, method="midpoint", steps=2).name == "fused"
+    shift.mul_(2)
+    assert "shift" in ns.backend(function, y0, method="midpoint", steps=2).reason
+    monkeypatch.setattr(Reader, "factor", 3.0)
+    assert "factor" in ns.backend(fused, y0, method="midpoint", steps=2).reason
+    monkeypatch.undo()
+    monkeypatch.setattr(Reader, "scaled", lambda self, y: y)
+    assert "scaled" in ns.backend(fused, y0, method="midpoint", steps=2).reason
+
+
+def test_what_f_only_counts_or_does_not_read_may_change() -> None:
+    fused, y0 = fused_reader()
+    fused = copy.deepcopy(fused)
+    f = fused.func
+    f.nfe, f.name, f.net[1].inplace = 77, "another", False
+    fused.eval()
+    fused(torch.zeros(()), y0)
+    assert_same(fused, f, y0, method="midpoint", steps=2)
+
+
+class Modal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.layer(y) if self.training else -self.layer(y)
+
+
+def test_the_mode_is_noticed_where_it_matters() -> None:
+    y0 = torch.randn(3, 3)
+    normed = Made(lambda self, t, y: self.layer(y)).eval()
+    normed.layer = nn.utils.parametrizations.spectral_norm(normed.layer).eval()
+    for f in (Modal(), normed):
+        fused = ns.fuse(f, y0)
+        assert ns.backend(fused, y0, method="euler", steps=2).name == "fused"
+        f.train(not f.training)
+        assert "another mode" in ns.backend(fused, y0, method="euler", steps=2).reason
+        f.train(not f.training)
+        assert ns.backend(fused, y0, method="euler", steps=2).name == "fused"
+
+
+class Hidden(nn.Module):
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.count, self.weight = 0, [weight]
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.weight[0](self, t, y)  # type: ignore[no-any-return]
+
+
+def counting(f: Any, t: Tensor, y: Tensor) -> Tensor:
+    f.count += 1
+    return y * f.count
+
+
+def waiting(f: Any, t: Tensor, y: Tensor) -> Tensor:
+    f.count += 1
+    return -y if f.count > 100 else y
+
+
+LAYER = nn.Linear(3, 3)
+OTHERS: dict[str, tuple[Callable[[Any, Tensor, Tensor], Tensor], str]] = {
+    "counts": (counting, "another in its second call"),
+    "waits": (waiting, "another when count, which it changes itself"),
+    "of the type": (lambda f, t, y: y * (2 if y.dtype == torch.float64 else 3), "another in float32"),
+    "of the gradient": (lambda f, t, y: y * (2 if torch.is_grad_enabled() else 3), "no gradients are recorded"),
+    "of the batch": (lambda f, t, y: y / y.shape[0], "size of the batch"),
+    "weights outside": (lambda f, t, y: LAYER(y), "a weight that it does not own"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_f_that_is_more_than_one_function_is_refused(name: str) -> None:
+    function, why = OTHERS[name]
+    with pytest.raises(ns.FuseError, match=why):
+        ns.fuse(Hidden(function), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fuse_works_where_no_gradients_are_recorded(mode: Any) -> None:
+    with mode():
+        f, y0 = problem("time")
+        fused = ns.fuse(f, y0)
+        found, expected = (ns.odeint(g, y0, [0.0, 1.0], method="rk4", steps=2) for g in (fused, f))
+        assert relative_error([found], [expected]) < 1e-12
+    assert ns.backend(fused, torch.randn(2, 3).double(), method="rk4", steps=2).name == "fused"
+
+
+def test_fuse_leaves_the_random_numbers_as_they_were() -> None:
+    f = Made(lambda self, t, y: nn.functional.dropout(self.layer(y), training=False))
+    before = torch.get_rng_state()
+    ns.fuse(f, torch.zeros(2, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("settings_", [{"method": "rk4", "steps": 2}, {"rtol": 1e-8, "atol": 1e-8}])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_times_may_be_written_into_before_the_backward_pass(settings_: dict[str, Any], differentiated: bool) -> None:
+    fused, f = fused_problem("time")
+    for adjoint in ("discrete",) if "rtol" in settings_ else ("discrete", "continuous"):
+        found = []
+        for g, change in ((fused, True), (fused, False), (f, True)):
+            y0 = problem("time")[1].requires_grad_()
+            t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=differentiated)
+            chosen = settings_ | {"adjoint": adjoint, "method": "euler" if adjoint == "continuous" else "rk4"}
+            ys = ns.odeint(g, y0, t, **(settings_ if "rtol" in settings_ else chosen))
+            if change:
+                with torch.no_grad():
+                    t.mul_(3)
+            found.append(torch.autograd.grad(ys[1].square().sum(), y0)[0])
+        assert torch.equal(found[0], found[1])
+        assert relative_error([found[2]], [found[1]]) < 1e-6
+
+
+@pytest.mark.parametrize("settings_", [{"method": "rk4", "steps": 2}, {}])
+def test_several_cotangents_at_once_are_refused_in_words_and_transforms_take_the_plain_loop(
+    settings_: dict[str, Any],
+) -> None:
+    fused, _ = fused_problem("time")
+    y0 = problem("time")[1]
+
+    def solve(y: Tensor, **options: Any) -> Tensor:
+        return ns.odeint(fused, y, [0.0, 1.0], options=options, **settings_)[1]
+
+    with pytest.raises(RuntimeError, match=r"one cotangent at a time.*torch.func.jacrev"):
+        torch.autograd.functional.jacobian(solve, y0, vectorize=True)
+    expected = torch.autograd.functional.jacobian(solve, y0)
+    assert relative_error([torch.func.jacrev(solve)(y0)], [expected]) < 1e-6
+    plain = torch.autograd.functional.jacobian(lambda y: solve(y, fused=False), y0, vectorize=True)
+    assert relative_error([plain], [expected]) < 1e-6
+
+
+@pytest.mark.parametrize("adjoint", ["discrete", "reversible", "continuous"])
+def test_no_samples_have_a_solution_and_gradients_of_zero(adjoint: str) -> None:
+    fused, f = fused_problem("mlp")
+    for g in (fused, f):
+        y0 = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
+        ys = ns.odeint(g, y0, [0.0, 1.0], method="implicit_midpoint", steps=2, adjoint=adjoint)
+        assert ys.shape == (2, 0, 8)
+        grads = torch.autograd.grad(ys.sum(), [y0, *f.parameters()])
+        assert grads[0].shape == (0, 8) and not any(bool(x.any()) for x in grads)

@@ -202,11 +202,13 @@ class Field:
 
     def evaluate(self, t: Tensor, y: Tensor) -> Tensor:
         """f, neither counted nor guarded."""
-        out = self._of_state(t, y)
-        if self.frozen is not None:
-            many = (-1, *(1,) * (out.dim() - 1)) if self.batched else ()
-            out = out.masked_fill(self.frozen.reshape(many), 0.0)
-        return out
+        if self.frozen is None:
+            return self._of_state(t, y)
+        many = (-1, *(1,) * (y.dim() - 1)) if self.batched else ()
+        frozen = self.frozen.reshape(many)
+        if self.batched and not bool(self.frozen.all()):  # f of numbers that are not finite has no finite gradient
+            y = torch.where(frozen, y.detach()[(~self.frozen).nonzero()[0, 0]], y)
+        return self._of_state(t, y).masked_fill(frozen, 0.0)
 
     def _of_state(self, t: Tensor, y: Tensor) -> Tensor:
         if self.coarse:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -18,18 +18,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from nodeshape._ode import fused, program_op
+from nodeshape._ode.graph import leaves
 from nodeshape._ode.layers import Layers, any_global_hooks, kind_of
 from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower
 from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
+from nodeshape._ode.reads import MISSING, Reads, difference, recorded
 
 State = Tensor | tuple[Tensor, ...]
 #: Largest relative difference from f, in float64, of values and of gradients (torch has hardsigmoid's 1/6 in float32).
 SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-7
+#: Of values in float32 from those in float64: no more than that it is the same function.
+SAME_IN_FLOAT32 = 0.05
 DERIVATIVES = (
     "write its derivatives out, as the trace of the Jacobian of torch.tanh(y @ W) @ U is"
     " (1 - h * h) @ (W.T * U).sum(1), h = torch.tanh(y @ W)"
 )
+CHANGED = "a module of f was replaced by one of another class, or has other hooks or another forward, since fuse"
 #: Layers whose f depends on whether they are trained or evaluated.
 MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -37,8 +42,8 @@ MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 class _Known:
     """What a fused f remembers of its modules; a class of its own, as torch.export copies tuples that it finds."""
 
-    def __init__(self, layers: Layers, found: tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]) -> None:
-        self.layers, self.found = layers, found
+    def __init__(self, layers: Layers, reads: Reads, places: list[tuple[dict[str, Any], str]]) -> None:
+        self.layers, self.reads, self.places = layers, reads, places
 
 
 class Fused(nn.Module):
@@ -63,8 +68,10 @@ class Fused(nn.Module):
         tensors = y0 if isinstance(y0, tuple) else (y0,)
         self._batched = tensors[0].dim() >= 2
         self._shapes = [tuple(x.shape[1 if self._batched else 0 :]) for x in tensors]
-        self._modes = [x.training for x in _modal(self)]
         self._kind = kind_of(self)
+        #: Names of attributes that f reads, by the path of their module, and what they and what is outside were.
+        self._reads: dict[str, tuple[str, ...]] = {}
+        self._values = Reads(self, self._reads).values
         self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
     @property
@@ -118,14 +125,9 @@ class Fused(nn.Module):
                 return "a torch.func transform or forward-mode differentiation is active"
         if any_global_hooks():
             return "hooks of all modules are registered"
-        found = self._walk() if compiling else self._found()
-        if found is None:
-            return (
-                "a module of f was replaced by one of another class, or has other hooks or another forward, since fuse"
-            )
-        modal, places = found
-        if self._modes and [x.training for x in modal] != self._modes:
-            return "f was fused in another mode: call train() or eval() before fuse"
+        places = self._traced() if compiling else self._found()
+        if isinstance(places, str):
+            return places
         try:
             weights = self._weights(places, dtype, device)
         except KeyError:
@@ -153,14 +155,36 @@ class Fused(nn.Module):
         made = [x.to(dtype) for x in made]  # what f makes itself, such as torch.arange(3)
         return [made[name] if isinstance(name, int) else named[name] for name in lowered.weights]
 
-    def _found(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]] | None:
-        """What :meth:`_walk` finds, remembered for as long as the modules stand still; None if f is another one now."""
-        known = self.__dict__.get("_known")
-        if known is None or not known.layers.are_those_of(self):
+    def _found(self) -> list[tuple[dict[str, Any], str]] | str:
+        """What :meth:`_walk` finds, remembered for as long as f stands still; or how f is another one now."""
+        known: _Known | None = self.__dict__.get("_known")
+        if known is None or not (known.layers.are_those_of(self) and known.reads.still_hold()):
             if kind_of(self) != self._kind:
-                return None
-            known = self.__dict__["_known"] = _Known(Layers(self), self._walk())
-        return known.found
+                return CHANGED
+            reads = Reads(self, self._reads)
+            why = difference(self._values, reads.values)
+            if why is not None:
+                return why
+            known = self.__dict__["_known"] = _Known(Layers(self), reads, self._walk())
+        return known.places
+
+    def _traced(self) -> list[tuple[dict[str, Any], str]] | str:
+        """The same while a compiler traces, which will trace anew where an attribute is another."""
+        for path, names in self._reads.items():
+            module = self._module(path.split(".") if path else [])
+            if module is None:
+                return CHANGED
+            for name in names:
+                value = self._values.get(f"{path}.{name}" if path else name)
+                if type(value) in (int, float, bool, str) and value != MISSING and getattr(module, name, None) != value:
+                    return f"{name} is another than when f was fused"
+        return self._walk()
+
+    def _module(self, path: Sequence[str]) -> Any:
+        module: Any = self
+        for part in path:
+            module = None if module is None else module.__dict__["_modules"].get(part)
+        return module
 
     def _constant(self, name: str, x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A constant of f where the state is; on a GPU it stays, as the way there would wait for the device."""
@@ -174,8 +198,8 @@ class Fused(nn.Module):
             placed[key] = x.to(device)
         return placed[key]
 
-    def _walk(self) -> tuple[list[nn.Module], list[tuple[dict[str, Any], str]]]:
-        """The layers that have modes, and the dictionary and name of each parameter and buffer of f.
+    def _walk(self) -> list[tuple[dict[str, Any], str]]:
+        """The dictionary and name of each parameter and buffer of f.
 
         In the order of the program's weights, if those are all there is to it; else in that of the trace.
         """
@@ -184,12 +208,10 @@ class Fused(nn.Module):
         places: list[tuple[dict[str, Any], str]] = []
         for name in lowered.weights if direct else lowered.paths:
             *path, last = lowered.paths[name]  # type: ignore[index]
-            module: Any = self
-            for part in path:
-                module = None if module is None else module.__dict__["_modules"].get(part)
+            module = self._module(path)
             own: dict[str, Any] = {} if module is None else module.__dict__["_parameters"]
             places.append((own if last in own or module is None else module.__dict__["_buffers"], last))
-        return _modal(self) if self._modes else [], places
+        return places
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -245,8 +267,9 @@ def fuse(f: Callable[..., Any], y0: State) -> Fused:
     batched = tensors[0].dim() >= 2
     if any((x.dim() >= 2) != batched or (batched and x.shape[0] != tensors[0].shape[0]) for x in tensors):
         raise FuseError(f"the tensors of y0 must share the batch, got {[list(x.shape) for x in tensors]}")
-    made = Fused(f, y0, _trace(f, tensors, isinstance(y0, tuple), batched))
-    _check(made, tensors)
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        made = Fused(f, y0, _trace(f, tensors, isinstance(y0, tuple), batched))
+        _check(made, tensors)
     return made
 
 
@@ -328,8 +351,12 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
 
 def _in_float64(module: nn.Module) -> Any:
     """A copy, to be traced and checked, of which no number is rounded to float32."""
+    return _in_type(module, torch.float64)
+
+
+def _in_type(module: nn.Module, dtype: torch.dtype) -> Any:
     try:
-        copy = deepcopy(module).to("cpu", torch.float64)
+        copy = deepcopy(module).to("cpu", dtype)
     except Exception as error:  # whatever a module that cannot be copied raises
         raise FuseError(
             f"f cannot be copied to be checked: {error} (of torch.nn.utils.weight_norm and spectral_norm use those of"
@@ -337,8 +364,8 @@ def _in_float64(module: nn.Module) -> Any:
         ) from error
     for part in copy.modules():
         for name, x in vars(part).items():
-            if isinstance(x, Tensor) and x.dtype == torch.float32:
-                setattr(part, name, x.to("cpu", torch.float64))
+            if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64) and x.dtype != dtype:
+                setattr(part, name, x.to("cpu", dtype))
     return copy
 
 
@@ -416,11 +443,6 @@ def _refuse_closures(f: Callable[..., Any]) -> None:
             )
 
 
-def _modal(fused: Fused) -> list[nn.Module]:
-    """Layers of f, or of the module that it is a method of, that depend on whether they are in training mode."""
-    return [m for m in fused.modules() if isinstance(m, MODAL)]
-
-
 def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     """Raise FuseError unless one Euler step of the program is f, in values and gradients, in float64.
 
@@ -445,10 +467,11 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     y0: Any = tuple(points) if made._tuple else points[0]
     with _computing_in_float64():
         weights = copy.weights_for(y0, METHODS["euler"], "discrete")
-        slopes = copy(t[0], y0)
+        with recorded(copy) as reads:
+            slopes = copy(t[0], y0)
     if isinstance(weights, str):
         raise FuseError(f"f cannot be checked against its program: {weights}")
-    leaves = [x for x in copy.parameters() if x.requires_grad]
+    own = [x for x in copy.parameters() if x.requires_grad]
     ys = copy.unpack(
         program_op.solve(
             copy.program, weights, copy.pack(y0), t, [1], METHODS["euler"], "discrete", 1e-12, 10, None, 1e-6
@@ -459,7 +482,7 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     cotangents = [noise(x) for x in slopes]
     for end, start, slope in zip(ends, points, slopes):
         _compare("values", [end - start], [slope], SAME_VALUES, float(start.detach().abs().max()))
-    inputs = [*points, t, *leaves]
+    inputs = [*points, t, *own]
     if any(not x.is_floating_point() for x in slopes):
         raise FuseError(f"f must return floating-point tensors, got {[str(x.dtype) for x in slopes]}")
     loss = torch.stack([(w * y).sum() for w, y in zip(cotangents, ends)]).sum()
@@ -467,6 +490,11 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     with torch.enable_grad():
         along = torch.stack([(w * s).sum() for w, s in zip(cotangents, slopes)]).sum()
     wanted: list[Tensor | None] = [None] * len(inputs)
+    if any(x not in owned for owned in [set(inputs)] for x in leaves(along)):
+        raise FuseError(
+            "f uses a weight that it does not own, as in a list of modules, which would be frozen: make it an"
+            " nn.Parameter, or the list an nn.ModuleList or nn.ParameterList"
+        )
     if along.requires_grad:
         try:
             wanted = list(torch.autograd.grad(along, inputs, allow_unused=True))
@@ -477,6 +505,7 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     for k, w in enumerate(cotangents):
         expected[k] = expected[k] + w
     expected[len(points)] = expected[len(points)] + torch.tensor([-size, size], dtype=torch.float64)
+    _settle(made, copy, reads, t.detach()[0], tuple(x.detach() for x in points), [x.detach() for x in slopes])
     names = [
         *(f"y0[{k}]" for k in range(len(points))),
         "t",
@@ -485,6 +514,79 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     scale = max(float(x.abs().nan_to_num().max()) for x in expected if x.numel())
     for name, x, y in zip(names, found, expected):
         _compare(f"the gradient of {name}", [torch.zeros_like(y) if x is None else x], [y], SAME_GRADIENTS, scale)
+
+
+def _settle(
+    made: Fused, copy: Fused, recorded: dict[str, set[str]], t: Tensor, points: tuple[Tensor, ...], slopes: list[Tensor]
+) -> None:
+    """Remember what f reads, without what it only counts.
+
+    Args:
+        copy: of ``made``, in float64, whose f has been evaluated once.
+        recorded: the names of what that has read.
+        t, points, slopes: where, and what it gave.
+
+    Raises:
+        FuseError: f is another in its second call, where no gradient is recorded or in float32, or reads what it
+            changes itself.
+    """
+
+    def value(f: Fused, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        start = tuple(x.to(dtype) for x in points)
+        out = f(t.to(dtype), start if made._tuple else start[0])
+        return [x.detach().double() for x in (out if made._tuple else [out])]
+
+    def compare(found: list[Tensor], why: str, tolerance: float = SAME_VALUES) -> None:
+        for x, y in zip(found, slopes):
+            finite = torch.isfinite(x) & torch.isfinite(y)
+            scale = float(y[finite].abs().max()) if finite.any() else 0.0
+            if finite.any() and float((x - y)[finite].abs().max()) > tolerance * max(scale, 1e-300):
+                raise FuseError(f"f is another {why}: solve it without fuse")
+
+    with _computing_in_float64():
+        pristine = _in_float64(made)
+        before = Reads(pristine, recorded).values
+        compare(value(copy), "in its second call, as it changes what it reads (random numbers, a counter, a list)")
+        with torch.no_grad():
+            compare(value(copy), "where no gradients are recorded")
+        now = Reads(copy, recorded).values
+        for path, names in recorded.items():
+            for name in sorted(names):
+                where = f"{path}.{name}" if path else name
+                if name == "training" and not _minds_its_mode(copy, path, lambda: compare(value(copy), "")):
+                    names.discard(name)
+                elif where in before and before[where] != now.get(where):
+                    names.discard(name)
+                    module = copy.get_submodule(path)
+                    count = module.__dict__.get(name)
+                    if isinstance(count, (int, float)):
+                        setattr(module, name, not count if isinstance(count, bool) else count + 1000)
+                        compare(value(copy), f"when {where.removeprefix('func.')}, which it changes itself, is")
+    in_float32: list[Tensor] = []
+    with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError):  # of an f that takes no float32
+        in_float32 = value(_in_type(made, torch.float32), torch.float32)
+    compare(in_float32, "in float32 than in float64", SAME_IN_FLOAT32)
+    made._reads = {path: tuple(sorted(names)) for path, names in recorded.items() if names}
+    made._values = Reads(made, made._reads).values
+
+
+def _minds_its_mode(copy: Fused, path: str, compare: Callable[[], None]) -> bool:
+    """Whether f is another if its module at ``path`` trains that did not, or the other way round.
+
+    Args:
+        compare: f with what it was; raises FuseError if it differs.
+    """
+    module = copy.get_submodule(path)
+    buffers = [(x, x._version) for x in copy.buffers()]
+    module.training = not module.training
+    try:
+        with torch.no_grad():
+            compare()
+    except Exception:  # whatever a layer raises in a mode it was not made for
+        return True
+    finally:
+        module.training = not module.training
+    return any(x._version != version for x, version in buffers)
 
 
 def _compare(what: str, found: list[Tensor], expected: list[Tensor], tolerance: float, scale: float) -> None:

@@ -205,6 +205,11 @@ def _translated(error: RuntimeError) -> RuntimeError:
     for kind in (StageSolveError, ReversalDriftError):
         if message.startswith(f"{kind.__name__}: "):
             return kind(message.removeprefix(f"{kind.__name__}: "))
+    if "atching rule not implemented" in message:
+        return RuntimeError(
+            "the fused solver takes one cotangent at a time, not several by is_grads_batched, jacobian(vectorize=True)"
+            " or vmap of a gradient: use torch.func.jacrev, jacobian without vectorize, or options={'fused': False}"
+        )
     return error
 
 
@@ -283,7 +288,7 @@ class _Recorded(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ys, stages, *kept = _below_autograd(ops[0], y0, t, weights, *scheme)
         counts += kept
-        ctx.save_for_backward(ys, stages, t, *weights)
+        ctx.save_for_backward(ys, stages, t.clone(), *weights)  # t may be written into before the backward pass
         ctx.scheme, ctx.op = scheme, ops[1]
         return ys  # type: ignore[no-any-return]
 

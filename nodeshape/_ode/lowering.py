@@ -521,6 +521,8 @@ class Lowering:
 
     def combine(self, function: str, a: Operand | float, b: Operand | float, kind: str, shape: Shape) -> Value:
         """function(a, b), both broadcast to a value of ``kind`` with samples of ``shape``."""
+        if a is None or b is None:
+            raise NotLowered("it depends on the size of the batch, so samples would not be solved each by itself")
         a, b = (x if isinstance(x, Operand) else Filled(float(x), (), FREE) for x in (a, b))
         out = self.builder.binary(
             function, self.operand(a), self.spread(a, kind, shape), self.operand(b), self.spread(b, kind, shape), shape

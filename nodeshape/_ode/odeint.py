@@ -420,10 +420,10 @@ def _plain(
             raise RuntimeError(f"{plan.mode} cannot be transformed by torch.func: use adjoint='discrete'")
         y = plan.field.pack(plan.y0)
         if recompute:
-            ys = recomputed_solution(plan, plan.recorder(stored, discovers), y, t, parameters)
+            ys = recomputed_solution(plan, plan.recorder(stored, discovers), y, t.clone(), parameters)
         else:
             backward, own = _backward_plan(plan, plan.settings)
-            ys = adjoint_solution(plan, backward, own, discovers, y, t, parameters)
+            ys = adjoint_solution(plan, backward, own, discovers, y, t.clone(), parameters)
         if event_t is not None:
             assert event_fn is not None
             return _moving(plan, event_fn, event_t, plan.field.unpack(ys, (2,)), element)

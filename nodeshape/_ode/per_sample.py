@@ -78,7 +78,7 @@ class SampleSteps:
         if self.failures and self.on_failure == "raise":
             raise samples_failed(self.failures, n)
         done = lost.clone()
-        slope = loop.field(self._seen(self._clock(t)), y)
+        slope = self._slopes(self._seen(self._clock(t)), y)
         self.evaluations += 1
         h = self._first(y, slope)
         rejected = torch.zeros_like(done)
@@ -224,7 +224,18 @@ class SampleSteps:
         self.evaluations[rows] += 1
         seen = self._seen(self._clock(t))
         behind = torch.nextafter(seen, torch.full_like(seen, self.sign * inf))
-        return self.loop.field(torch.where(self._jumping(t), behind, seen), piece.y_end)
+        return self._slopes(torch.where(self._jumping(t), behind, seen), piece.y_end)
+
+    def _slopes(self, t: Tensor, y: Tensor) -> Tensor:
+        """f of samples; a record that holds numbers that are not finite has no finite gradient, so without such."""
+        slope = self.loop.field(t, y)
+        if not slope.requires_grad:
+            return slope
+        finite = torch.isfinite(slope.detach()).reshape(len(y), -1).all(dim=1)
+        if bool(finite.all()):
+            return slope
+        good = finite.nonzero()[:, 0]
+        return slope.detach().index_copy(0, good, self.loop.field(t[good], y[good]))
 
     def _jumping(self, t: Tensor) -> Tensor:
         """Which times are jumps of f."""
@@ -261,7 +272,7 @@ class SampleSteps:
         method = self.loop.method
         slope_end = piece.slopes[-1]
         if not method.ends_with_slope:
-            slope_end = self.loop.field(self._seen(self._clock(piece.t_end)), piece.y_end)
+            slope_end = self._slopes(self._seen(self._clock(piece.t_end)), piece.y_end)
             self.evaluations[rows] += 1
         slope_start = piece.slopes[0]
         if not method.starts_with_slope:

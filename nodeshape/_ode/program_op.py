@@ -193,7 +193,7 @@ class _AdaptiveRecorded(torch.autograd.Function):
         op = torch.ops.nodeshape.solve_adaptive.default
         ys, states, spans, before, last, *rest = fused._below_autograd(op, y0, t, weights, *scheme, *steps, True)
         ctx.scheme, ctx.counts = scheme, counts
-        ctx.save_for_backward(states, spans, before, last, t, *weights)
+        ctx.save_for_backward(states, spans, before, last, t.clone(), *weights)
         ctx.mark_non_differentiable(*rest)
         return ys, *rest
 
@@ -205,7 +205,10 @@ class _AdaptiveRecorded(torch.autograd.Function):
         if not torch.is_grad_enabled():  # with create_graph the op records that it cannot be differentiated
             op = partial(fused._below_autograd, op)
         states, spans, before, last, t, *weights = ctx.saved_tensors  # once, as torch.utils.checkpoint insists
-        grad_y0, grad_weights, evaluations = op(grad_ys, states, spans, before, last, t, weights, *ctx.scheme)
+        try:
+            grad_y0, grad_weights, evaluations = op(grad_ys, states, spans, before, last, t, weights, *ctx.scheme)
+        except RuntimeError as error:
+            raise fused._translated(error) from None
         ctx.counts.copy_(evaluations)
         grads = (None, None, None, grad_y0, None, *grad_weights)
         return tuple(x if needed else None for x, needed in zip(grads, ctx.needs_input_grad))

@@ -268,7 +268,7 @@ class Recorder:
             return
 
         def size(x: Tensor) -> Tensor:
-            return x.reshape(self._samples(x), -1).double().square().mean(dim=1).sqrt()
+            return x.reshape(self._samples(x), self.field.size).double().square().mean(dim=1).sqrt()
 
         smallest = torch.finfo(rebuilt.dtype).tiny
         drift = size(rebuilt - stored) / torch.maximum(size(stored), size(end)).clamp_min(smallest)
@@ -286,7 +286,7 @@ class Recorder:
 
     def _check_slopes(self, step: Step, slopes: Sequence[Tensor]) -> None:
         last = slopes[-1].detach()
-        length = last.reshape(self._samples(last), -1).norm(dim=1)
+        length = last.reshape(self._samples(last), self.field.size).norm(dim=1)
         wrong = (self.mark(slopes) - step.mark).abs() > SAME_SLOPE[self.field.time_dtype] * length
         if bool(wrong.any()):
             t = float(step.t[0]) if isinstance(step.t, Tensor) else step.t

@@ -13,8 +13,11 @@ class SolverStats:
     """Statistics of one ``odeint`` call. Counts are int64 ``[samples]`` (one sample if the state has no batch).
 
     Attributes:
-        nfe_forward: evaluations of f in the forward solve.
+        nfe_forward: evaluations of f in the forward solve. The kernel evaluates the slope at the end of a step of
+            ``adaptive_heun`` and ``fehlberg2`` in each attempt, rejected ones too; the plain loop after kept ones only.
         nfe_backward: evaluations of f or of its vector–Jacobian product in the last backward pass; zero before it.
+            Under error control the kernel takes steps of several samples together: where a time lies inside the step
+            of one, all of them take the products that its dense output needs, and count them.
         accepted: steps that make up the solution.
         rejected: step attempts that error control threw away.
         stage_iterations: evaluations spent on implicit stages; zero for explicit methods.
