@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,53 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; train one with: python -m nodeshape.train")
     data = path.read_bytes()  # an OSError of its own, apart from those that damage leads to
     try:
+        _check_sums(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's doubts about a damaged file, which the error tells
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damage can make unpickling raise anything
-        raise UserError(f"{path}: not a readable checkpoint") from error
+        raise UserError(f"{path}: not a readable checkpoint, or a damaged one") from error
     if not isinstance(state, dict) or not {"model", "architecture", "classes"} <= state.keys():
         raise UserError(f"{path}: not a nodeshape checkpoint")
     return state
+
+
+def _check_sums(data: bytes) -> None:
+    """Compare each record with its CRC-32, which torch.save writes and torch.load does not look at.
+
+    Raises:
+        zipfile.BadZipFile: one differs, or there are none.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def start_from(path: Path, model: ShapeClassifier, classes: list[str]) -> str:
+    """Give ``model``, a new classifier of ``classes``, the weights of a checkpoint; say in a line what it got.
+
+    The last layer takes the rows of the classes that both know, by name, and keeps its own of the others.
+
+    Raises:
+        UserError: there is no such checkpoint, or its network is another up to the last layer.
+    """
+    trained, known = load_classifier(path)
+    last = f"head.{len(model.head) - 1}."
+    own, others = model.state_dict(), trained.state_dict()
+    shapes = [{name: x.shape for name, x in state.items() if not name.startswith(last)} for state in (own, others)]
+    if shapes[0] != shapes[1]:
+        sizes = [f"{m.image_size} pixels, {m.in_channels} channels, width {m.width}" for m in (trained, model)]
+        raise UserError(f"--init {path}: its network, for {sizes[0]}, has other weights than one for {sizes[1]}")
+    for name, weight in own.items():
+        if name.startswith(last):
+            for row, label in enumerate(classes):
+                if label in known:
+                    weight[row] = others[name][known.index(label)]
+        else:
+            weight.copy_(others[name])
+    new = [label for label in classes if label not in known]
+    return f"starting from the weights of {path}" + (f"; classes it does not know: {len(new)}" if new else "")
 
 
 def load_classifier(path: Path | str) -> tuple[ShapeClassifier, list[str]]:
