@@ -208,9 +208,9 @@ class Trainer:
         self.schedule.load_state_dict(state)
         if self.schedule.total_steps != whole["total_steps"]:
             done = self.schedule.last_epoch
-            self.schedule.load_state_dict({**whole, "last_epoch": max(done - 1, 0), "_step_count": done + 1})
-            if done > 0:
-                self.schedule.step()
+            # Its count of steps is there for a warning alone, of a first step before any of the optimiser's.
+            self.schedule.load_state_dict({**whole, "last_epoch": done - 1, "_step_count": done + 2})
+            self.schedule.step()
 
     def train(self) -> Generator[Event, None, None]:
         """Train the remaining epochs, yielding what happens; :meth:`state` may be taken at every event.
