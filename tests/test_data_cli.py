@@ -1,6 +1,7 @@
 """``python -m nodeshape.data`` and what all commands share: a usable folder, and mistakes that take one line."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,21 @@ def test_a_command_after_the_package_is_a_mistake_and_says_how_it_is_written(cap
         _cli.run(__main__.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_command_that_goes_on_unheard_says_so_once(tmp_path):
+    """Its output is a pipe whose reader has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = (
+        "from nodeshape import _cli\n"
+        "def main():\n"
+        "    for _ in range(3): print('x' * 9000, flush=True)\n"
+        "    open('done', 'w')\n"
+        "_cli.run(main, though_unheard={})"
+    )
+    for unheard in (False, True):
+        line = [sys.executable, "-c", code.format(unheard)]
+        done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path)
+        assert (done.returncode == 0) == (tmp_path / "done").exists() == unheard
+    assert done.stderr == b"going on without an output: Broken pipe\n"

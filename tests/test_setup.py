@@ -1,4 +1,4 @@
-"""The installation: a compiler of CUDA that fails leaves out the solver for GPUs, and not the one for CPUs."""
+"""The installation: what cannot be compiled or loaded is told of, and the rest is there."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from nodeshape._ode import fused
 
 ROOT = Path(__file__).parents[1]
 #: ``python setup.py build_ext --inplace`` where torch has CUDA.
@@ -47,3 +50,23 @@ def test_a_failing_nvcc_stops_only_an_installation_that_asks_for_cuda(forced: bo
         assert done.returncode == 0, done.stderr
         assert libraries == {"libnodeshape_cpu.so"}
         assert 'building extension "nodeshape._ode._cuda" failed' in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        (False, r"libnodeshape_cpu\.so is not built: reinstall with a C\+\+ compiler"),
+        (True, r"libnodeshape_cpu\.so does not load: .*"),
+    ],
+)
+def test_a_library_that_is_not_there_or_does_not_load_is_told_of_in_a_line(
+    there: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libnodeshape_cpu.so"
+    if there:
+        library.write_text("no library")
+    monkeypatch.setattr(fused, "_LIBRARY", library)
+    with pytest.warns(RuntimeWarning, match=f"^{reason}; solves take the plain loop, which is slower$") as told:
+        assert fused._load() is not None
+    assert len(told) == 1
+    assert warnings.formatwarning(told[0].message, told[0].category, told[0].filename, told[0].lineno).count("\n") == 1
