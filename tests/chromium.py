@@ -118,13 +118,14 @@ class Chromium:
 
     def draw(self, points: Sequence[tuple[float, float]]) -> None:
         """Draw a stroke with the mouse through points of the window."""
-        self._mouse("mouseMoved", *points[0], buttons=0)
-        self._mouse("mousePressed", *points[0], button="left", clickCount=1)
+        self.mouse("mouseMoved", *points[0], buttons=0)
+        self.mouse("mousePressed", *points[0], button="left", clickCount=1)
         for point in points[1:]:
-            self._mouse("mouseMoved", *point, button="left")
-        self._mouse("mouseReleased", *points[-1], button="left", clickCount=1, buttons=0)
+            self.mouse("mouseMoved", *point, button="left")
+        self.mouse("mouseReleased", *points[-1], button="left", clickCount=1, buttons=0)
 
-    def _mouse(self, kind: str, x: float, y: float, buttons: int = 1, **more: Any) -> None:
+    def mouse(self, kind: str, x: float, y: float, buttons: int = 1, **more: Any) -> None:
+        """Send one event of the mouse."""
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, buttons=buttons, **more)
 
     def touch(self, points: Sequence[tuple[float, float]]) -> None:

@@ -12,7 +12,7 @@ const BACKENDS = { wasm: "WebAssembly", webgpu: "WebGPU" };
 
 let worker = null;
 let model = null; // what the worker says of the loaded model
-let latest = 0; // of the model's loads: an earlier one that ends later is forgotten
+let loading = 0; // models that are on their way: nothing is classified meanwhile
 let running = false;
 let again = false; // the drawing has changed since the run began
 let settled = false; // the pen is up: say the answer aloud
@@ -53,23 +53,27 @@ function startWorker() {
 }
 
 async function loadModel(source, head) {
-  const load = ++latest;
+  loading++;
   element("loading").hidden = false;
   element("progress").value = 0;
   if (!model) document.body.dataset.state = "loading";
   try {
-    const loaded = await ask({ type: "load", model: source, head, backend: query.get("backend") });
-    if (load !== latest) return;
-    model = loaded;
+    model = await ask({ type: "load", model: source, head, backend: query.get("backend") });
+    showModel();
   } catch (error) {
     if (!model) {
       document.body.dataset.state = "failed";
       verdict(waiting(), true);
     }
-    throw new Error(`No model was loaded. ${error.message}`);
+    throw new Error(`No model was loaded: ${error.message}. Choose another below.`);
   } finally {
-    if (load === latest) element("loading").hidden = true;
+    loading--;
+    element("loading").hidden = !loading;
+    classify();
   }
+}
+
+function showModel() {
   element("classes").replaceChildren(...model.classes.map((name, i) => {
     const item = document.createElement("li");
     item.style.setProperty("--colour", `var(--class-${i % 7})`);
@@ -85,7 +89,6 @@ async function loadModel(source, head) {
   document.body.dataset.backend = model.backend;
   document.body.dataset.seconds = model.seconds.toFixed(3);
   about();
-  await classify();
 }
 
 function about(milliseconds) {
@@ -97,6 +100,7 @@ function about(milliseconds) {
 /** Classify what is on the paper; while one picture is being classified, only the latest one waits. */
 async function classify() {
   if (!model) return void (drawing.isBlank || verdict(waiting(), true));
+  if (loading) return;
   again = running;
   if (running) return;
   running = true;
@@ -223,7 +227,8 @@ if (location.protocol !== "file:") {
   startWorker();
   verdict("Nothing drawn yet", true);
   told(showExamples)();
-  told(() => (own ? loadModel(url(own)) : loadModel(url("model.onnx"), url("head.onnx"))))();
+  const loaded = told(() => (own ? loadModel(url(own)) : loadModel(url("model.onnx"), url("head.onnx"))))();
   if (query.has("image")) told(async () => open(await fetched(query.get("image"))))();
-  navigator.serviceWorker?.register("service-worker.js").catch(() => {}); // without it the page needs a network
+  // What it keeps is fetched after the model; without it the page needs a network.
+  loaded.then(() => navigator.serviceWorker?.register("service-worker.js")).catch(() => {});
 }

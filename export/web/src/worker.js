@@ -3,15 +3,18 @@ import { metadata } from "./metadata.js";
 
 let ort = null;
 let model = null; // { session, head, ... }, see load
+let before = Promise.resolve(); // one message after the other: a model is not replaced in the middle of a run
 
-self.onmessage = async ({ data: { id, type, ...given } }) => {
+self.onmessage = ({ data }) => (before = before.then(() => answer(data)));
+
+async function answer({ id, type, ...given }) {
   try {
     const result = type === "load" ? await load(given) : await run(given);
     self.postMessage({ id, result });
   } catch (error) {
     self.postMessage({ id, error: error.message });
   }
-};
+}
 
 /**
  * Load a model, and its head if there is one; each is a URL or bytes. WebGPU where there is one, unless told `wasm`.
@@ -19,7 +22,7 @@ self.onmessage = async ({ data: { id, type, ...given } }) => {
  */
 async function load({ model: source, head: headSource, backend }) {
   const start = performance.now();
-  const steps = { runtime: [0, 1], model: [0, 1] };
+  const steps = ort ? { model: [0, 1] } : { runtime: [0, 1], model: [0, 1] };
   const progress = (name) => (loaded, total) => {
     steps[name] = [loaded, Math.max(total, loaded)];
     const [done, all] = Object.values(steps).reduce(([a, b], [c, d]) => [a + c, b + d]);
