@@ -234,9 +234,12 @@ def test_the_page_sees_what_predict_sees_in_images_of_every_kind(page, site, mod
         classes += 1
         clear(page)
     assert classes == 100
-    exact = [name for name in differences if name.endswith((".png", ".bmp"))]
-    assert max(differences[name] for name in exact) <= 1, differences
-    assert max(differences.values()) <= 8, differences  # a JPEG is decoded at another scale
+    scaled = {
+        file.name for file in files if file.suffix == ".jpg" and max(Image.open(file).size) >= 4 * model.image_size
+    }
+    assert len(scaled) < 15
+    assert max(value for name, value in differences.items() if name not in scaled) <= 1, differences
+    assert max(differences.values()) <= 40, differences  # Pillow decodes a large JPEG at a fraction of its size
 
 
 @in_chromium

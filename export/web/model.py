@@ -21,7 +21,7 @@ from nodeshape._data.shapes import CLASSES, draw
 
 PUBLIC = Path(__file__).resolve().parent / "public"
 TASK, IMAGE_SIZE = "hand", 64
-TRAIN = f"--task {TASK} --image-size {IMAGE_SIZE} --step-size 0.1 --train-size 10000 --test-size 1500 --epochs 5"
+TRAIN = f"--task {TASK} --image-size {IMAGE_SIZE} --step-size 0.1 --train-size 15000 --test-size 1500 --epochs 5"
 #: Drawings of each class that the page offers, and their side in pixels.
 EXAMPLES, EXAMPLE_SIZE = 4, 320
 

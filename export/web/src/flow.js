@@ -2,10 +2,12 @@
 import { softmax } from "./softmax.js";
 
 const PLAY_SECONDS = 3;
-const MARGIN = { left: 42, right: 12, top: 10, bottom: 22 };
+const TICKS = [0.000001, 0.01, 0.5, 0.99, 0.999999];
+const LIMIT = 14; // of the log-odds that the axis shows
+const MARGIN = { left: 66, right: 12, top: 10, bottom: 22 };
 
 export class Flow {
-  #elements; #classes = []; #result = null; #probabilities = null; #largest = null; #playing = 0;
+  #elements; #classes = []; #result = null; #probabilities = null; #odds = null; #largest = null; #playing = 0;
 
   /** `elements`: section, play, time, now, chart, figure, maps, count. */
   constructor(elements) {
@@ -28,6 +30,7 @@ export class Flow {
     const [moments, channels, height, width] = result.shape;
     this.#probabilities = result.logitsOverTime && Array.from({ length: moments }, (_, k) =>
       softmax(result.logitsOverTime.subarray(k * classes.length, (k + 1) * classes.length)));
+    this.#odds = this.#probabilities?.map(logOdds);
     this.#largest = new Float32Array(channels);
     result.states.forEach((value, i) => {
       const channel = Math.floor(i / (height * width)) % channels;
@@ -79,13 +82,8 @@ export class Flow {
     const before = Math.min(moments - 2, Math.floor(t * (moments - 1)));
     const part = t * (moments - 1) - before;
     this.#paintMaps(before, part);
-    this.#say(t, this.#probabilities && this.#between(before, part));
-    if (this.#probabilities) this.#paintChart(t, this.#between(before, part));
-  }
-
-  #between(before, part) {
-    const [from, to] = [this.#probabilities[before], this.#probabilities[before + 1]];
-    return from.map((value, i) => value + part * (to[i] - value));
+    this.#say(t, this.#probabilities && between(this.#probabilities, before, part));
+    if (this.#probabilities) this.#paintChart(t, between(this.#odds, before, part));
   }
 
   #say(t, probabilities) {
@@ -93,26 +91,28 @@ export class Flow {
     let text = `t = ${t.toFixed(2)}`;
     if (probabilities) {
       const best = probabilities.indexOf(Math.max(...probabilities));
-      text += `: ${this.#classes[best]} ${Math.round(100 * probabilities[best])}%`;
+      text += `: ${this.#classes[best]} ${(100 * probabilities[best]).toFixed(1)}%`;
     }
     now.textContent = text;
     time.setAttribute("aria-valuetext", text);
   }
 
-  #paintChart(t, probabilities) {
+  #paintChart(t, odds) {
     const { chart } = this.#elements;
     const [width, height] = [chart.clientWidth, chart.clientHeight];
     const x = (time) => MARGIN.left + time * (width - MARGIN.left - MARGIN.right);
-    const y = (value) => height - MARGIN.bottom - value * (height - MARGIN.top - MARGIN.bottom);
-    const last = this.#probabilities.length - 1;
-    const parts = [0, 0.5, 1].map((value) =>
-      `<line class="grid" x1="${x(0)}" x2="${x(1)}" y1="${y(value)}" y2="${y(value)}"/>` +
-      `<text x="${MARGIN.left - 8}" y="${y(value) + 4}" text-anchor="end">${100 * value}%</text>`);
+    const y = (value) => height - MARGIN.bottom - (0.5 + value / LIMIT / 2) * (height - MARGIN.top - MARGIN.bottom);
+    const last = this.#odds.length - 1;
+    const parts = TICKS.map((value) => {
+      const at = y(Math.log(value / (1 - value)));
+      return `<line class="grid" x1="${x(0)}" x2="${x(1)}" y1="${at}" y2="${at}"/>` +
+        `<text x="${MARGIN.left - 8}" y="${at + 4}" text-anchor="end">${Number((100 * value).toPrecision(6))}%</text>`;
+    });
     parts.push(`<text x="${x(0)}" y="${height - 4}">t = 0</text><text x="${x(1)}" y="${height - 4}" text-anchor="end">1</text>`);
-    parts.push(`<line class="now" x1="${x(t)}" x2="${x(t)}" y1="${y(0)}" y2="${y(1)}"/>`);
+    parts.push(`<line class="now" x1="${x(t)}" x2="${x(t)}" y1="${y(-LIMIT)}" y2="${y(LIMIT)}"/>`);
     this.#classes.forEach((_, i) => {
-      const line = this.#probabilities.map((row, k) => `${x(k / last).toFixed(1)} ${y(row[i]).toFixed(1)}`).join("L");
-      parts.push(`<g style="--colour: var(--class-${i % 7})"><path d="M${line}"/><circle r="5" cx="${x(t)}" cy="${y(probabilities[i])}"/></g>`);
+      const line = this.#odds.map((row, k) => `${x(k / last).toFixed(1)} ${y(row[i]).toFixed(1)}`).join("L");
+      parts.push(`<g style="--colour: var(--class-${i % 7})"><path d="M${line}"/><circle r="5" cx="${x(t)}" cy="${y(odds[i])}"/></g>`);
     });
     chart.innerHTML = parts.join("");
   }
@@ -141,6 +141,19 @@ export class Flow {
     }
     maps.getContext("2d").putImageData(picture, 0, 0);
   }
+}
+
+/** Of each class against all others, within what the axis shows. */
+function logOdds(probabilities) {
+  return probabilities.map((value, i) => {
+    const others = probabilities.reduce((sum, other, k) => (k === i ? sum : sum + other), 0);
+    return Math.min(LIMIT, Math.max(-LIMIT, Math.log(value / others)));
+  });
+}
+
+/** Row `before` of a table and the next, mixed. */
+function between(rows, before, part) {
+  return rows[before].map((value, i) => value + part * (rows[before + 1][i] - value));
 }
 
 function rgb(hex) {

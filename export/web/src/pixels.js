@@ -1,5 +1,7 @@
 // A picture as the model takes it: byte for byte what nodeshape/_data/images.py makes of the same pixels.
 
+import { turned, webpOrientation } from "./webp.js";
+
 /** Pictures of more are refused, as by nodeshape. */
 export const MAX_PIXELS = 100_000_000;
 /** A picture whose values differ by less than this, of 255, has nothing on it. */
@@ -8,19 +10,22 @@ export const CONTRAST = 8;
 /** The pixels of an image file, upright as its EXIF tag says, on white where it is transparent: ImageData. */
 export async function decode(blob) {
   if (!blob.size) throw new Error("an empty file");
+  const orientation = webpOrientation(await blob.arrayBuffer());
   let bitmap;
   try {
-    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", imageOrientation: "from-image" });
+    const imageOrientation = orientation ? "none" : "from-image";
+    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", imageOrientation });
   } catch {
     throw new Error("not an image that this browser can read");
   }
-  const { width, height } = bitmap;
+  const [width, height, transform] = turned(orientation, bitmap.width, bitmap.height);
   if (width * height > MAX_PIXELS) {
     throw new Error(`an image of more than ${MAX_PIXELS / 1e6} megapixels (${width} × ${height})`);
   }
   const pen = new OffscreenCanvas(width, height).getContext("2d");
   pen.fillStyle = "white";
   pen.fillRect(0, 0, width, height);
+  pen.setTransform(...transform);
   pen.drawImage(bitmap, 0, 0);
   bitmap.close();
   return pen.getImageData(0, 0, width, height);
