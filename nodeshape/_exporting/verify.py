@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nodeshape._data.images import load_folder, scan_folder
+from nodeshape._data.folder import scan_folder
+from nodeshape._data.images import load_folder
 from nodeshape._data.shapes import MIN_IMAGE_SIZE, draw_set
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
