@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,18 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from nodeshape._cli import Parser, run
-from nodeshape._data.images import CHANNELS, CONTACT_SHEET, SUFFIXES, ImageError, is_empty, load_image
+from nodeshape._cli import Parser, cores, positive_int, printable, run, say
+from nodeshape._data.folder import images_below
+from nodeshape._data.images import (
+    CHANNELS,
+    CONTACT_SHEET,
+    MAX_IMAGE_SIZE,
+    SUFFIXES,
+    ImageError,
+    is_empty,
+    load_image,
+    open_file,
+)
 from nodeshape._errors import UserError
 
 #: Images, and values in them, that are in memory at a time.
@@ -42,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="print a JSON list with the probability of every class; of an empty picture the class is null",
     )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="of onnxruntime (default: one per core)")
     args = parser.parse_args(argv)
 
-    model = load_model(args.model)
+    model = load_model(args.model, args.threads)
     paths = [path for image in args.images for path in _expand(image)]
     unreadable = 0
     output = _json(paths, model) if args.json else _table(paths, model)
     for item in output:
         if isinstance(item, ImageError):
             unreadable += 1
-            sys.stdout.flush()
-            print(f"error: {item}", file=sys.stderr, flush=True)
+            say(f"error: {item}", error=True)
         else:
-            print(item, flush=True)
+            say(item)
     if unreadable:
         sys.exit(2)
 
@@ -90,8 +101,23 @@ class Model:
     channels: str
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """The probability of every class, ``[batch, classes]``, of images ``[batch, channels, size, size]``."""
-        (logits,) = self.session.run(["logits"], {"image": images.astype(np.float32) / 255})
+        """The probability of every class, ``[batch, classes]``, of images ``[batch, channels, size, size]``.
+
+        They are NaN where the model's logits are not finite.
+
+        Raises:
+            UserError: the model fails, or gives something else than logits of its classes.
+        """
+        try:
+            (logits,) = self.session.run(["logits"], {"image": images.astype(np.float32) / 255})
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise UserError(f"the model fails: {error}") from error
+        if logits.shape != (len(images), len(self.classes)):
+            raise UserError(
+                f"the model gives logits of shape {logits.shape}, expected {(len(images), len(self.classes))}"
+            )
+        # Where a logit is NaN or infinite, so are all of its image's probabilities.
+        logits = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits, np.nan)
         exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
         probabilities: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
         return probabilities
@@ -107,7 +133,7 @@ class Model:
             images = [image for image in loaded if not isinstance(image, ImageError)]
             probabilities = iter(self.probabilities(np.stack(images)) if images else ())
             for path, image in zip(paths[start:], loaded):
-                yield image if isinstance(image, ImageError) else Answer(path, next(probabilities), is_empty(image))
+                yield image if isinstance(image, ImageError) else _answer(path, next(probabilities), is_empty(image))
 
     def _load(self, path: Path) -> NDArray[np.uint8] | ImageError:
         try:
@@ -116,50 +142,83 @@ class Model:
             return error
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: Path, threads: int | None = None) -> Model:
     """Load an exported model into onnxruntime.
+
+    Args:
+        path: of the file, of which nothing is believed that is not checked.
+        threads: that compute (default: one per core that this process may use).
 
     Raises:
         UserError: there is no such file, it is no ONNX model, or not one of ``python -m nodeshape.export``.
     """
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         what = "is a folder; name its model.onnx" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}; write one with: python -m nodeshape.export")
+    open_file(path).close()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, and told below
+    options.intra_op_num_threads = cores() if threads is None else threads
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        inputs, outputs = session.get_inputs(), session.get_outputs()
     except Exception as error:  # onnxruntime's errors share no base class of their own
         raise UserError(f"{path}: not an ONNX model that onnxruntime can load") from error
-    metadata = session.get_modelmeta().custom_metadata_map
+    anew = "write it anew with: python -m nodeshape.export"
+    missing = [key for key in ("classes", "image_size", "channels") if key not in metadata]
+    if missing:
+        raise UserError(f"{path}: lacks the metadata that nodeshape's models have ({', '.join(missing)}); {anew}")
+    wrong = _wrong(metadata, inputs, outputs)
+    if wrong:
+        raise UserError(f"{path}: not a model of nodeshape's: {wrong}; {anew}")
+    return Model(session, json.loads(metadata["classes"]), int(metadata["image_size"]), metadata["channels"])
+
+
+def _wrong(metadata: Mapping[str, str], inputs: Sequence[Any], outputs: Sequence[Any]) -> str | None:
+    """What in a model is not as nodeshape writes it, if something is."""
     try:
-        classes = [str(name) for name in json.loads(metadata["classes"])]
-        model = Model(session, classes, int(metadata["image_size"]), metadata["channels"])
-        expected = ["batch", CHANNELS[model.channels], model.image_size, model.image_size]
-        fits = session.get_inputs()[0].shape[1:] == expected[1:] and session.get_outputs()[0].shape[1] == len(classes)
-    except (KeyError, ValueError, TypeError, IndexError):
-        fits = False
-    if not fits:
-        raise UserError(
-            f"{path}: lacks the metadata that nodeshape's models have (classes, image_size, channels); write it anew"
-            " with: python -m nodeshape.export"
-        )
-    return model
+        classes = json.loads(metadata["classes"])
+    except (ValueError, RecursionError):
+        return "its classes are not JSON"
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        return "its classes are not a list of names"
+    if len(set(classes)) < len(classes):
+        return f"two of its classes are called {Counter(classes).most_common(1)[0][0]!r}"
+    size, channels = metadata["image_size"], metadata["channels"]
+    if not (size.isascii() and size.isdecimal() and len(size) < 6 and 1 <= int(size) <= MAX_IMAGE_SIZE):
+        return f"expected an image size of 1 to {MAX_IMAGE_SIZE} pixels, got {size[:20]!r}"
+    if channels not in CHANNELS:
+        return f"expected channels to be one of {', '.join(CHANNELS)}, got {channels[:20]!r}"
+    image = ("image", "tensor(float)", [CHANNELS[channels], int(size), int(size)])
+    given = [(x.name, x.type, x.shape[1:]) for x in inputs]
+    if given != [image] or isinstance(inputs[0].shape[0], int):
+        return f"expected the one input image [batch, {', '.join(map(str, image[2]))}] of float"
+    logits = ("logits", "tensor(float)", [len(classes)])
+    if logits not in [(x.name, x.type, x.shape[1:]) for x in outputs]:
+        return f"expected an output logits [batch, {len(classes)}] of float, one per class"
+    return None
+
+
+def _answer(path: Path, probabilities: NDArray[np.float64], empty: bool) -> Answer | ImageError:
+    if np.isnan(probabilities).any():
+        return ImageError(path, "the model's logits of this image are not finite")
+    return Answer(path, probabilities, empty)
 
 
 def _table(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
-    file_width = max(len(name) for name in ["file", *map(str, paths)])
-    class_width = max(len(name) for name in ["class", EMPTY, *model.classes])
+    file_width = max(len(name) for name in ["file", *map(printable, paths)])
+    class_width = max(len(name) for name in ["class", EMPTY, *map(printable, model.classes)])
     yield f"{'file':<{file_width}}  {'class':<{class_width}}  probability"
     for item in model.classify(paths):
         if isinstance(item, ImageError):
             yield item
             continue
         best = int(item.probabilities.argmax())
-        name, probability = model.classes[best], f"{item.probabilities[best]:.4f}"
+        name, probability = printable(model.classes[best]), f"{item.probabilities[best]:.4f}"
         if item.empty:
             name, probability = EMPTY, "-"
-        yield f"{item.path!s:<{file_width}}  {name:<{class_width}}  {probability:>11}"
+        yield f"{printable(item.path):<{file_width}}  {name:<{class_width}}  {probability:>11}"
 
 
 def _json(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
@@ -177,9 +236,15 @@ def _json(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
             "probabilities": dict(zip(model.classes, item.probabilities.tolist())),
             "empty": item.empty,
         }
-        yield lead + json.dumps(entry, ensure_ascii=False)
+        yield lead + _printable_json(entry)
         lead = ","
     yield "[]" if lead == "[" else "]"
+
+
+def _printable_json(value: Any) -> str:
+    """JSON that holds letters as they are and numbers for what a terminal does not show (:func:`printable`)."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if printable(text) == text else "".join(c if printable(c) == c else json.dumps(c)[1:-1] for c in text)
 
 
 def _expand(path: Path) -> list[Path]:
@@ -190,14 +255,7 @@ def _expand(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and file.name != CONTACT_SHEET
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    found = sorted(file for file in images_below(path) if file.name != CONTACT_SHEET)
     if not found:
         raise UserError(f"{path}: a folder without images ({', '.join(SUFFIXES)})")
     return found

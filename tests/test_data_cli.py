@@ -138,7 +138,7 @@ def test_relative_folders_and_the_current_one_work(tmp_path):
 @pytest.mark.parametrize(
     ("raised", "code", "line"),
     [
-        (_cli.UserError("two\nlines"), 2, "error: two lines\n"),
+        (_cli.UserError("two\nlines"), 2, "error: two\\nlines\n"),
         (FileNotFoundError(2, "No such file or directory", "x"), 2, "error: x: No such file or directory\n"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),

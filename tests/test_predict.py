@@ -1,6 +1,7 @@
 """``python -m nodeshape.predict``: classes of image files from an exported model, without torch."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -111,7 +112,7 @@ def test_no_readable_image_is_an_empty_list(folder, capsys):
         ("images", "images/a.png", "images: is a folder; name its model.onnx"),
         ("text.png", "images/a.png", "text.png: not an ONNX model"),
         ("bare.onnx", "images/a.png", "bare.onnx: lacks the metadata"),
-        ("wrong.onnx", "images/a.png", "wrong.onnx: lacks the metadata"),
+        ("wrong.onnx", "images/a.png", "wrong.onnx: not a model of nodeshape's: expected an output logits [batch, 2]"),
         ("model.onnx", "empty", "empty: a folder without images"),
     ],
 )
@@ -162,3 +163,124 @@ def test_a_picture_without_contrast_is_said_to_be_empty(folder, tmp_path, capsys
         == [True, True, False]
     )
     assert all(sum(item["probabilities"].values()) == pytest.approx(1) for item in items)
+
+
+HOSTILE = {
+    "nested JSON": ({"classes": "[" * 100_000}, "its classes are not JSON"),
+    "classes as a string": ({"classes": '"abc"'}, "not a list of names"),
+    "classes as a dict": ({"classes": '{"a": 1, "b": 2, "c": 3}'}, "not a list of names"),
+    "classes as numbers": ({"classes": "[1, 2, 3]"}, "not a list of names"),
+    "doubled names": ({"classes": '["a", "b", "a"]'}, "two of its classes are called 'a'"),
+    "too few classes": ({"classes": '["a", "b"]'}, "expected an output logits [batch, 2]"),
+    "a large image": ({"image_size": "20000"}, "expected an image size of 1 to 1024 pixels, got '20000'"),
+    "another image": ({"image_size": "25"}, "expected the one input image [batch, 1, 25, 25]"),
+    "no image": ({"image_size": "-1"}, "expected an image size"),
+    "digits of another script": ({"image_size": "\u0968\u096a"}, "expected an image size"),
+    "other channels": ({"channels": "cmyk"}, "expected channels to be one of grey, rgb, got 'cmyk'"),
+    "an escape sequence": ({"channels": "\x1b[2J\nerror"}, r"got '\\x1b[2J\\nerror'"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_in_a_model_is_believed(folder, tmp_path, capsys, name):
+    metadata, message = HOSTILE[name]
+    model = onnx.load(folder / "model.onnx")
+    for entry in model.metadata_props:
+        entry.value = metadata.get(entry.key, entry.value)
+    onnx.save(model, tmp_path / "bad.onnx")
+    assert mistake(capsys, tmp_path / "bad.onnx", folder / "images" / "a.png").count(message.replace("\\\\", "\\")) == 1
+
+
+@pytest.mark.parametrize("part", ["input", "output"])
+def test_inputs_and_outputs_of_other_names_are_refused(folder, tmp_path, capsys, part):
+    model = onnx.load(folder / "model.onnx")
+    own = getattr(model.graph, part)[0]
+    old, own.name = own.name, "other"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name == old:
+                    names[i] = "other"
+    onnx.save(model, tmp_path / "bad.onnx")
+    expected = {"input": "expected the one input image", "output": "expected an output logits"}[part]
+    assert expected in mistake(capsys, tmp_path / "bad.onnx", folder / "images" / "a.png")
+
+
+def mistake(capsys, *arguments):
+    """What a command line that ends in exit code 2 says, one line of it."""
+    with pytest.raises(SystemExit) as stopped:
+        _cli.run(lambda: predict.main([*map(str, arguments)]))
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, len(err.splitlines())) == (2, "", 1)
+    return err
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_said_and_leave_json_whole(folder, tmp_path, capsys, value):
+    model = onnx.load(folder / "model.onnx")
+    weights = next(x for x in model.graph.initializer if onnx.numpy_helper.to_array(x).shape == (3,))
+    weights.CopyFrom(onnx.numpy_helper.from_array(np.full(3, value, np.float32), weights.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([str(tmp_path / "nan.onnx"), str(folder / "images" / "a.png"), "--json"])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, json.loads(out)) == (2, [])
+    assert err == f"error: {folder / 'images' / 'a.png'}: the model's logits of this image are not finite\n"
+
+
+def test_threads_are_those_asked_for_or_those_of_the_affinity(folder, monkeypatch):
+    monkeypatch.setattr(predict, "cores", lambda: 3)
+    threads = [predict.load_model(folder / "model.onnx", n).session for n in (None, 1)]
+    assert [session.get_session_options().intra_op_num_threads for session in threads] == [3, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_cores_are_those_of_the_affinity():
+    one = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    code = f"import os; from nodeshape._cli import cores; {one}; print(cores())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows")
+def test_pipes_are_not_waited_for_as_images_or_models(folder, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: is a pipe, not a file" in mistake(capsys, tmp_path / "pipe", folder / "images" / "a.png")
+    with pytest.raises(SystemExit) as stopped:
+        predict.main([str(folder / "model.onnx"), str(tmp_path / "pipe"), "--json"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'pipe'}: is a pipe, not a file\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes of this kind there")
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_reader_that_goes_ends_the_command_quietly(folder, arguments):
+    images = [str(folder / "images" / "a.png")] * 300
+    line = [sys.executable, "-m", "nodeshape.predict", str(folder / "model.onnx"), *images, *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == _cli.UNHEARD
+
+
+NASTY = "a\x1b[31m\nerror: forged\x9b2J\u202e.png"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_names_cannot_forge_lines_or_reach_the_terminal(folder, tmp_path, capsys):
+    Image.open(folder / "images" / "a.png").save(tmp_path / NASTY)
+    (tmp_path / ("b" + NASTY)).write_text("no image")
+    model = write_model(tmp_path / "model.onnx", classes=json.dumps([NASTY, "\x1b]0;x\x07", "c\r"]))
+    del model
+    for arguments in ([], ["--json"]):
+        with pytest.raises(SystemExit):
+            predict.main([str(tmp_path / "model.onnx"), str(tmp_path), *arguments])
+        out, err = capsys.readouterr()
+        assert all(line.isprintable() for line in [*out.split("\n"), *err.split("\n")])
+        assert len(err.splitlines()) == 1 and r"ba\x1b[31m\nerror: forged\x9b2J\u202e.png: not a PNG" in err
+        if arguments:
+            (item,) = json.loads(out)
+            assert item["file"] == str(tmp_path / NASTY) and NASTY in item["probabilities"]
+        else:
+            header, row = out.splitlines()
+            assert len(header) == len(row)

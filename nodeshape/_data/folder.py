@@ -286,8 +286,9 @@ class _Scan:
             what = f"its {loose} images lie in no class folder" if loose else "it is empty of class folders"
             raise UserError(f"{folder}: {what}; expected {folder / 'CLASS' / '*.png'}, one folder per class{why}")
         if len(found) == 1:
+            (name,) = found
             raise UserError(
-                f"{folder}: has one class only, {next(iter(found))!r}; a classifier needs two or more class folders{why}"
+                f"{folder}: has one class only, {name!r}; a classifier needs two or more class folders{why}"
             )
         classes = tuple(map(_text, found))
         self.left_out += [f"class {x}: its folder's name is not UTF-8" for x, name in zip(classes, found) if x != name]
@@ -367,7 +368,7 @@ def _files(folders: Sequence[Path], names: Sequence[list[str]]) -> Files:
 
 
 def _text(name: str) -> str:
-    """A folder's name as text: bytes that are not UTF-8 as ``\\xff``."""
+    r"""A folder's name as text: bytes that are not UTF-8 as ``\xff``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

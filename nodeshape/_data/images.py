@@ -35,6 +35,9 @@ MAX_PIXELS = 100_000_000
 STRIP_PIXELS = 1_000_000
 """Pixels that are converted at a time."""
 
+MAX_IMAGE_SIZE = 1024
+"""Side in pixels of the largest squares that a classifier of images takes."""
+
 CONTRAST = 8
 """A picture whose values differ by less than this, of 255, has nothing on it."""
 

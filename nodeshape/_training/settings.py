@@ -12,7 +12,7 @@ from typing import Any
 
 from nodeshape._cli import ArgumentType, one_of, positive_float, positive_int, seed, whole
 from nodeshape._data.augment import AUGMENTATIONS
-from nodeshape._data.images import CHANNELS
+from nodeshape._data.images import CHANNELS, MAX_IMAGE_SIZE
 from nodeshape._data.shapes import CLASSES
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import MIN_IMAGE_SIZE
@@ -20,7 +20,6 @@ from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.options import ADJOINTS
 from nodeshape._training.recipe import CLASS_WEIGHTS, RECIPES, Recipe
 
-MAX_IMAGE_SIZE = 1024
 MIN_STEP_SIZE = 1e-4
 #: What ``--recipe`` sets where the flag itself is not given.
 RECIPE_FLAGS = ("batch_size", "lr", "augment")
