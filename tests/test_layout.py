@@ -107,6 +107,18 @@ def test_reading_and_drawing_images_and_predict_never_import_torch(module: str) 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_whatever_is_printed_is_printable() -> None:
+    """Names of files and classes cannot forge lines: all is printed by ``say``, bars apart."""
+    allowed = {"_cli", "__main__", "_experiments.depth"}  # the last prints numbers for the process that started it
+    printing = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert "_cli" in printing and printing <= allowed
+
+
 @pytest.mark.parametrize("name", [name for name in ns.__all__ if name != "__version__"])
 def test_public_names_say_that_they_are_nodeshapes(name: str) -> None:
     value = getattr(ns, name)
