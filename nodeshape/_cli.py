@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import signal
 import sys
 import warnings
@@ -12,11 +13,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TextIO, TypeVar, cast
 
 from nodeshape._errors import UserError
 
 T = TypeVar("T")
+
+#: Signals, besides Ctrl-C's, that ask a command to end; Windows has no SIGHUP.
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -41,14 +45,53 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (usage: {self.prog} --help)")
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 when done, 2 after a user's mistake or a failed file operation, 130 after Ctrl-C."""
+class _Lasting:
+    """A stream that goes on when its reader has ended, its terminal has closed or its disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._let_go(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if self._stream is sys.__stdout__:
+            print(f"going on without an output: {error.strerror}", file=sys.stderr)
+
+
+def run(main: Callable[[], None], though_unheard: bool = False) -> NoReturn:
+    """Run a command and exit: 0 when done, 2 after a user's mistake or a failed file operation, 130 after Ctrl-C.
+
+    Args:
+        main: the command.
+        though_unheard: go on where what it prints can no longer be written, as after ``| head -1``.
+    """
     # Pillow's warning about a large image; _data.images refuses such images with an error of its own.
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for file names that are not text
-    signal.signal(signal.SIGTERM, _interrupt)  # so that what is half done is undone
+    for kind in ENDING:  # so that what is half done is undone
+        if signal.getsignal(kind) == signal.SIG_DFL:  # and not ignored, as SIGHUP is under nohup
+            signal.signal(kind, _interrupt)
+    if though_unheard:
+        sys.stdout, sys.stderr = cast("TextIO", _Lasting(sys.stdout)), cast("TextIO", _Lasting(sys.stderr))
     try:
         main()
     except UserError as error:

@@ -85,4 +85,4 @@ def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, though_unheard=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
 from nodeshape._cli import Parser, run
 from nodeshape._data.datasets import DRAWN_TEST_SIZE, DRAWN_TRAIN_SIZE, MEMORY_BYTES, MEMORY_FILES
-from nodeshape._training.processes import Processes, ending_at_once
+from nodeshape._training.processes import ending_at_once
 from nodeshape._training.recipe import RECIPES
 from nodeshape._training.session import train
 from nodeshape._training.settings import RECIPE_FLAGS, RunSettings
@@ -47,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--method", "solver of the ODE")
     add("--step-size", "step of the solver; the ODE runs from 0 to 1", metavar="H")
     add("--adjoint", "how gradients are computed")
+    add(
+        "--init",
+        "start from the weights of a trained model, such as best.pt of another run; classes may be others",
+        metavar="CHECKPOINT",
+    )
     sizes = (
         (f"{DRAWN_TRAIN_SIZE} drawn, or all of yours", "train"),
         (f"{DRAWN_TEST_SIZE} drawn, or all of yours", "test"),
@@ -92,5 +98,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with ending_at_once() if Processes.from_environment().count > 1 else nullcontext():
-        run(main)
+    with ending_at_once() if os.environ.get("WORLD_SIZE", "1") != "1" else nullcontext():
+        run(main, though_unheard=True)

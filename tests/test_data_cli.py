@@ -1,6 +1,7 @@
 """``python -m nodeshape.data`` and what all commands share: a usable folder, and mistakes that take one line."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,14 +81,49 @@ def test_a_folder_with_content_or_a_file_is_refused_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, monkeypatch, failure):
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, monkeypatch, failure, exists):
     def stop(*_, **__):
         raise failure
 
-    monkeypatch.setattr(drawn_folder, "contact_sheet", stop)
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Image.Image, "save", stop)
     with pytest.raises(failure):
-        data.main(["--count", "5", "--out", str(tmp_path / "out")])
-    assert list(tmp_path.iterdir()) == []
+        data.main(["--count", "5", "--out", str(out)])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_contact_sheet_that_cannot_be_drawn_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ImportError("The _imagingft C module is not installed")
+
+    monkeypatch.setattr(drawn_folder, "contact_sheet", fail)
+    data.main(["--count", "5", "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 5
+    assert capsys.readouterr().err.splitlines()[-1].startswith("contact_sheet.png could not be drawn: ImportError")
+
+
+def test_images_that_a_kill_left_on_the_way_to_their_place_are_all_brought_there(tmp_path, monkeypatch, capsys):
+    moves = 0
+    rename = Path.rename
+
+    def stop_at_the_third(self, target):
+        nonlocal moves
+        moves += 1
+        if moves == 3:
+            raise OSError
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "rename", stop_at_the_third)
+        data.main(["--count", "12", "--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("*/*.png"))) < 12
+    with pytest.raises(_cli.UserError, match="are all there now"):
+        data.main(["--count", "12", "--out", str(tmp_path)])
+    assert len(list(tmp_path.glob("*/*.png"))) == 12 and not list(tmp_path.glob(".*"))
 
 
 def test_relative_folders_and_the_current_one_work(tmp_path):
@@ -162,3 +198,21 @@ def test_a_command_after_the_package_is_a_mistake_and_says_how_it_is_written(cap
         _cli.run(__main__.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_command_that_goes_on_unheard_says_so_once(tmp_path):
+    """Its output is a pipe whose reader has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = (
+        "from nodeshape import _cli\n"
+        "def main():\n"
+        "    for _ in range(3): print('x' * 9000, flush=True)\n"
+        "    open('done', 'w')\n"
+        "_cli.run(main, though_unheard={})"
+    )
+    for unheard in (False, True):
+        line = [sys.executable, "-c", code.format(unheard)]
+        done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path)
+        assert (done.returncode == 0) == (tmp_path / "done").exists() == unheard
+    assert done.stderr == b"going on without an output: Broken pipe\n"

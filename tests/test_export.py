@@ -18,7 +18,6 @@ from nodeshape._errors import UserError
 from nodeshape._exporting import export_folder, verify
 from nodeshape._exporting.unrolled import UnrolledClassifier
 from nodeshape._exporting.verify import check_images, compare, load_onnx, load_torchscript
-from nodeshape._files import partial_folder
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._training.checkpoint import save_checkpoint
 
@@ -284,16 +283,3 @@ def test_a_hundred_steps_of_the_full_width_export(tmp_path, method):
     report = export.export(path, tmp_path / "out", steps=100)
     assert report["steps"] == 100
     assert all(figures["max_difference"] <= 1e-4 for figures in report["files"].values())
-
-
-def test_an_export_that_a_kill_took_out_of_its_place_is_put_back(tmp_path) -> None:
-    aside = tmp_path / ".export.old-0123456789abcdef"
-    aside.mkdir()
-    (aside / "model.onnx").write_text("earlier")
-    with partial_folder(tmp_path / "export"):
-        assert aside.is_dir(), "clearing partial folders took it"
-    export_folder._restore(tmp_path / "export")
-    assert (tmp_path / "export" / "model.onnx").read_text() == "earlier" and not aside.exists()
-    aside.mkdir()
-    export_folder._restore(tmp_path / "export")
-    assert (tmp_path / "export" / "model.onnx").read_text() == "earlier"

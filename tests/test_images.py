@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nodeshape._data.images import ImageError, load_folder, load_image, scan_folder
+from nodeshape._data.images import Files, ImageError, load_folder, load_image, scan_folder
 from nodeshape._errors import UserError
 
 
@@ -305,3 +305,16 @@ def test_a_class_without_a_readable_file_is_an_error(tmp_path):
     files = [(path, label) for label, name in enumerate(("cat", "dog")) for path in (root / name).iterdir()]
     with pytest.raises(UserError, match="dog: none of its 2 images is readable"):
         load_folder(files, 8)
+
+
+def test_the_time_of_unreadable_files_is_that_of_their_number_not_of_its_square(tmp_path, monkeypatch):
+    (tmp_path / "class").mkdir()
+    names = [f"{i}.png" for i in range(60)]
+    for name in names:
+        (tmp_path / "class" / name).touch()
+    taken = []
+    take = Files.__getitem__
+    monkeypatch.setattr(Files, "__getitem__", lambda self, index: taken.append(index) or take(self, index))
+    with pytest.raises(UserError, match="none of its 60 images is readable"):
+        load_folder(Files((tmp_path / "class",), names, np.zeros(60, np.int64)), 16)
+    assert len(taken) <= 3 * len(names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from nodeshape._data.shapes import draw
+from nodeshape._errors import UserError
 from nodeshape._training.processes import Processes
 
 # 33 images in batches of 16: the last batch holds one, so that a process gets none of it.
@@ -131,10 +133,60 @@ def test_unreadable_files_of_all_processes_are_counted(tmp_path: Path) -> None:
     assert done.stderr.count("unreadable files passed over: 6") == 1
 
 
-def test_a_machine_s_process_count_alone_makes_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    assert Processes.from_environment() == Processes()
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, Processes()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Processes()),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, Processes(1, 2, 0, 1)),
+        (
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "1",
+            },
+            Processes(3, 4, 1, 2),
+        ),
+        ({"RANK": "1"}, "RANK=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1: expected whole numbers"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, .*: expected whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two.*: expected whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "a rank must be below its count"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT must say where process 0 is"),
+    ],
+    ids=str,
+)
+def test_processes_are_known_by_any_launcher_s_variables_or_refused(
+    environment: dict[str, str], expected: Processes | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, Processes):
+        assert Processes.from_environment() == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            Processes.from_environment()
+
+
+def test_processes_without_local_ranks_train_together(tmp_path: Path) -> None:
+    """As plain pods are started, one process each; they choose the run's folder by default, and agree on it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "nodeshape.train", *SMALL, "--epochs", "1"]
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pods = [
+        subprocess.Popen(command, cwd=tmp_path, env={**world, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    said = [pod.communicate(timeout=300)[0] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0]
+    assert "on cpu, 2 processes; run folder runs/single-euler" in said[0] and said[1] == ""
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["single-euler"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def test_the_defaults_are_those_of_checkpoints_and_config_files_there_are() -> N
         ("method", "euler"),
         ("step_size", 0.05),
         ("adjoint", "discrete"),
+        ("init", None),
         ("train_size", None),
         ("test_size", None),
         ("recipe", "default"),
@@ -60,8 +61,10 @@ def test_a_folder_is_kept_as_an_absolute_path_and_its_run_has_no_task(
     settings = RunSettings.from_args({"data": "photos"})
     assert settings.data == str(tmp_path / "photos") and settings.task is None and settings.subject == "photos"
     assert RunSettings.from_checkpoint(asdict(settings), {"data": "photos"}, PATH) == settings
-    with pytest.raises(UserError, match=r"^--data elsewhere differs from the run's .*photos"):
-        RunSettings.from_checkpoint(asdict(settings), {"data": "elsewhere"}, PATH)
+    moved = RunSettings.from_checkpoint(asdict(settings), {"data": "elsewhere"}, PATH)
+    assert moved == replace(settings, data=str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"^--data elsewhere differs from the run's None"):
+        RunSettings.from_checkpoint(asdict(RunSettings()), {"data": "elsewhere"}, PATH)
 
 
 def test_a_checkpoint_gives_back_its_settings_with_defaults_for_those_it_is_too_old_for() -> None:
@@ -76,8 +79,12 @@ def test_a_folder_that_is_not_a_text_is_refused_in_a_checkpoint() -> None:
         RunSettings.from_checkpoint({**asdict(RunSettings()), "task": None, "data": 3}, {}, PATH)
 
 
-def test_only_where_and_with_what_log_a_run_goes_on_may_be_changed() -> None:
+def test_only_where_how_long_and_with_what_log_a_run_goes_on_may_be_changed() -> None:
     state = asdict(RunSettings())
+    longer = RunSettings.from_checkpoint(state, {"epochs": 40, "patience": 3}, PATH)
+    assert longer == RunSettings(epochs=40, patience=3)
+    with pytest.raises(UserError, match=r"^--epochs 4 is fewer than the run's 5; give more, or leave it out$"):
+        RunSettings.from_checkpoint(state, {"epochs": 4}, PATH)
     changed = RunSettings.from_checkpoint(state, {"device": "cpu", "tensorboard": True, "lr": 0.01}, PATH)
     assert changed == RunSettings(device="cpu", tensorboard=True)
     with pytest.raises(UserError, match=r"^--lr 0.1 differs from the run's 0.01; leave it out, or start a new run$"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nodeshape._data import datasets
+from nodeshape._data import datasets, streaming
 from nodeshape._data.datasets import Data, Split, folder_data
-from nodeshape._data.images import ImageError
+from nodeshape._data.images import ImageError, load_image
 from nodeshape._data.shapes import draw
 from nodeshape._data.streaming import AHEAD, StreamedSplit
 from nodeshape._errors import UserError
@@ -117,3 +117,26 @@ def test_a_streamed_run_is_resumed_only_with_the_same_files(folder: Path, tmp_pa
     Image.new("L", (16, 16)).save(folder / "class0" / "new.png")
     with pytest.raises(UserError, match="images have changed"):
         main(["--resume", "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("readable", [0, 19])
+def test_a_row_of_unreadable_files_is_read_once(
+    folder: Path, readable: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the readable file is the first of its class or the last; otherwise the time would be their square."""
+    split = read(folder, stream=True).train
+    assert isinstance(split, StreamedSplit)
+    own = [i for i in range(len(split)) if split.labels[i] == 1]
+    kept = own[min(readable, len(own) - 1)]
+    for i in own:
+        if i != kept:
+            split.files[i][0].write_text("not an image")
+    expected, reads = split.pixels([kept]), []
+    monkeypatch.setattr(streaming, "load_image", lambda path, *how: reads.append(path) or load_image(path, *how))
+    for _ in range(2):
+        assert torch.equal(split.pixels(own), expected.expand(len(own), -1, -1, -1))
+    assert sum(path != split.files[kept][0] for path in reads) == len(own) - 1
+    split.files[kept][0].write_text("not an image")
+    for i in own:
+        with pytest.raises(UserError, match="none of its images is readable"):
+            split.pixels([i])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from nodeshape._cli import picture
 from nodeshape._data.images import CONTACT_SHEET
 from nodeshape._data.shapes import CLASSES, draw
 from nodeshape._errors import UserError
-from nodeshape._files import partial_folder
+from nodeshape._files import PARTIAL, partial_folder, write_atomically
+
+#: The folder, within a folder that was there before, of images that are all drawn and not all in their place.
+DRAWN = ".images.drawn"
 
 
 def write_folder(out: Path, task: str, count: int, seed: int, image_size: int) -> dict[str, int]:
@@ -26,13 +31,31 @@ def write_folder(out: Path, task: str, count: int, seed: int, image_size: int) -
     out = out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; name a new folder")
+    if out.is_dir():  # which may be the one that the user is in, or a disk's: it is filled, not replaced
+        finished = _move_on(out)
+        if set(out.iterdir()) - set(out.glob(PARTIAL)):
+            what = "a killed call had drawn its images, which are all there now" if finished else "is not empty"
+            raise UserError(f"--out {out}: {what}; name a new folder")
+        with partial_folder(out / "images") as partial:
+            counts = _write(partial, task, count, seed, image_size)
+            partial.rename(out / DRAWN)
+            _move_on(out)
+        return counts
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_folder(out) as partial:
         counts = _write(partial, task, count, seed, image_size)
-        _move(partial, out)
+        partial.rename(out)
     return counts
+
+
+def _move_on(out: Path) -> bool:
+    """Move what is drawn to its place in ``out``, all of it also after a kill in between; whether there was any."""
+    if not (out / DRAWN).is_dir():
+        return False
+    for part in (out / DRAWN).iterdir():
+        part.rename(out / part.name)
+    (out / DRAWN).rmdir()
+    return True
 
 
 def contact_sheet(examples: dict[str, list[NDArray[np.uint8]]]) -> Image.Image:
@@ -69,13 +92,8 @@ def _write(folder: Path, task: str, count: int, seed: int, image_size: int) -> d
         counts[name] += 1
         if len(examples[name]) < 10:
             examples[name].append(image)
-    contact_sheet(examples).save(folder / CONTACT_SHEET)
+    with picture(Path(CONTACT_SHEET)):
+        sheet = io.BytesIO()
+        contact_sheet(examples).save(sheet, "png")
+        write_atomically(folder / CONTACT_SHEET, sheet.getvalue())
     return counts
-
-
-def _move(folder: Path, out: Path) -> None:
-    if not out.exists():
-        folder.rename(out)
-        return
-    for part in folder.iterdir():  # into the empty folder, which may be the one the user is in
-        part.rename(out / part.name)

@@ -195,7 +195,7 @@ def load_folder(files: Sequence[LabelledFile], image_size: int, channels: str = 
 
     labels = np.array([label for _, label in files], np.int64)
     for label in sorted(set(labels.tolist()) - set(labels[readable].tolist())):
-        own = [error for error in unreadable if error.path in {path for path, of in files if of == label}]
+        own = [error for error, of in zip(unreadable, labels[~readable]) if of == label]
         raise UserError(f"{own[0].path.parent}: none of its {len(own)} images is readable, for example {own[0]}")
     if unreadable:
         images, labels = images[readable], labels[readable]

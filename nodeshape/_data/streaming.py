@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -50,6 +50,7 @@ class StreamedSplit:
         self.files, self.image_size, self.channels, self.strict = files, image_size, channels, strict
         self.labels = torch.from_numpy(files.labels)
         self.unreadable: set[Path] = set()
+        self._passed_over: dict[int, int] = {}  # unreadable files to the next that was readable
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -103,24 +104,35 @@ class StreamedSplit:
             ImageError: the file is unreadable and ``strict`` is set.
             UserError: no file of the class is readable.
         """
-        for i in self._own_class_from(index):
+        label = self.files.labels[index]
+        first, end = np.searchsorted(self.files.labels, [label, label + 1]).tolist()
+        count, gone = end - first, 0
+        tried: list[int] = []
+        i = index
+        while True:
+            while (following := self._passed_over.get(i)) is not None:
+                tried.append(i)
+                gone += (following - i) % count or count
+                if gone >= count:
+                    raise UserError(f"{self.files.folders[label]}: none of its images is readable")
+                i = following
             try:
-                return load_image(self.files[i][0], self.image_size, self.channels)
+                image = load_image(self.files[i][0], self.image_size, self.channels)
             except ImageError as error:
                 if self.strict:
                     raise
-                self._report(error)
-        folder = self.files.folders[self.files.labels[index]]
-        raise UserError(f"{folder}: none of its images is readable")
+                if not self.files.folders[label].is_dir():
+                    raise UserError(f"{self.files.folders[label]}: is no longer there") from error
+                self._report(error, i, i + 1 if i + 1 < end else first)
+                continue
+            if len(tried) > 1:
+                self._passed_over.update(dict.fromkeys(tried, i))  # so that a row of them is gone through once
+            return image
 
-    def _own_class_from(self, index: int) -> Iterator[int]:
-        label = self.files.labels[index]
-        first, end = np.searchsorted(self.files.labels, [label, label + 1]).tolist()
-        yield from range(index, end)
-        yield from range(first, index)
-
-    def _report(self, error: ImageError) -> None:
+    def _report(self, error: ImageError, index: int, following: int) -> None:
+        """Name an unreadable file, and pass it over from now on."""
         with self._lock:
+            self._passed_over[index] = following
             new = error.path not in self.unreadable
             self.unreadable.add(error.path)
             if new and len(self.unreadable) <= NAMED:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-import secrets
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from glob import escape
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,7 +34,7 @@ from nodeshape._exporting.verify import (
     load_torchscript,
     milliseconds,
 )
-from nodeshape._files import partial_folder
+from nodeshape._files import partial_folder, put_back, put_in_place
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._ode.method import get_method
 
@@ -80,7 +78,7 @@ def write_export_folder(
     """
     start = perf_counter()
     out = _free(out)
-    _restore(out)
+    put_back(out)
     home = next(folder for folder in out.parents if folder.is_dir())
     with partial_folder(home / out.name) as partial:
         try:
@@ -89,7 +87,7 @@ def write_export_folder(
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        _move(partial, out)
+        put_in_place(partial, out)
     return report
 
 
@@ -213,7 +211,9 @@ def save_torchscript(module: torch.nn.Module, metadata: Mapping[str, str], path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         extra = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
-        torch.jit.save(torch.jit.script(module), path, _extra_files=extra)
+        buffer = io.BytesIO()  # torch's own writer aborts the process where the disk is full
+        torch.jit.save(torch.jit.script(module), buffer, _extra_files=extra)
+    path.write_bytes(buffer.getvalue())
 
 
 def _free(out: Path) -> Path:
@@ -224,25 +224,3 @@ def _free(out: Path) -> Path:
     if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - FILES)):
         raise UserError(f"--out {out}: holds other files ({others[0]}); name a new folder")
     return out
-
-
-def _restore(out: Path) -> None:
-    """Put an earlier export back in its place if a kill took it out of there and put nothing in."""
-    aside = sorted(out.parent.glob(f".{escape(out.name)}.old-*"), key=lambda path: path.stat().st_mtime)
-    if aside and not out.exists():
-        aside[-1].rename(out)
-
-
-def _move(folder: Path, out: Path) -> None:
-    """Put a finished folder in the place of ``out``."""
-    old = out.with_name(f".{out.name}.old-{secrets.token_hex(8)}")  # not a partial folder, which may be cleared
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rename(old)
-    try:
-        folder.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -32,6 +32,7 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``int activation`` after 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -369,11 +370,11 @@ def _fake(y0: Tensor, t: Tensor, weights: list[Tensor], *scheme: Any) -> Any:
 
 def _load() -> str | None:
     if not _LIBRARY.exists():
-        return f"{_LIBRARY.name} is not built: reinstall with a C++ compiler"
+        return _told(f"{_LIBRARY.name} is not built: reinstall with a C++ compiler")
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
-        return f"{_LIBRARY.name} does not load: {error}"
+        return _told(f"{_LIBRARY.name} does not load: {error}")
     for name in ("conv_solve", "mlp_solve"):
         register(name, _fake)
     return None
@@ -387,8 +388,15 @@ def _load_cuda() -> str | None:
     try:
         torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
-        return f"{_CUDA_LIBRARY.name} does not load: {error}"
+        return _told(f"{_CUDA_LIBRARY.name} does not load: {error}")
     return None
+
+
+def _told(reason: str) -> str:
+    """Say, in one line, that solves will take the plain loop where this library's kernels were meant for them."""
+    message = f"{reason}; solves take the plain loop, which is slower"
+    warnings.warn_explicit(message, RuntimeWarning, "nodeshape", 0)  # of no line, which would be a second one
+    return reason
 
 
 _missing = _load()

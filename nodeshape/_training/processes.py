@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nodeshape._errors import UserError
 from nodeshape._models.norm import PooledNorm, SharedBatchNorm
 
 T = TypeVar("T")
@@ -44,9 +45,29 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """As torchrun's environment variables say; a single process without all of them."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ[name]) for name in names)) if set(names) <= os.environ.keys() else cls()
+        """As the environment variables of torchrun, or of whatever else starts the processes, say.
+
+        ``RANK`` and ``WORLD_SIZE`` make several processes; ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``, which not all that
+        start one process per machine give, default to those of a process that is alone on its machine.
+
+        Raises:
+            UserError: they contradict each other, or do not say where process 0 is.
+        """
+        if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+            return cls()
+        defaults = {"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        found = {name: os.environ.get(name, default) for name, default in defaults.items()}
+        said = ", ".join(f"{name}={text}" for name, text in found.items() if text is not None)
+        unless = "; start several processes by torchrun, or unset these variables for one"
+        numbers = [int(text) for text in found.values() if text is not None and text.isdecimal()]
+        if len(numbers) < len(found):
+            raise UserError(f"{said}: expected whole numbers for each of RANK and WORLD_SIZE{unless}")
+        rank, count, local_rank, local_count = numbers
+        if not (rank < count and local_rank < local_count <= count):
+            raise UserError(f"{said}: a rank must be below its count{unless}")
+        if count > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError(f"{said}: MASTER_ADDR and MASTER_PORT must say where process 0 is{unless}")
+        return cls(rank, count, local_rank, local_count)
 
     @property
     def first(self) -> bool:
@@ -92,6 +113,13 @@ class Processes:
         """Return when all processes have come here."""
         if self.count > 1:
             dist.barrier()
+
+    def of_the_first(self, item: T) -> T:
+        """What process 0 has as ``item``."""
+        items = [item]
+        if self.count > 1:
+            dist.broadcast_object_list(items)
+        return items[0]
 
     def union(self, items: set[T]) -> set[T]:
         """Everything that is in ``items`` of any process."""

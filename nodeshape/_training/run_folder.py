@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +21,7 @@ from nodeshape import __version__
 from nodeshape._cli import picture
 from nodeshape._data.datasets import Data
 from nodeshape._errors import UserError
-from nodeshape._files import PARTIAL, write_atomically
+from nodeshape._files import PARTIAL, locked, write_atomically
 from nodeshape._training.checkpoint import load_checkpoint, save_checkpoint
 from nodeshape._training.settings import RunSettings
 from nodeshape._training.trainer import BatchDone, EpochDone, EpochMetrics, Event, Stopped, Trainer
@@ -48,8 +52,7 @@ class RunFolder:
         self._saved = 0.0
 
     def begin(self, trainer: Trainer) -> None:
-        """Create the folder with what a resumed run needs, before the first step."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Put what a resumed run needs into the folder, before the first step."""
         for left in self.path.glob(PARTIAL):
             if not left.is_dir():  # a folder is an export's, which may be under way
                 left.unlink()
@@ -87,72 +90,143 @@ class RunFolder:
             test_accuracy=metrics.test_accuracy,
             seconds=metrics.seconds,
         )
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        self._to_tensorboard(lambda log: log.flush())
         lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in trainer.history)
         write_atomically(self.path / "metrics.jsonl", lines.encode())
         self.save_last(trainer)
 
     def save_last(self, trainer: Trainer) -> None:
         """Write the checkpoint that ``--resume`` continues from."""
-        save_checkpoint(self.path / "last.pt", {**self.config, **trainer.state()})
+        save_checkpoint(self.last, {**self.config, **trainer.state()})
         self._saved = time.monotonic()
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that ``--resume`` continues from."""
+        return self.path / "last.pt"
 
     def load_best(self) -> dict[str, Any]:
         """The checkpoint of the most accurate epoch."""
         return load_checkpoint(self.path / "best.pt")
 
-    def finish(self, history: list[EpochMetrics], data: Data, probabilities: Tensor, score: str) -> None:
-        """End the log and draw each picture of the finished run.
+    def finish(self, history: list[EpochMetrics], data: Data, predict: Callable[[], Tensor], score: str) -> None:
+        """End the log and draw each picture of the finished run; one that fails is a line, whatever failed.
 
         Args:
             history: of all epochs.
             data: whose test images are shown.
-            probabilities: of the test images by the best model, ``[images, classes]``.
+            predict: gives the probabilities of the test images by the best model, ``[images, classes]``.
             score: of the best model, in words.
         """
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._to_tensorboard(lambda log: log.close())
         settings, test = self.settings, data.test
         title = f"{settings.subject}, {settings.method}, h={settings.step_size:g}"
-        arguments: dict[str, tuple[Any, ...]] = {
-            "learning_curve": (history, title),
-            "confusion_matrix": (test.labels, probabilities.argmax(dim=1), data.classes, f"{title}\n{score}"),
-            "samples": (test.pixels, test.labels, probabilities, data.classes, f"{title}: {score}"),
+        probabilities = cache(predict)
+        arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
+            "learning_curve": lambda: (history, title),
+            "confusion_matrix": lambda: (
+                test.labels,
+                probabilities().argmax(dim=1),
+                data.classes,
+                title,
+                score,
+            ),
+            "samples": lambda: (test.pixels, test.labels, probabilities(), data.classes, title, score),
         }
         for name, given in arguments.items():
             path = self.path / f"{name}.png"
             with picture(path):
                 from nodeshape._training import plots  # matplotlib takes a second to import, and may lack what it needs
 
-                getattr(plots, name)(*given, path)
+                getattr(plots, name)(*given(), path)
 
     def _log(self, prefix: str, step: int, **values: float) -> None:
-        if self._tensorboard is not None:
+        def add(log: SummaryWriter) -> None:
             for name, value in values.items():
-                self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+                log.add_scalar(f"{prefix}/{name}", value, step)
 
+        self._to_tensorboard(add)
 
-def free_folder(settings: RunSettings) -> Path:
-    """The first of runs/NAME, runs/NAME-2, … that is not taken."""
-    name = f"{settings.subject}-{settings.method}"
-    number = 1
-    while (path := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    def _to_tensorboard(self, act: Callable[[SummaryWriter], object]) -> None:
+        """Act on TensorBoard's log; a log that fails is one line, and the run goes on without it."""
+        if self._tensorboard is None:
+            return
+        try:
+            act(self._tensorboard)
+        except Exception as error:  # a full disk, raised by a thread of tensorboard's, whatever it raises
+            self._tensorboard = None
+            print(f"{self.path / 'tensorboard'} is no longer written: {error}", file=sys.stderr)
 
 
 def check_new(out: Path) -> None:
     """Refuse, before any work, a run folder that cannot be made or would hide what is there."""
     if (out / "last.pt").exists():
         raise UserError(f"{out}: already holds a run; add --resume to continue it, or choose another --out")
-    if out.is_dir() and set(out.iterdir()) - set(out.glob(PARTIAL)):
+    if out.is_dir() and not _is_empty(out):
         raise UserError(f"{out}: is a folder with other files; choose a new one with --out")
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not above.is_dir():
         raise UserError(f"{above}: is a file; choose a folder with --out")
     if not os.access(above, os.W_OK):
         raise UserError(f"{above}: may not be written; choose another folder with --out")
+
+
+def check_outside(out: Path, data: Path) -> None:
+    """Refuse a run folder that would be taken for a class, or an image of one, by the next scan of ``data``."""
+    scanned = (data / "train", data / "test") if (data / "train").is_dir() else (data,)
+    for folder in scanned:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{out}: lies in {folder}, where it would become a class; name a folder outside with --out")
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep other trainings out of a run folder within.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    with locked(out) as mine:
+        if mine is False:
+            raise UserError(f"{out}: another process is training there; let it end, or name another folder with --out")
+        if mine is None:
+            print(f"{out}: its disk has no locks, so let no other training write there", file=sys.stderr)
+        yield
+
+
+@contextmanager
+def new_folder(settings: RunSettings, out: Path | None) -> Iterator[Path]:
+    """A new folder for a run, ``out`` or the first of runs/NAME, runs/NAME-2, … that is not taken, held within.
+
+    Raises:
+        UserError: ``out`` is taken.
+    """
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with held(out):
+            check_new(out)
+            yield out
+        return
+    name = f"{settings.subject}-{settings.method}"
+    for number in count(1):
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # a file
+            continue
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(held(path))
+            except UserError:
+                continue
+            if _is_empty(path):
+                yield path
+                return
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what a kill left half written."""
+    return not set(folder.iterdir()) - set(folder.glob(PARTIAL))
 
 
 def latest_folder() -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nodeshape._cli import user_input
 from nodeshape._data.datasets import DRAWN_TEST_SIZE, DRAWN_TRAIN_SIZE, Data, drawn_data, folder_data
@@ -20,10 +21,11 @@ from nodeshape._data.images import CHANNELS
 from nodeshape._data.streaming import StreamedSplit
 from nodeshape._errors import ReversalDriftError, StageSolveError, StepSizeError, UserError
 from nodeshape._models.classifier import ShapeClassifier
-from nodeshape._training.checkpoint import load_checkpoint
+from nodeshape._ode.backend import backend
+from nodeshape._training.checkpoint import load_checkpoint, start_from
 from nodeshape._training.evaluate import predict
 from nodeshape._training.processes import Processes, is_lost_contact
-from nodeshape._training.run_folder import RunFolder, check_new, free_folder, latest_folder
+from nodeshape._training.run_folder import RUNS, RunFolder, check_new, check_outside, held, latest_folder, new_folder
 from nodeshape._training.settings import RunSettings
 from nodeshape._training.trainer import Diverged, EpochDone, EpochMetrics, Stopped, Trainer
 
@@ -39,30 +41,39 @@ def train(parser: argparse.ArgumentParser, argv: list[str] | None) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends what another process's end left waiting
         if not processes.first:
             silence.enter_context(redirect_stdout(nowhere))
+        hold = silence.enter_context(ExitStack())
         try:
             with ExitStack() as startup:
                 if not processes.first:
                     startup.enter_context(redirect_stderr(nowhere))
-                trainer, folder = _prepare(vars(parser.parse_args(argv)), processes)
+                trainer, folder = _prepare(vars(parser.parse_args(argv)), processes, hold)
         except UserError:
             processes.let_the_first_speak()
             raise
         _train(trainer, folder)
 
 
-def _prepare(given: dict[str, Any], processes: Processes) -> tuple[Trainer, RunFolder]:
-    """The trainer that the arguments describe, at its start or where its run was left, and its run folder."""
+def _prepare(given: dict[str, Any], processes: Processes, hold: ExitStack) -> tuple[Trainer, RunFolder]:
+    """The trainer that the arguments describe, at its start or where its run was left, and its run folder.
+
+    Process 0 keeps the folder from other runs until ``hold`` is left.
+    """
     out, resume = given.pop("out", None), given.pop("resume", False)
     state = None
     if resume:
         out = latest_folder() if out is None else out
+        if processes.first and out.is_dir():
+            hold.enter_context(held(out))
         state = load_checkpoint(out / "last.pt")
         settings = RunSettings.from_checkpoint(state, given, out / "last.pt")
+        if settings.data is not None and not Path(settings.data).exists():
+            raise UserError(f"{settings.data}: no such folder; if it has moved, say where to by --data")
     else:
         settings = RunSettings.from_args(given)
-        out = free_folder(settings) if out is None else out
-        if processes.first:
+        if processes.first and out is not None:
             check_new(out)
+    if settings.data is not None:
+        check_outside(out if out is not None else RUNS, Path(settings.data))
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
     device = _device(settings.device, processes)
@@ -81,8 +92,14 @@ def _prepare(given: dict[str, Any], processes: Processes) -> tuple[Trainer, RunF
         "adjoint": settings.adjoint,
     }
     with user_input():
-        model = ShapeClassifier(**architecture).to(device, getattr(torch, settings.dtype))
+        model = ShapeClassifier(**architecture)
+    if settings.init is not None and state is None:
+        print(start_from(Path(settings.init), model, data.classes), flush=True)
+    model = model.to(device, getattr(torch, settings.dtype))
+    if processes.first and not resume:
+        out = hold.enter_context(new_folder(settings, out))
     processes.connect(device)
+    out = processes.of_the_first(out)
     trainer = Trainer(model, data, settings.training_recipe(), device, processes)
     if state is not None:
         if state.get("fingerprint") != fingerprint:
@@ -94,6 +111,7 @@ def _prepare(given: dict[str, Any], processes: Processes) -> tuple[Trainer, RunF
             raise UserError(
                 f"{out / 'last.pt'}: its training state is damaged or another run's; start a new run"
             ) from error
+    assert out is not None
     _announce(out, settings, trainer)
     made_of = {"architecture": architecture, "classes": data.classes, "fingerprint": fingerprint}
     return trainer, RunFolder(out, settings, made_of)
@@ -128,6 +146,17 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
     except Diverged:
         processes.let_the_first_speak()
         raise
+    except UserError as error:  # images that are read while training and no longer can be
+        if processes.first:
+            folder.save_last(trainer)
+        processes.let_the_first_speak(10)
+        raise UserError(f"{error}; what was trained is saved; continue with: {resume}") from error
+    except OSError as error:  # a full disk
+        if error.strerror is None or not folder.last.exists():
+            raise
+        raise UserError(
+            f"{error.filename or folder.path}: {error.strerror}; {folder.last} is kept; continue with: {resume}"
+        ) from error
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
@@ -145,12 +174,14 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
 def _finish(trainer: Trainer, folder: RunFolder) -> None:
     """Say how good the best epoch's model is, draw its pictures, and say what to do next."""
     test = trainer.data.test
-    best = folder.load_best()
-    trainer.model.load_state_dict(best["model"])
-    probabilities = predict(trainer.model, test, trainer.device).softmax(dim=1)
-    right = int((probabilities.argmax(dim=1) == test.labels).sum())
-    score = f"{right} of {len(test)} test images right"
-    print(f"best: {100 * right / len(test):.2f}% ({score}), epoch {best['epoch']}", flush=True)
+    best = max(trainer.history, key=lambda metrics: (metrics.test_accuracy, metrics.epoch))
+    score = f"{round(best.test_accuracy * len(test))} of {len(test)} test images right"
+    print(f"best: {100 * best.test_accuracy:.2f}% ({score}), epoch {best.epoch}", flush=True)
+
+    def probabilities() -> Tensor:
+        trainer.model.load_state_dict(folder.load_best()["model"])
+        return predict(trainer.model, test, trainer.device).softmax(dim=1)
+
     folder.finish(trainer.history, trainer.data, probabilities, score)
     print(f"pictures and checkpoints are in {folder.path}; export the best one with:")
     print(f"python -m nodeshape.export {shlex.quote(str(folder.path / 'best.pt'))}")
@@ -193,6 +224,11 @@ def _announce(out: Path, settings: RunSettings, trainer: Trainer) -> None:
         f" on {trainer.device}{f', {processes.count} processes' if processes.count > 1 else ''}; run folder {out}",
         flush=True,
     )
+    state = torch.zeros(1, trainer.model.width, 8, 8, dtype=trainer.dtype, device=trainer.device)
+    solver: dict[str, Any] = {key: getattr(settings, key) for key in ("method", "step_size", "adjoint")}
+    path = backend(trainer.model.ode.dynamics, state, **solver)
+    if path.name == "plain":
+        print(f"the ODE is solved by the plain loop, which is slow: {path.reason}", flush=True)
     if trainer.finished:
         print("this run is finished; drawing its pictures again", flush=True)
     elif trainer.steps:

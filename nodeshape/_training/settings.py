@@ -25,7 +25,9 @@ MIN_STEP_SIZE = 1e-4
 #: What ``--recipe`` sets where the flag itself is not given.
 RECIPE_FLAGS = ("batch_size", "lr", "augment")
 #: What may be given anew with ``--resume``.
-CHANGEABLE = ("device", "tensorboard")
+CHANGEABLE = ("data", "epochs", "patience", "device", "tensorboard")
+#: Settings that are paths, kept absolute.
+PATHS = ("data", "init")
 
 STEP_SIZE = ArgumentType(
     float, f"a finite number of at least {MIN_STEP_SIZE:g}", lambda h: MIN_STEP_SIZE <= h < math.inf
@@ -35,6 +37,7 @@ DEVICE = ArgumentType(
 )
 FLAG = ArgumentType(bool, "true or false", lambda value: True)
 FOLDER = ArgumentType(str, "a folder", lambda value: True)
+CHECKPOINT = ArgumentType(str, "a checkpoint", lambda value: True)
 
 
 def _setting(default: Any, type_: ArgumentType[Any], *, optional: bool = False) -> Any:
@@ -55,6 +58,7 @@ class RunSettings:
     method: str = _setting("euler", one_of(SOURCE_METHODS))
     step_size: float = _setting(0.05, STEP_SIZE)
     adjoint: str = _setting("discrete", one_of(ADJOINTS))
+    init: str | None = _setting(None, CHECKPOINT)
     train_size: int | None = _setting(None, whole(2))
     test_size: int | None = _setting(None, whole(2))
     recipe: str = _setting("default", one_of(RECIPES))
@@ -85,11 +89,11 @@ class RunSettings:
         Raises:
             UserError: a value is not allowed, or two do not go together.
         """
-        values = dict(given)
+        values = _with_absolute_paths(given)
         if values.get("data") is not None:
             if "task" in given:
                 raise UserError("--task draws images and --data reads yours: give one of the two")
-            values.update(task=None, data=_absolute(values["data"]))
+            values.update(task=None)
         recipe = RECIPES[values.get("recipe", cls.recipe)]
         return cls(**{**{name: getattr(recipe, name) for name in RECIPE_FLAGS}, **values})
 
@@ -99,7 +103,7 @@ class RunSettings:
 
         Args:
             state: the checkpoint.
-            given: by names of fields; only ``CHANGEABLE`` ones may differ from the run's.
+            given: by names of fields; only ``CHANGEABLE`` ones may differ from the run's, and epochs be more.
             path: of the checkpoint, for the errors.
 
         Raises:
@@ -109,11 +113,19 @@ class RunSettings:
             stored = cls(**{setting.name: state.get(setting.name, setting.default) for setting in fields(cls)})
         except UserError as error:
             raise UserError(f"{path}: its settings are not those of a run ({error}); start a new run") from error
-        for name, value in given.items():
+        values = _with_absolute_paths(given)
+        for name, value in values.items():
             own = getattr(stored, name)
-            if name not in CHANGEABLE and own != (_absolute(value) if name == "data" else value):
-                raise UserError(f"{_flag(name)} {value} differs from the run's {own}; leave it out, or start a new run")
-        return replace(stored, **{name: given[name] for name in CHANGEABLE if name in given})
+            changeable = name in CHANGEABLE and not (name == "data" and own is None)  # drawn images have no place
+            if not changeable and own != value:
+                raise UserError(
+                    f"{_flag(name)} {given[name]} differs from the run's {own}; leave it out, or start a new run"
+                )
+        if values.get("epochs", stored.epochs) < stored.epochs:
+            raise UserError(
+                f"--epochs {values['epochs']} is fewer than the run's {stored.epochs}; give more, or leave it out"
+            )
+        return replace(stored, **{name: values[name] for name in CHANGEABLE if name in values})
 
     def validate(self) -> None:
         """Check each value's type and range, and that the values go together.
@@ -143,8 +155,9 @@ class RunSettings:
         return Recipe(**{part.name: getattr(self, part.name) for part in fields(Recipe) if part.name in own})
 
 
-def _absolute(folder: str) -> str:
-    return str(Path(folder).resolve())
+def _with_absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
+    paths = {name: str(Path(given[name]).resolve()) for name in PATHS if given.get(name) is not None}
+    return {**given, **paths}
 
 
 def _flag(name: str) -> str:

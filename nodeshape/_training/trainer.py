@@ -30,6 +30,8 @@ from nodeshape._training.recipe import Recipe, balanced
 #: A batch of fewer images than the batch size divided by this counts as one of so many: its few images would otherwise
 #: make a whole step. It leaves the report's last batches, of 60, 30 and 20 in 120, as they are.
 SMALLEST_SHARE = 6
+#: A terminal closes; None where there is no such signal.
+HANGUP = getattr(signal, "SIGHUP", None)
 #: The learning rate starts at its peak divided by this.
 WARM_UP_FROM = 10
 
@@ -103,7 +105,7 @@ class Stopped:
     """Training ends here, before its last epoch; no event follows.
 
     Attributes:
-        interrupted: by Ctrl-C or SIGTERM, after a whole batch; else the recipe's ``patience`` is over.
+        interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a whole batch; else the recipe's ``patience`` is over.
     """
 
     interrupted: bool
@@ -193,18 +195,29 @@ class Trainer:
         """Go on from a :meth:`state`; anything else raises one error or another."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self._restore_schedule(state["schedule"])
         progress = dict(state["progress"])
         history = [EpochMetrics(**metrics) for metrics in progress.pop("history")]
         self.progress = Progress(**progress, history=history)
         if not (0 <= self.progress.epoch <= self.recipe.epochs and 0 <= self.progress.batch <= self.batches):
             raise ValueError(f"no such place in training: {self.progress}")
 
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        """Take a schedule's place; where it was planned for fewer epochs, on the schedule of all of them now."""
+        whole = self.schedule.state_dict()
+        self.schedule.load_state_dict(state)
+        if self.schedule.total_steps != whole["total_steps"]:
+            done = self.schedule.last_epoch
+            # Its count of steps is there for a warning alone, of a first step before any of the optimiser's.
+            self.schedule.load_state_dict({**whole, "last_epoch": done - 1, "_step_count": done + 2})
+            self.schedule.step()
+
     def train(self) -> Generator[Event, None, None]:
         """Train the remaining epochs, yielding what happens; :meth:`state` may be taken at every event.
 
-        All processes see the same events. From the first one until the generator ends or is closed, Ctrl-C and SIGTERM
-        let the batch at hand be finished and then stop training, in all processes; a second one interrupts at once.
+        All processes see the same events. From the first one until the generator ends or is closed, Ctrl-C, SIGTERM
+        and SIGHUP let the batch at hand be finished and then stop training, in all processes; a second Ctrl-C or
+        SIGTERM interrupts at once.
 
         Raises:
             Diverged: the loss is no longer finite.
@@ -326,23 +339,30 @@ class Trainer:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C or SIGTERM makes the yielded function true; a second one interrupts at once."""
-    asked = False
+    """Within it, Ctrl-C, SIGTERM or SIGHUP makes the yielded function true; a second Ctrl-C or SIGTERM interrupts.
+
+    A terminal that closes may send SIGHUP several times, and other signals with it. Signals that are ignored stay so,
+    as SIGHUP is under nohup.
+    """
+    asked: set[int] = set()
 
     def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        if signum != HANGUP and asked - {HANGUP}:
             raise KeyboardInterrupt
-        asked = True
+        asked.add(signum)
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    kinds = [
+        kind
+        for kind in (signal.SIGINT, signal.SIGTERM, HANGUP)
+        if kind is not None and signal.getsignal(kind) is not signal.SIG_IGN
+    ]
     try:
         before = [signal.signal(kind, ask) for kind in kinds]
     except ValueError:  # not in the main thread, where no signal arrives
         yield lambda: False
         return
     try:
-        yield lambda: asked
+        yield lambda: bool(asked)
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
