@@ -15,7 +15,7 @@ from nodeshape._data.shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the images that the command line asks for and say what to type next."""
     parser = Parser("data", "Draw images of shapes as PNG files, one folder per class.")
-    parser.add_argument("--task", choices=tuple(CLASSES), default="single", help="one shape, or up to two")
+    parser.add_argument("--task", choices=tuple(CLASSES), default="single", help="one shape, up to two, or one by hand")
     parser.add_argument("--count", type=positive_int, default=700, help="number of images")
     parser.add_argument("--seed", type=seed, default=0, help="another seed gives other images")
     size = whole(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)

@@ -17,11 +17,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from nodeshape._cli import Parser, run
-from nodeshape._data.images import CHANNELS, CONTACT_SHEET, SUFFIXES, ImageError, load_image
+from nodeshape._data.images import CHANNELS, CONTACT_SHEET, SUFFIXES, ImageError, is_empty, load_image
 from nodeshape._errors import UserError
 
 #: Images, and values in them, that are in memory at a time.
 BATCH, BATCH_VALUES = 64, 2**22
+#: What stands in the table for the class of a picture with nothing on it.
+EMPTY = "(empty)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="IMAGE",
         help="PNG, JPEG, WebP or BMP of any size, or a folder of them (hidden files and contact sheets left out)",
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON list with the probability of every class")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON list with the probability of every class; of an empty picture the class is null",
+    )
     args = parser.parse_args(argv)
 
     model = load_model(args.model)
@@ -51,6 +57,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(item, flush=True)
     if unreadable:
         sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of an image file.
+
+    Attributes:
+        probabilities: of every class, ``[classes]``.
+        empty: whether nothing is on the picture, so that the probabilities mean nothing.
+    """
+
+    path: Path
+    probabilities: NDArray[np.float64]
+    empty: bool
 
 
 @dataclass(frozen=True)
@@ -76,8 +96,8 @@ class Model:
         probabilities: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
         return probabilities
 
-    def classify(self, paths: Sequence[Path]) -> Iterator[tuple[Path, NDArray[np.float64]] | ImageError]:
-        """Yield each path with its probabilities ``[classes]``, or why it cannot be read, in order.
+    def classify(self, paths: Sequence[Path]) -> Iterator[Answer | ImageError]:
+        """Yield the answer for each path, or why it cannot be read, in order.
 
         A batch of images is in memory at a time, however many paths there are.
         """
@@ -87,7 +107,7 @@ class Model:
             images = [image for image in loaded if not isinstance(image, ImageError)]
             probabilities = iter(self.probabilities(np.stack(images)) if images else ())
             for path, image in zip(paths[start:], loaded):
-                yield image if isinstance(image, ImageError) else (path, next(probabilities))
+                yield image if isinstance(image, ImageError) else Answer(path, next(probabilities), is_empty(image))
 
     def _load(self, path: Path) -> NDArray[np.uint8] | ImageError:
         try:
@@ -129,15 +149,17 @@ def load_model(path: Path) -> Model:
 
 def _table(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
     file_width = max(len(name) for name in ["file", *map(str, paths)])
-    class_width = max(len(name) for name in ["class", *model.classes])
+    class_width = max(len(name) for name in ["class", EMPTY, *model.classes])
     yield f"{'file':<{file_width}}  {'class':<{class_width}}  probability"
     for item in model.classify(paths):
         if isinstance(item, ImageError):
             yield item
             continue
-        path, probabilities = item
-        best = int(probabilities.argmax())
-        yield f"{path!s:<{file_width}}  {model.classes[best]:<{class_width}}  {probabilities[best]:>11.4f}"
+        best = int(item.probabilities.argmax())
+        name, probability = model.classes[best], f"{item.probabilities[best]:.4f}"
+        if item.empty:
+            name, probability = EMPTY, "-"
+        yield f"{item.path!s:<{file_width}}  {name:<{class_width}}  {probability:>11}"
 
 
 def _json(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
@@ -147,13 +169,13 @@ def _json(paths: Sequence[Path], model: Model) -> Iterator[str | ImageError]:
         if isinstance(item, ImageError):
             yield item
             continue
-        path, probabilities = item
-        best = int(probabilities.argmax())
+        best = int(item.probabilities.argmax())
         entry = {
-            "file": str(path),
-            "class": model.classes[best],
-            "probability": float(probabilities[best]),
-            "probabilities": dict(zip(model.classes, probabilities.tolist())),
+            "file": str(item.path),
+            "class": None if item.empty else model.classes[best],
+            "probability": None if item.empty else float(item.probabilities[best]),
+            "probabilities": dict(zip(model.classes, item.probabilities.tolist())),
+            "empty": item.empty,
         }
         yield lead + json.dumps(entry, ensure_ascii=False)
         lead = ","

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar = f"{{{','.join(type_.options)}}}" if type_.options else metavar
             parser.add_argument(flag, help=text, default=argparse.SUPPRESS, type=type_, metavar=metavar)
 
-    add("--task", "shapes to draw: one per picture, or none, one or two")
+    add("--task", "shapes to draw: one per picture; none, one or two; or one as people draw it, by hand")
     add(
         "--data",
         "train on your own images: DIR/CLASS/*.png, or DIR/train/CLASS/*.png and DIR/test/CLASS/*.png",

@@ -1,19 +1,16 @@
 """The programs in ``export/`` give PyTorch's class and probability."""
 
-import functools
-import html
-import http.server
-import os
-import re
+import importlib.util
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wobbly import write_pictures
 
 from nodeshape import ShapeClassifier
 from nodeshape._data.images import load_image
@@ -23,8 +20,6 @@ from nodeshape._exporting.onnx import to_onnx
 from nodeshape._exporting.unrolled import UnrolledClassifier
 
 ROOT = Path(__file__).parents[1] / "export"
-MODULES = ROOT / "web" / "node_modules"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +56,23 @@ def test_the_python_program_needs_no_nodeshape_and_agrees(exported):
     expect(run(sys.executable, "-I", code, folder / "model.onnx", folder / "example.png"), probabilities)
 
 
+def test_the_python_program_sees_images_of_every_kind_as_predict_does(tmp_path):
+    spec = importlib.util.spec_from_file_location("classify", ROOT / "python" / "classify.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    for file in write_pictures(tmp_path / "pictures", 28):
+        for mode, channels in (("L", "grey"), ("RGB", "rgb")):
+            np.testing.assert_array_equal(
+                program.load(file, 32, mode), load_image(file, 32, channels), err_msg=file.name
+            )
+
+
+def test_the_python_program_says_that_a_picture_is_empty(exported, tmp_path):
+    Image.new("RGB", (90, 40), "white").save(tmp_path / "white.png")
+    code = ROOT / "python" / "classify.py"
+    assert run(sys.executable, code, exported[0] / "model.onnx", tmp_path / "white.png").split()[1:] == ["(empty)", "-"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs CMake and a C++ compiler")
 def test_the_cpp_program_agrees(exported, tmp_path):
@@ -70,57 +82,3 @@ def test_the_cpp_program_agrees(exported, tmp_path):
     expect(run(tmp_path / "classify", folder / "model.ts", folder / "example.pgm"), probabilities)
     bad = subprocess.run([tmp_path / "classify", "gone.ts", "gone.pgm"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder. The page's load event waits for ``/hold``, and that for ``/done``."""
-
-    done = threading.Event()
-
-    def do_GET(self):
-        if self.path.startswith("/done"):
-            self.done.set()
-        if self.path.startswith("/hold"):
-            self.done.wait(120)
-        super().do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
-HOLD = """<img src="/hold" hidden><script>
-new MutationObserver(() => fetch("/done")).observe(document.getElementById("result"), {childList: true, subtree: true});
-setTimeout(() => fetch("/done"), 100000);
-</script>"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.skipif(not MODULES.is_dir(), reason="needs `npm install` in export/web")
-def test_the_web_page_agrees(exported, tmp_path):
-    folder, probabilities = exported
-    site = tmp_path / "site"
-    shutil.copytree(ROOT / "web", site, ignore=shutil.ignore_patterns("node_modules"))
-    os.symlink(MODULES.resolve(), site / "node_modules")
-    for name in ("model.onnx", "example.png"):
-        shutil.copy(folder / name, site)
-    page = (site / "index.html").read_text()
-    (site / "test.html").write_text(page.replace("</main>", "</main>" + HOLD))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=site))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
-        f" --disable-sync --no-first-run --user-data-dir={tmp_path / 'profile'} --timeout=120000"
-    ).split()
-    url = f"http://127.0.0.1:{server.server_port}/test.html?model=model.onnx&image=example.png"
-    try:
-        dom = run(CHROMIUM, *flags, "--dump-dom", url)
-        if "NODESHAPE_SCREENSHOT" in os.environ:
-            shot = f"--screenshot={os.environ['NODESHAPE_SCREENSHOT']}"
-            Handler.done.clear()
-            run(CHROMIUM, *flags, "--window-size=900,640", shot, url)
-    finally:
-        server.shutdown()
-    rows = re.findall(r"<dt>(.*?)</dt><dd>.*?</dd><dd>(.*?)</dd>", dom)
-    shown = {html.unescape(name): float(number) for name, number in rows}
-    assert shown == pytest.approx(probabilities, abs=1e-4), re.findall(r'id="status".*?>(.*?)<', dom)

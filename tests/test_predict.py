@@ -139,3 +139,26 @@ def test_neither_torch_nor_training_packages_are_imported(folder):
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     assert done.stderr.strip() == ""
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_picture_without_contrast_is_said_to_be_empty(folder, tmp_path, capsys):
+    pale = np.full((40, 60), 200, np.uint8)
+    pale[10:20, 10:20] += 7
+    faint = np.full((40, 60), 200, np.uint8)
+    faint[10:30, 10:40] += 8
+    for name, pixels in (("white", np.full((30, 30), 255, np.uint8)), ("pale", pale), ("faint", faint)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    files = [str(tmp_path / f"{name}.png") for name in ("white", "pale", "faint")]
+    predict.main([str(folder / "model.onnx"), *files])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[-2:] for row in rows[:2]] == [["(empty)", "-"]] * 2
+    assert 0 < float(rows[2][-1]) <= 1
+    predict.main([str(folder / "model.onnx"), *files, "--json"])
+    items = json.loads(capsys.readouterr().out)
+    assert [item["empty"] for item in items] == [True, True, False]
+    assert (
+        [item["class"] is None for item in items]
+        == [item["probability"] is None for item in items]
+        == [True, True, False]
+    )
+    assert all(sum(item["probabilities"].values()) == pytest.approx(1) for item in items)

@@ -14,6 +14,7 @@ from nodeshape._data import shapes as _shapes
 from nodeshape._data.shapes import CLASSES, SPLITS, draw, draw_set
 
 TASKS = tuple(CLASSES)
+RULED = ("single", "compound")  # drawn with a ruler; hand.py draws the others
 
 
 def scene_of(task, seed, index):
@@ -79,7 +80,7 @@ def test_a_larger_image_shows_the_same_scene(task):
         assert abs(means - small).mean() < 10  # two draws of noise, nothing else
 
 
-@given(st.sampled_from(TASKS), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+@given(st.sampled_from(RULED), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_an_image_shows_the_shapes_of_its_class_whole_and_apart(task, seed, index):
     label, scene = scene_of(task, seed, index)
     name = CLASSES[task][label]
@@ -103,7 +104,7 @@ def test_every_shape_stands_out_from_its_background(seed, index):
 
 @given(st.integers(0, 2**32 - 1))
 def test_triangles_are_no_slivers_and_rectangles_have_right_angles(seed):
-    stream = _shapes._Stream(seed)
+    stream = _shapes.Stream(seed)
     a, b, c = (np.array(corner) for corner in _shapes._triangle(stream))
     sides = [np.linalg.norm(p - q) for p, q in ((a, b), (b, c), (c, a))]
     area = abs(np.linalg.det(np.stack([b - a, c - a]))) / 2

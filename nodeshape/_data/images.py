@@ -28,6 +28,9 @@ CONTACT_SHEET = "contact_sheet.png"
 MAX_PIXELS = 100_000_000
 """A file that claims more is refused before it is decoded: a few kilobytes can ask for gigabytes of memory."""
 
+CONTRAST = 8
+"""A picture whose values differ by less than this, of 255, has nothing on it."""
+
 LabelledFile = tuple[Path, int]
 
 
@@ -132,6 +135,12 @@ def load_image(path: Path | str, image_size: int, channels: str = "grey") -> NDA
         raise ImageError(path, f"damaged image: {error}") from error
     pixels = np.asarray(picture)
     return np.ascontiguousarray(pixels[None] if mode == "L" else pixels.transpose(2, 0, 1))
+
+
+def is_empty(image: NDArray[np.uint8]) -> bool:
+    """Whether an image ``[channels, height, width]`` has nothing on it: no channel has contrast."""
+    low, high = image.min(axis=(1, 2)).astype(int), image.max(axis=(1, 2)).astype(int)
+    return bool((high - low < CONTRAST).all())
 
 
 def scan_folder(root: Path | str, seed: int, test_fraction: float = 0.2) -> Folder:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nodeshape._data.hand import KINDS, sketch
+from nodeshape._data.random_stream import Stream
+
 CLASSES: dict[str, tuple[str, ...]] = {
     "single": ("circle", "triangle", "rectangle"),
     "compound": (
@@ -23,6 +26,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "circle+rectangle",
         "triangle+rectangle",
     ),
+    "hand": KINDS,
 }
 """Class names of each task, by label."""
 
@@ -35,37 +39,6 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 1024
 _TASKS = tuple(CLASSES)
 _LABEL, _SCENE = 0, 1
 _SAMPLES = 4  # per side: each pixel is the mean of 4 × 4 points
-
-
-class _Stream:
-    """Random numbers in [low, high), directions and noise from the raw words of PCG64."""
-
-    def __init__(self, *words: int) -> None:
-        self._bits = np.random.PCG64(np.random.SeedSequence(words))
-
-    def uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * ((self._bits.random_raw() >> 11) * 2.0**-53)
-
-    def coin(self) -> bool:
-        return self.uniform(0, 1) < 0.5
-
-    def direction(self) -> tuple[float, float]:
-        """A unit vector, each angle equally likely: a point of the disc, drawn by rejection, put on the circle."""
-        while True:
-            x, y = self.uniform(-1, 1), self.uniform(-1, 1)
-            norm = math.sqrt(x * x + y * y)
-            if 0.1 < norm <= 1:
-                return x / norm, y / norm
-
-    def permutation(self, n: int) -> NDArray[np.int64]:
-        return np.argsort(self._bits.random_raw(n), kind="stable")
-
-    def noise(self, side: int) -> NDArray[np.float64]:
-        """Values ``[side, side]`` of mean 0 and variance 1: sums of four bytes, all but normal (Irwin–Hall)."""
-        words = self._bits.random_raw((side * side + 1) // 2).astype("<u8")
-        sums = words.view(np.uint8).reshape(-1, 4).sum(axis=1, dtype=np.int64)[: side * side]
-        noise: NDArray[np.float64] = (sums - 510).reshape(side, side) / math.sqrt(4 * (256**2 - 1) / 12)
-        return noise
 
 
 @dataclass(frozen=True)
@@ -93,6 +66,13 @@ class _Scene:
     shapes: tuple[_Shape, ...]
     noise: float
 
+    def render(self, image_size: int) -> NDArray[np.float64]:
+        """The picture without its noise: grey values ``[image_size, image_size]``."""
+        image = np.full((image_size, image_size), self.background)
+        for shape in self.shapes:
+            image += (shape.level - self.background) * _coverage(shape, image_size)
+        return image
+
 
 def draw(task: str, seed: int, index: int, image_size: int = 32, split: str = "train") -> tuple[NDArray[np.uint8], int]:
     """Draw image ``index`` of a stream; no other image need be drawn before it.
@@ -107,8 +87,9 @@ def draw(task: str, seed: int, index: int, image_size: int = 32, split: str = "t
     """
     _check(task, split, seed, index, image_size)
     label, stream = _label_and_stream(task, split, seed, index)
-    scene = _scene(CLASSES[task][label], stream)
-    image = _render(scene, image_size) + scene.noise * stream.noise(image_size)
+    name = CLASSES[task][label]
+    scene = sketch(name, stream) if task == "hand" else _scene(name, stream)
+    image = scene.render(image_size) + scene.noise * stream.noise(image_size)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
 
 
@@ -148,16 +129,16 @@ def _check(task: str, split: str, seed: int, index: int, image_size: int) -> Non
         raise ValueError(f"image size must be {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels, got {image_size}")
 
 
-def _label_and_stream(task: str, split: str, seed: int, index: int) -> tuple[int, _Stream]:
+def _label_and_stream(task: str, split: str, seed: int, index: int) -> tuple[int, Stream]:
     """The label, from a permutation of the classes in each block of indices, and the stream the scene is drawn from."""
     key = (seed, _TASKS.index(task), SPLITS.index(split))
     classes = len(CLASSES[task])
     block, place = divmod(index, classes)
-    label = int(_Stream(*key, _LABEL, block).permutation(classes)[place])
-    return label, _Stream(*key, _SCENE, index)
+    label = int(Stream(*key, _LABEL, block).permutation(classes)[place])
+    return label, Stream(*key, _SCENE, index)
 
 
-def _scene(name: str, stream: _Stream) -> _Scene:
+def _scene(name: str, stream: Stream) -> _Scene:
     names = () if name == "blank" else tuple(name.split("+"))
     bright_on_dark = stream.coin()
     dark = stream.uniform(0, 100)
@@ -171,7 +152,7 @@ def _scene(name: str, stream: _Stream) -> _Scene:
     return _Scene(background, tuple(shapes), stream.uniform(2, 8))
 
 
-def _places(count: int, stream: _Stream) -> list[tuple[float, float, float]]:
+def _places(count: int, stream: Stream) -> list[tuple[float, float, float]]:
     """Circles (x, y, radius) for ``count`` ≤ 2 shapes: inside the image and clear of each other."""
     margin = 1 / 32
     if count == 0:
@@ -191,7 +172,7 @@ def _places(count: int, stream: _Stream) -> list[tuple[float, float, float]]:
     return [(y, x, r) for x, y, r in pair] if stream.coin() else pair
 
 
-def _edges(kind: str, x: float, y: float, radius: float, stream: _Stream) -> tuple[tuple[float, float, float], ...]:
+def _edges(kind: str, x: float, y: float, radius: float, stream: Stream) -> tuple[tuple[float, float, float], ...]:
     """The sides of a random polygon whose corners lie on the circle (x, y, radius); none for a circle."""
     if kind == "circle":
         return ()
@@ -208,7 +189,7 @@ def _edges(kind: str, x: float, y: float, radius: float, stream: _Stream) -> tup
     return tuple(edges)
 
 
-def _triangle(stream: _Stream) -> list[tuple[float, float]]:
+def _triangle(stream: Stream) -> list[tuple[float, float]]:
     """Corners on the unit circle. The smallest height is 0.9 or more (1.5 is equilateral), so that none is a sliver."""
     while True:
         corners = [stream.direction() for _ in range(3)]
@@ -220,7 +201,7 @@ def _triangle(stream: _Stream) -> list[tuple[float, float]]:
             return corners
 
 
-def _rectangle(stream: _Stream) -> list[tuple[float, float]]:
+def _rectangle(stream: Stream) -> list[tuple[float, float]]:
     """Corners on the unit circle, in order, of a rectangle 1 to 2.2 times as long as wide."""
     ux, uy = stream.direction()
     aspect = stream.uniform(1, 2.2)
@@ -228,14 +209,6 @@ def _rectangle(stream: _Stream) -> list[tuple[float, float]]:
     length = aspect * width
     signs = ((1, 1), (1, -1), (-1, -1), (-1, 1))
     return [(a * length * ux - b * width * uy, a * length * uy + b * width * ux) for a, b in signs]
-
-
-def _render(scene: _Scene, image_size: int) -> NDArray[np.float64]:
-    """The scene without its noise: grey values ``[image_size, image_size]``."""
-    image = np.full((image_size, image_size), scene.background)
-    for shape in scene.shapes:
-        image += (shape.level - scene.background) * _coverage(shape, image_size)
-    return image
 
 
 def _coverage(shape: _Shape, image_size: int) -> NDArray[np.float64]:

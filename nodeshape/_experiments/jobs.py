@@ -30,6 +30,8 @@ Result = dict[str, Any]
 SOURCES = (
     "_data.augment",
     "_data.datasets",
+    "_data.hand",
+    "_data.random_stream",
     "_data.shapes",
     "_data.streaming",
     "_experiments.depth",
