@@ -1,7 +1,6 @@
 """Classify images with a model that ``python -m nodeshape.export`` wrote: ``classify.py model.onnx image.png ...``.
 
-Needs onnxruntime, NumPy and Pillow. It scales an image to the model's square with its aspect kept, on a background of
-its top left pixel's colour; ``python -m nodeshape.predict`` does the same with more care.
+Needs onnxruntime, NumPy and Pillow. An image becomes the pixels that ``python -m nodeshape.predict`` makes of it.
 """
 
 import json
@@ -12,18 +11,46 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
+def read_picture(file: str, size: int, mode: str) -> np.ndarray:
+    """A file as pixels ``[channels, size, size]``, uint8; ``mode`` is ``"L"`` or ``"RGB"``.
+
+    It is turned upright as its EXIF tag says, laid on white where it is transparent, scaled to fit with its aspect kept
+    and centred on its border's median colour; 16-bit grey is scaled to 8.
+    """
+    with Image.open(file) as image:
+        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size
+        if image.mode.startswith("I"):
+            info, values = dict(image.info), np.asarray(image).astype(np.int64)
+            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+            image.info = {name: value for name, value in info.items() if name != "transparency"}  # of 16 bits
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert(mode)
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, -1)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    square = np.empty((size, size, pixels.shape[2]), np.uint8)
+    square[:] = np.median(border, axis=0).astype(np.uint8)
+    left, top = (size - width) // 2, (size - height) // 2
+    square[top : top + height, left : left + width] = pixels
+    return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+
 def main(model: str, *files: str) -> None:
     """Print the class and probability of each file."""
-    session = onnxruntime.InferenceSession(model)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     classes, size = json.loads(metadata["classes"]), int(metadata["image_size"])
     mode = {"grey": "L", "rgb": "RGB"}[metadata["channels"]]
+    image = session.get_inputs()[0]
     for file in files:
-        picture = Image.open(file).convert(mode)
-        background = picture.getpixel((0, 0))
-        picture = ImageOps.pad(picture, (size, size), Image.Resampling.BILINEAR, color=background)
-        pixels = np.asarray(picture, dtype=np.float32).reshape(size, size, -1).transpose(2, 0, 1)
-        (logits,) = session.run(["logits"], {"image": pixels[None] / 255})
+        pixels = read_picture(file, size, mode)[None]
+        if image.type == "tensor(float)":
+            pixels = pixels.astype(np.float32) / 255
+        (logits,) = session.run(["logits"], {image.name: pixels})
         probabilities = np.exp(logits[0] - logits[0].max())
         probabilities /= probabilities.sum()
         best = probabilities.argmax()

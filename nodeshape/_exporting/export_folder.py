@@ -222,7 +222,8 @@ def save_torchscript(module: torch.nn.Module, metadata: Mapping[str, str], path:
     """Script ``module`` and save it with its metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        extra = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
+        extra = {**metadata, "metadata.json": json.dumps(metadata)}
+        extra["classes.txt"] = "\n".join(json.loads(metadata["classes"]))
         torch.jit.save(torch.jit.script(module), path, _extra_files=extra)
 
 
