@@ -127,8 +127,7 @@ def test_the_cpp_program_agrees_on_images_of_every_kind(tmp_path):
     for name in ("model.ts", "model.fused.ts", "model.fused.pt2"):
         lines = run(build / "classify", out / name, *files).splitlines()
         for file, line, row in zip(files, lines, expected, strict=True):
-            # JPEG leaves a decoder some freedom, and a tall picture's pixels may be rounded otherwise.
-            allowed = 0.05 if file.suffix == ".jpg" else 0.01
+            allowed = 0.05 if file.suffix == ".jpg" else 1e-3  # JPEG leaves a decoder some freedom
             best, second = row.topk(2).values.tolist()
             _, found, probability = line.split()
             assert found == classes[row.argmax()] or best - second < allowed, (name, file)
