@@ -157,8 +157,8 @@ Picture letterboxed(const Picture& image, int size) {
   const auto resized_columns = [&](const Picture& x) { return transposed(resized_rows(transposed(x), height)); };
   // As Pillow does from version 13 on.
   const bool columns_first = image.height > height && image.height - height > 2 * (image.width - width);
-  const Picture small = columns_first ? resized_rows(resized_columns(image), width)
-                                      : resized_columns(resized_rows(image, width));
+  const Picture small =
+      columns_first ? resized_rows(resized_columns(image), width) : resized_columns(resized_rows(image, width));
   if (width == height) return small;
 
   Picture square{size, size, channels, Bytes(size_t(size) * size * channels)};
