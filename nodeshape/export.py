@@ -9,6 +9,7 @@ from typing import Any
 
 from nodeshape._cli import Parser, positive_float, positive_int, run, user_input
 from nodeshape._errors import UserError
+from nodeshape._exporting import native as native_files
 from nodeshape._exporting.export_folder import EXAMPLE, FILES, ONNX, TOLERANCE, write_export_folder
 from nodeshape._ode.method import SOURCE_METHODS, get_method
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
@@ -32,10 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="largest allowed difference of a logit from PyTorch's",
     )
     parser.add_argument("--trajectory", action="store_true", help="give the states of the ODE as a second output")
+    parser.add_argument(
+        "--native",
+        action="store_true",
+        help="also write files that run nodeshape's own kernels, for Python and C++: TorchScript, a package of"
+        " AOTInductor, and the library they need",
+    )
     args = parser.parse_args(argv)
 
     out = args.checkpoint.parent / "export" if args.out is None else args.out
-    report = export(args.checkpoint, out, args.method, args.steps, args.tolerance, args.trajectory)
+    report = export(args.checkpoint, out, args.method, args.steps, args.tolerance, args.trajectory, args.native)
     _print(report, args.checkpoint, out)
 
 
@@ -46,6 +53,7 @@ def export(
     steps: int | None = None,
     tolerance: float = TOLERANCE,
     trajectory: bool = False,
+    native: bool = False,
 ) -> dict[str, Any]:
     """Export a checkpoint, ``best.pt`` or ``last.pt`` of a run folder, as :func:`write_export_folder` does.
 
@@ -61,7 +69,7 @@ def export(
     model, classes = load_classifier(checkpoint)
     with user_input():
         model = model.with_solver(method, steps)
-    return write_export_folder(out, model, classes, state, tolerance, trajectory)
+    return write_export_folder(out, model, classes, state, tolerance, trajectory, native)
 
 
 def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
@@ -69,18 +77,19 @@ def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
     if not get_method(report["method"]).explicit:
         solver += f" of {report['stage_iterations']} evaluations of f"
     print(f"{checkpoint}: {solver}; compared with PyTorch on {report['images']['source']} images")
-    print(f"{'':<12}{'largest difference':>20}{'same class':>18}{'size':>12}{'one image':>12}")
+    print(f"{'':<18}{'largest difference':>20}{'same class':>18}{'size':>12}{'one image':>12}")
     for name, figures in report["files"].items():
         print(
-            f"{name:<12}{figures['max_difference']:>20.1e}"
+            f"{name:<18}{figures['max_difference']:>20.1e}"
             f"{figures['same_class']:>10} of {figures['images']}"
             f"{figures['bytes'] / 1e6:>9.2f} MB{figures['latency_ms']:>9.2f} ms"
         )
-    print(f"{'PyTorch':<12}{'':>50}{report['pytorch_latency_ms']:>9.2f} ms")
+    print(f"{'PyTorch':<18}{'':>50}{report['pytorch_latency_ms']:>9.2f} ms")
     ties = max(figures["ties"] for figures in report["files"].values())
     if ties:
         print(f"{ties} images are ties: their two largest logits are closer than the files differ")
-    print(f"Wrote {', '.join(sorted(FILES))} to {out} in {report['seconds']['total']:.1f} s; classify with:")
+    native = native_files.FILES if native_files.TORCHSCRIPT in report["files"] else set()
+    print(f"Wrote {', '.join(sorted(FILES | native))} to {out} in {report['seconds']['total']:.1f} s; classify with:")
     print(f"python -m nodeshape.predict {shlex.quote(str(out / ONNX))} {shlex.quote(str(out / EXAMPLE))}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +21,14 @@ from tqdm import tqdm
 from nodeshape import __version__
 from nodeshape._cli import user_input
 from nodeshape._errors import StageSolveError, UserError
+from nodeshape._exporting import native as native_files
 from nodeshape._exporting.onnx import OPSET, to_onnx
 from nodeshape._exporting.unrolled import UnrolledClassifier, UnrolledTrajectory
 from nodeshape._exporting.verify import (
     BATCH_SIZES,
     MOST_BATCHES,
     Agreement,
+    Classify,
     check_images,
     classify_all,
     compare,
@@ -41,6 +43,8 @@ from nodeshape._ode.method import get_method
 TOLERANCE = 1e-4
 ONNX, TORCHSCRIPT, REPORT, EXAMPLE = "model.onnx", "model.ts", "report.json", "example.png"
 FILES = {ONNX, TORCHSCRIPT, REPORT, EXAMPLE}
+#: What a folder may hold of an earlier export.
+ALL_FILES = FILES | native_files.FILES
 #: Most evaluations of f that an unrolled stage may take.
 MAX_ITERATIONS = 30
 #: Images that decide whether a number of evaluations is tried on all, and the part of the tolerance it must keep to.
@@ -58,6 +62,7 @@ def write_export_folder(
     state: Mapping[str, Any],
     tolerance: float = TOLERANCE,
     trajectory: bool = False,
+    native: bool = False,
 ) -> dict[str, Any]:
     """Write ``model.onnx``, ``model.ts``, ``report.json`` and ``example.png`` to the folder ``out``: all, or nothing.
 
@@ -68,6 +73,7 @@ def write_export_folder(
         state: the checkpoint, for the images it was trained on, see :func:`check_images`.
         tolerance: largest allowed difference of a logit between PyTorch and an exported file.
         trajectory: give the models a second output, the states ``[batch, steps + 1, channels, height, width]``.
+        native: also write the files of :func:`nodeshape.to_native`, which give the logits alone.
 
     Returns:
         the report.
@@ -82,7 +88,7 @@ def write_export_folder(
     home = next(folder for folder in out.parents if folder.is_dir())
     with partial_folder(home / out.name) as partial:
         try:
-            report = _write(partial, model, list(classes), state, tolerance, trajectory)
+            report = _write(partial, model, list(classes), state, tolerance, trajectory, native)
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -98,6 +104,7 @@ def _write(
     state: Mapping[str, Any],
     tolerance: float,
     trajectory: bool,
+    native: bool,
 ) -> dict[str, Any]:
     images, source = check_images(model, state)
     seconds = {}
@@ -125,11 +132,14 @@ def _write(
     save_torchscript(UnrolledTrajectory(unrolled) if trajectory else unrolled, metadata, folder / TORCHSCRIPT)
     pixels = (images[0] * 255).round().to(torch.uint8).numpy()
     Image.fromarray(pixels[0] if channels == "grey" else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
+    readers: list[tuple[str, Callable[[Path], Classify]]] = [(ONNX, load_onnx), (TORCHSCRIPT, load_torchscript)]
+    if native:
+        readers += native_files.write_native(folder, model, images, metadata, tolerance)
     seconds["writing"] = perf_counter() - start
 
     start = perf_counter()
     files = {}
-    for name, load in ((ONNX, load_onnx), (TORCHSCRIPT, load_torchscript)):
+    for name, load in readers:
         classify = load(folder / name)
         by_batch_size = {}
         counts = [min(len(images), MOST_BATCHES * size) for size in BATCH_SIZES]
@@ -210,7 +220,8 @@ def save_torchscript(module: torch.nn.Module, metadata: Mapping[str, str], path:
     """Script ``module`` and save it with its metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        extra = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
+        extra = {**metadata, "metadata.json": json.dumps(metadata)}
+        extra["classes.txt"] = "\n".join(json.loads(metadata["classes"]))
         buffer = io.BytesIO()  # torch's own writer aborts the process where the disk is full
         torch.jit.save(torch.jit.script(module), buffer, _extra_files=extra)
     path.write_bytes(buffer.getvalue())
@@ -221,6 +232,6 @@ def _free(out: Path) -> Path:
     out = out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
-    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - FILES)):
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - ALL_FILES)):
         raise UserError(f"--out {out}: holds other files ({others[0]}); name a new folder")
     return out

@@ -213,7 +213,13 @@ class _Subject:
     """
 
     def __init__(
-        self, module: nn.Module, example_inputs: Any, tolerance: float, loop: bool, trajectory: bool | nn.Module
+        self,
+        module: nn.Module,
+        example_inputs: Any,
+        tolerance: float,
+        loop: bool = False,
+        trajectory: bool | nn.Module = False,
+        native: bool = False,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(
@@ -251,7 +257,7 @@ class _Subject:
         for name, y in zip(self.output_names, self._expected[0]):
             if not isinstance(y, Tensor):
                 raise ValueError(f"{name} of the module is {type(y).__name__}, but a file gives tensors only")
-        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1)
+        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, native=native)
         with _evaluating(module):
             self._choose()
         counts = self._how.counts

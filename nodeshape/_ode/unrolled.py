@@ -23,6 +23,7 @@ class Unrolled:
         looped: write one step, in a loop.
         given: how many steps that loop takes in each interval, a scalar; None for as many as the solve asks for.
         states: told the states of each solve in given steps, from the first time to the last; None for nobody.
+        native: record a solve that has a kernel as its op, which the library of the ops runs.
     """
 
     iterations: int
@@ -33,6 +34,7 @@ class Unrolled:
     looped: bool = False
     given: Tensor | None = None
     states: Callable[[list[Any]], Any] | None = None
+    native: bool = False
 
 
 _current: Unrolled | None = None
@@ -60,5 +62,10 @@ def is_tracing() -> bool:
 
 
 def is_exporting() -> bool:
-    """The same for those whose record runs without nodeshape, so that it may hold none of its ops."""
+    """The same for those whose record runs without nodeshape."""
     return _current is not None or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def keeps_ops() -> bool:
+    """Whether a record may hold the ops of the kernels: always, but where it must run without their library."""
+    return not is_exporting() or (_current is not None and _current.native)
