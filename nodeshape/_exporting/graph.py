@@ -14,7 +14,9 @@ from onnx.reference import ReferenceEvaluator
 
 #: Results of at most as many elements are folded; larger ones, such as a map for each step, are cheaper to compute once
 #: when a runtime loads the file than to store.
-MOST_FOLDED = 1024
+MOST_FOLDED = 512
+#: Operations that a scan is written out to at most.
+MOST_NODES = 5000
 #: Never folded, since it makes much of little.
 COSTLY = {"Conv"}
 #: Operations whose result is not decided by their inputs.
@@ -40,6 +42,7 @@ def simplify(graph: onnx.GraphProto, unroll: bool) -> None:
     _merge_factors(graph)
     _share(graph)
     _drop_unused(graph)
+    _shorten(graph)
 
 
 def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -151,9 +154,9 @@ def _constant_shapes(graph: onnx.GraphProto) -> None:
 
 
 def _unroll(graph: onnx.GraphProto) -> None:
-    """Each scan over constants as its steps one after the other, unless they have loops of their own.
+    """Each scan over constants as its steps one after the other, if that does not take a browser minutes to load.
 
-    Those gain nothing from it, and grow to thousands of operations, which a browser takes minutes to load.
+    onnxruntime lays out data for convolutions outside of loops only.
     """
     constants = {x.name: x for x in graph.initializer}
     read = set().union(*map(_inputs, graph.node)) | {x.name for x in graph.output}
@@ -165,7 +168,9 @@ def _unroll(graph: onnx.GraphProto) -> None:
         if node.op_type != "Scan" or not count or not all(name in constants for name in over):
             result.append(node)
             continue
-        if any(next(_bodies(inner), None) is not None for body in _bodies(node) for inner in body.node):
+        (body,) = _bodies(node)
+        length = len(numpy_helper.to_array(constants[over[0]]))
+        if length * sum(1 for _ in nodes(body)) > MOST_NODES:
             _drop_unread(node, read)
             result.append(node)
             continue
@@ -403,6 +408,26 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     ]
     del graph.initializer[:]
     graph.initializer.extend(initializers)
+
+
+def _shorten(graph: onnx.GraphProto) -> None:
+    """Give what is computed short names, of which a file has thousands."""
+    kept = {x.name for x in (*graph.input, *graph.output, *graph.initializer)}
+    names: dict[str, str] = {}
+    for name in _names_within(graph):
+        if name not in kept and name not in names:
+            names[name] = f"v{len(names)}"
+    for i, node in enumerate(nodes(graph)):
+        node.name = f"n{i}"
+    for node in graph.node:
+        _rename(node, names)
+    for i, x in enumerate(graph.initializer):
+        if "/" in x.name:
+            names[x.name] = f"c{i}"
+    for node in graph.node:
+        _rename(node, {old: new for old, new in names.items() if new.startswith("c")})
+    for x in graph.initializer:
+        x.name = names.get(x.name, x.name)
 
 
 def tidy(graph: onnx.GraphProto, rename: Callable[[str], str]) -> None:
