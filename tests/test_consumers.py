@@ -15,8 +15,7 @@ from nodeshape import ShapeClassifier, load_classifier
 from nodeshape._benchmarking.trained import checkpoint
 from nodeshape._data.images import load_image
 from nodeshape._data.shapes import CLASSES, draw
-from nodeshape._exporting.onnx import to_onnx
-from nodeshape._exporting.unrolled import UnrolledClassifier
+from nodeshape._exporting.export_folder import write_classifier_onnx, write_classifier_torchscript
 from nodeshape.export import export
 
 ROOT = Path(__file__).parents[1] / "export"
@@ -28,9 +27,9 @@ def exported(tmp_path_factory):
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("consumers")
     model = ShapeClassifier(3, width=32, steps=3).eval()
-    unrolled = UnrolledClassifier(model)
     metadata = {"classes": '["circle", "triangle", "rectangle"]', "image_size": "32", "channels": "grey"}
-    (folder / "model.onnx").write_bytes(to_onnx(unrolled, (1, 32, 32), metadata, False).SerializeToString())
+    for write, name in ((write_classifier_onnx, "model.onnx"), (write_classifier_torchscript, "model.ts")):
+        write(model, torch.rand(2, 1, 32, 32), folder / name, metadata)
     Image.fromarray(draw("single", 0, 0)[0]).save(folder / "example.png")
     image = torch.tensor(load_image(folder / "example.png", 32))[None] / 255
     with torch.no_grad():

@@ -104,7 +104,7 @@ class Variant:
         if self.name in (SCRIPT, PACKAGE):
             import nodeshape._ode.fused  # noqa: F401  (whose library has the ops)
         if self.path.suffix == ".ts":
-            from nodeshape._exporting.verify import load_torchscript
+            from nodeshape._exporting.native import load_torchscript
 
             return load_torchscript(self.path)
         if self.name == PACKAGE:
@@ -217,9 +217,9 @@ def _variants(method: str, quick: bool) -> list[Variant]:
 
 def _plain_export(model: ShapeClassifier, images: Tensor, path: Path) -> None:
     """What torch's exporter makes of the module by itself."""
-    from nodeshape._exporting.module import _quiet
+    from nodeshape._exporting.module import _Progress
 
-    with _quiet(), torch.no_grad():
+    with _Progress(path.name), torch.no_grad():
         dimensions = ({0: torch.export.Dim("batch")},)
         torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=dimensions, verbose=False)
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from nodeshape._cli import user_input
 from nodeshape._errors import UserError
-from nodeshape._exporting.module import TOLERANCE, ExportReport, _quiet, _Subject, _written
-from nodeshape._exporting.verify import Classify, load_torchscript
+from nodeshape._exporting.module import TOLERANCE, ExportReport, _Progress, _Subject, _written
+from nodeshape._exporting.verify import Classify
 from nodeshape._files import write_atomically
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._ode.fused import _LIBRARY
@@ -59,7 +59,8 @@ def to_native(
     """
     folder, texts = Path(folder), dict(metadata or {})
     subject = _Subject(module, example_inputs, tolerance, native=True)
-    with _written(folder / TORCHSCRIPT) as partial, _quiet(), torch.no_grad():
+    with _Progress(TORCHSCRIPT) as progress, _written(folder / TORCHSCRIPT) as partial, torch.no_grad():
+        progress("recording")
         with subject.recorded():
             traced = torch.jit.trace(subject.recordable, subject.traced_with, check_trace=False, strict=False)
         if not any(node.kind().startswith("nodeshape::") for node in traced.inlined_graph.nodes()):
@@ -88,6 +89,18 @@ def _compile(subject: _Subject, path: Path, texts: dict[str, str]) -> ExportRepo
         torch._inductor.aoti_compile_and_package(program, package_path=str(partial), inductor_configs=settings)
         nodes = sum(1 for node in program.graph.nodes if node.op == "call_function")
         return subject.report(path, partial, nodes, subject.structured(load_package(partial)))
+
+
+def load_torchscript(path: Path) -> Classify:
+    """Read a TorchScript file as a function of images."""
+    model = torch.jit.load(path)
+
+    def classify(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs = model(batch)
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+    return classify
 
 
 def load_package(path: Path) -> Callable[..., Any]:
