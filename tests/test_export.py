@@ -75,7 +75,10 @@ def few_images(monkeypatch):
     monkeypatch.setattr(verify, "IMAGES", 20)
 
 
-@pytest.fixture(scope="module", params=SOURCE_METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=[] if x == "euler" else pytest.mark.slow) for x in SOURCE_METHODS],
+)
 def exported(request, tmp_path_factory):
     """A classifier of each method, its export folder, and what the command printed.
 
@@ -159,6 +162,7 @@ def test_metadata_says_all_that_a_consumer_needs(exported):
     assert Image.open(out / "example.png").size == (24, 24)
 
 
+@pytest.mark.slow
 def test_another_solver_is_exported_with_the_same_weights(tmp_path, few_images):
     path, model = checkpoint(tmp_path, method="euler")
     report = export.export(path, tmp_path / "out", method="implicit_midpoint", steps=5)
