@@ -6,8 +6,10 @@ import argparse
 import io
 import math
 import os
+import shlex
 import signal
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,50 @@ T = TypeVar("T")
 
 #: Signals, besides Ctrl-C's, that ask a command to end; Windows has no SIGHUP.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+#: The exit code of a command whose reader has gone, as of programs that SIGPIPE ends.
+UNHEARD = 141
+#: Characters without a width that scripts and emoji need.
+JOINERS = "\u200c\u200d"
+
+
+def printable(text: object) -> str:
+    r"""A text as one line that shows what is in it and does nothing else to a terminal.
+
+    Line ends, escape sequences, marks that reverse the writing and bytes that are no text are written as ``\n``,
+    ``\x1b``, ``\u202e`` and ``\xff``.
+    """
+    text = str(text)
+    return text if text.isprintable() else "".join(c if _is_shown(c) else _escaped(c) for c in text)
+
+
+def say(*lines: object, error: bool = False) -> None:
+    """Print each line, whatever is in it, as one line (:func:`printable`); end the command quietly if nobody reads.
+
+    Args:
+        lines: to print at once.
+        error: on stderr.
+    """
+    stream = sys.stderr if error else sys.stdout
+    try:
+        for line in lines:
+            print(printable(line), file=stream)
+        stream.flush()
+    except BrokenPipeError:  # as after | head -1
+        _to_nowhere(stream)
+        sys.exit(UNHEARD)
+
+
+def shell_word(path: Path) -> str:
+    """A path as one word of a command line that the user may copy."""
+    text = str(path)
+    if printable(text) == text:
+        return shlex.quote(text)
+    return "$'" + "".join(_shell_byte(byte) for byte in os.fsencode(text)) + "'"
+
+
+def cores() -> int:
+    """The number of cores that this process may use: those of its affinity, where the system has such a thing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -68,11 +114,9 @@ class _Lasting:
             self._let_go(error)
 
     def _let_go(self, error: OSError) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        _to_nowhere(self._stream)
         if self._stream is sys.__stdout__:
-            print(f"going on without an output: {error.strerror}", file=sys.stderr)
+            say(f"going on without an output: {error.strerror}", error=True)
 
 
 def run(main: Callable[[], None], though_unheard: bool = False) -> NoReturn:
@@ -86,7 +130,7 @@ def run(main: Callable[[], None], though_unheard: bool = False) -> NoReturn:
     warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for file names that are not text
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal does not have
     for kind in ENDING:  # so that what is half done is undone
         if signal.getsignal(kind) == signal.SIG_DFL:  # and not ignored, as SIGHUP is under nohup
             signal.signal(kind, _interrupt)
@@ -121,7 +165,8 @@ def picture(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # matplotlib, fonts, memory, the disk: nothing here may fail what was computed
-        print(f"{path} could not be drawn: {type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
+        what = " ".join(str(error).splitlines())
+        say(f"{path} could not be drawn: {type(error).__name__}: {what}", error=True)
 
 
 @dataclass(frozen=True)
@@ -182,9 +227,27 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     sys.exit(code)
 
 
-def _one_line(message: str) -> str:
-    return " ".join(message.splitlines())
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in JOINERS
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file's name that is no text
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def _shell_byte(byte: int) -> str:
+    return chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}"
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Let what is written to a stream from now on vanish, what it still holds too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nodeshape._benchmarking import deploy, report, solver, train
 from nodeshape._benchmarking.cases import Result, run_case
 from nodeshape._benchmarking.timing import FULL, QUICK, machine
-from nodeshape._cli import Parser, picture, run
+from nodeshape._cli import Parser, picture, run, say
 from nodeshape._errors import UserError
 
 SUITES = {"solver": solver, "train": train, "deploy": deploy}
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     suite, effort = SUITES[args.suite], QUICK if args.quick else FULL
     here = machine(effort, device)
-    print(report.describe_machine(here))
-    print(f"Medians of {effort.rounds} alternating rounds, and times the first column", flush=True)
+    say(*report.describe_machine(here).splitlines())
+    say(f"Medians of {effort.rounds} alternating rounds, and times the first column")
     results: list[Result] = []
     with tqdm(desc="preparing", unit="case", disable=None, leave=False) as bar:
         cases = suite.cases(args.quick, device)
@@ -53,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 bar.update()
             bar.clear()
             table = getattr(suite, "table", report.table)
-            print(f"\n{table(section, done)}", flush=True)
+            say("", *table(section, done).splitlines())
             results += done
     lines = [] if args.quick or args.device != "cpu" else report.targets(suite.TARGETS, results)
     if lines:
-        print(f"\nTargets\n{report.target_table(lines)}")
+        say("", "Targets", *report.target_table(lines).splitlines())
     if args.json is not None:
         report.write_json(args.json, args.suite, args.quick, here, results, lines)
         name = here.get("gpu", f"{here['cpu']}, {here['threads']} threads, {here['isa']}")
         plot = args.json.with_suffix(".png")
-        print(f"\nWrote {args.json}, and its plot {plot}")
+        say("", f"Wrote {args.json}, and its plot {plot}")
         with picture(plot):
             measured = {result.section for result in results}
             axes = {section: label for section, label in suite.PLOTS.items() if section in measured}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from nodeshape._cli import Parser, positive_int, run, seed, whole
+from nodeshape._cli import Parser, positive_int, run, say, seed, shell_word, whole
 from nodeshape._data.drawn_folder import write_folder
 from nodeshape._data.images import CONTACT_SHEET
 from nodeshape._data.shapes import CLASSES, MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
@@ -24,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     counts = write_folder(args.out, args.task, args.count, args.seed, args.image_size)
-    print(f"Wrote {args.count} images of {len(counts)} classes to {args.out}")
-    print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-    print(f"Look at them: {args.out / CONTACT_SHEET}")
+    say(f"Wrote {args.count} images of {len(counts)} classes to {args.out}")
+    say("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    say(f"Look at them: {args.out / CONTACT_SHEET}")
     if min(counts.values()) < 2:
-        print(f"Too few to train on: --count {2 * len(counts)} or more gives each class two.")
+        say(f"Too few to train on: --count {2 * len(counts)} or more gives each class two.")
     else:
-        print(f"Next: python -m nodeshape.train --data {shlex.quote(str(args.out))}")
+        say(f"Next: python -m nodeshape.train --data {shell_word(args.out)}")
 
 
 if __name__ == "__main__":

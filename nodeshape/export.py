@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nodeshape._cli import Parser, positive_float, positive_int, run, user_input
+from nodeshape._cli import Parser, positive_float, positive_int, run, say, shell_word, user_input
 from nodeshape._errors import UserError
 from nodeshape._exporting.export_folder import EXAMPLE, ONNX, TOLERANCE, write_export_folder
 from nodeshape._ode.method import SOURCE_METHODS, get_method
@@ -112,32 +111,32 @@ def export(
 
 def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
     if "solvers" in report:
-        print(f"{'method':<18}{'steps':>6}{'difference':>13}{'same class':>13}{'one image':>13}")
+        say(f"{'method':<18}{'steps':>6}{'difference':>13}{'same class':>13}{'one image':>13}")
         for x in report["solvers"]["tried"]:
             mark = " <-" if (x["method"], x["steps"]) == (report["method"], report["steps"]) else ""
-            print(
+            say(
                 f"{x['method']:<18}{x['steps']:>6}{x['difference']:>13.1e}{x['same_class']:>13.2%}"
                 f"{x['milliseconds']:>10.2f} ms{mark}"
             )
     solver = f"{report['method']}, {report['steps']} steps"
     if not get_method(report["method"]).explicit:
         solver += f" of at most {report['stage_iterations']} evaluations of f"
-    print(f"{checkpoint}: {solver}; compared with PyTorch on {report['images']['source']} images")
-    print(f"{'':<18}{'largest difference':>20}{'same class':>18}{'size':>12}{'one image':>12}")
+    say(f"{checkpoint}: {solver}; compared with PyTorch on {report['images']['source']} images")
+    say(f"{'':<18}{'largest difference':>20}{'same class':>18}{'size':>12}{'one image':>12}")
     for name, figures in report["files"].items():
-        print(
+        say(
             f"{name:<18}{figures['max_difference']:>20.1e}"
             f"{figures['same_class']:>10} of {figures['images']}"
             f"{figures['bytes'] / 1e6:>9.2f} MB"
             + (f"{figures['latency_ms']:>9.2f} ms" if "latency_ms" in figures else "")
         )
-    print(f"{'PyTorch':<18}{'':>50}{report['pytorch_latency_ms']:>9.2f} ms")
+    say(f"{'PyTorch':<18}{'':>50}{report['pytorch_latency_ms']:>9.2f} ms")
     ties = max(figures["ties"] for figures in report["files"].values())
     if ties:
-        print(f"{ties} images are ties: their two largest logits are closer than the files differ")
+        say(f"{ties} images are ties: their two largest logits are closer than the files differ")
     written = ", ".join(sorted(path.name for path in out.iterdir()))
-    print(f"Wrote {written} to {out} in {report['seconds']['total']:.1f} s; classify with:")
-    print(f"python -m nodeshape.predict {shlex.quote(str(out / ONNX))} {shlex.quote(str(out / EXAMPLE))}")
+    say(f"Wrote {written} to {out} in {report['seconds']['total']:.1f} s; classify with:")
+    say(f"python -m nodeshape.predict {shell_word(out / ONNX)} {shell_word(out / EXAMPLE)}")
 
 
 if __name__ == "__main__":

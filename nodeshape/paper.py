@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._cli import Parser, picture, run
+from nodeshape._cli import Parser, picture, run, say
 from nodeshape._errors import UserError
 from nodeshape._experiments.jobs import Job, Result, Store, compute
 from nodeshape._experiments.plan import FULL, QUICK, Plan
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _compute_missing(plan, store)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was")
+        say("interrupted; the same command goes on where it was")
         sys.exit(130)
     _write(plan, store, out, args.quick)
 
@@ -58,7 +58,7 @@ def _compute_missing(plan: Plan, store: Store) -> None:
     seconds_per_unit = slowness() * CROWDED / cores
     minutes = seconds_per_unit * sum(job.seconds for stage in stages for job in stage) / 60
     runs, duration = f"{missing} run{'s' * (missing > 1)}", f"{max(1, round(minutes))} min"
-    print(f"{runs} on {cores} cores, about {duration}; each is kept as it ends", flush=True)
+    say(f"{runs} on {cores} cores, about {duration}; each is kept as it ends")
     with tqdm(
         total=minutes * 60, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}", disable=None
     ) as bar:
@@ -88,7 +88,7 @@ def _write(plan: Plan, store: Store, out: Path, quick: bool) -> None:
         from nodeshape._experiments.plots import draw  # matplotlib takes a second to import
 
         draw(paper, out)
-    print(f"{headline(paper)}; open {out / 'README.md'}")
+    say(f"{headline(paper)}; open {out / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", "side of the images in pixels; yours are resized", metavar="PIXELS")
     add("--channels", "colour of the images")
     add("--device", "auto, cpu, cuda or cuda:N")
-    add("--strict", "stop at the first unreadable image instead of skipping it")
+    add("--strict", "stop at an unreadable image, or at anything else of --data that is left out, instead of saying so")
     add(
         "--stream",
         "read images while training rather than before (what a folder of more than"

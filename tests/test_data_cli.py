@@ -12,7 +12,7 @@ from PIL import Image
 
 from nodeshape import __main__, _cli, data
 from nodeshape._data import drawn_folder
-from nodeshape._data.images import scan_folder
+from nodeshape._data.folder import scan_folder
 from nodeshape._data.shapes import CLASSES, draw
 
 

@@ -2,8 +2,15 @@
 
 import contextlib
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nodeshape._data.images import Files, ImageError, load_folder, load_image, scan_folder
+from nodeshape._data import images
+from nodeshape._data.folder import Files, scan_folder
+from nodeshape._data.images import ImageError, load_folder, load_image
 from nodeshape._errors import UserError
 
 
@@ -139,6 +148,91 @@ def test_cmyk_is_read_as_colour(tmp_path):
     assert red > 200 and green < 60 and blue < 60
 
 
+def test_twelve_bits_in_sixteen_are_not_black(tmp_path):
+    values = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.testing.assert_allclose(load_image(tmp_path / "a.png", 32)[0], values / 4095 * 255, atol=0.5)
+    row = b"\0" + struct.pack(">3H", 4095, 0, 2048) * 8
+    (tmp_path / "b.png").write_bytes(png(8, 8, bits=16, colour=2, rows=row * 8))
+    with pytest.raises(ImageError, match="12-bit colour in a 16-bit file"):
+        load_image(tmp_path / "b.png", 8, "rgb")
+    (tmp_path / "c.png").write_bytes(png(8, 8, bits=16, colour=2, rows=(b"\0" + bytes(48)) * 8))
+    assert not load_image(tmp_path / "c.png", 8, "rgb").any()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_strips_change_no_pixel(tmp_path, monkeypatch, mode, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 37, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA").convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    whole = load_image(tmp_path / "a.png", 37, "rgb")
+    monkeypatch.setattr(images, "STRIP_PIXELS", 100)
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png", 37, "rgb"), whole)
+    if mode == "RGB":
+        expected = pixels[..., :3].transpose(2, 0, 1)
+        np.testing.assert_array_equal(whole, expected if orientation == 1 else np.rot90(expected, -1, (1, 2)))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_a_progressive_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    image = Image.new("L", (800, 600), 90)
+    image.save(tmp_path / "a.jpg")
+    assert abs(load_image(tmp_path / "a.jpg", 32).astype(int) - 90).max() <= 2
+    for name, options in (("b.jpg", {"progressive": True}), ("c.png", {})):
+        image.save(tmp_path / name, **options)
+        with pytest.raises(ImageError, match="megapixels"):
+            load_image(tmp_path / name, 32)
+
+
+@pytest.mark.slow
+def test_a_jpeg_of_two_hundred_megapixels_is_read(tmp_path):
+    Image.new("L", (16_320, 12_240), 90).save(tmp_path / "a.jpg")
+    assert abs(load_image(tmp_path / "a.jpg", 32).astype(int) - 90).max() <= 2
+
+
+def test_threads_together_decode_no_more_pixels_than_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_ROOM", images._Room(10_000))
+    taken, most, lock = 0, 0, threading.Lock()
+    flat = images._flat
+
+    def counting(path, image, mode):
+        nonlocal taken, most
+        with lock:
+            taken += image.width * image.height
+            most = max(most, taken)
+        time.sleep(0.01)
+        with lock:
+            taken -= image.width * image.height
+        return flat(path, image, mode)
+
+    monkeypatch.setattr(images, "_flat", counting)
+    for i in range(8):
+        Image.new("L", (80, 60), i).save(tmp_path / f"{i}.png")
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(lambda i: load_image(tmp_path / f"{i}.png", 8), range(8)))
+    assert [int(image[0, 0, 0]) for image in loaded] == list(range(8))
+    assert 4_800 < most <= 10_000
+
+
+def test_a_small_file_of_many_pixels_takes_bounded_memory(tmp_path):
+    """24 megapixels with transparency in 94 kB, four threads: one decoded image and one of the mode asked for."""
+    rows = b"".join(b"\0" + bytes(4 * 6_000) for _ in range(4_000))
+    (tmp_path / "a.png").write_bytes(png(6_000, 4_000, colour=6, rows=rows))
+    code = (
+        "import resource, sys; from concurrent.futures import ThreadPoolExecutor; from nodeshape._data import images\n"
+        "images._ROOM = images._Room(24_000_000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with ThreadPoolExecutor(4) as pool: list(pool.map(lambda _: images.load_image(sys.argv[1], 32), range(4)))\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 24e6)"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    bytes_per_pixel = float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    assert bytes_per_pixel < 8
+
+
 BAD = {
     "a text file": (b"hello", "not a PNG, JPEG, WebP or BMP image"),
     "an empty file": (b"", "empty file"),
@@ -181,8 +275,21 @@ def test_damage_never_raises_anything_but_an_image_error(tmp_path_factory, data)
 def test_a_missing_file_or_a_folder_is_an_image_error(tmp_path):
     with pytest.raises(ImageError, match="No such file"):
         load_image(tmp_path / "none.png", 32)
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError, match="is a folder"):
         load_image(tmp_path, 32)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows")
+def test_pipes_sockets_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="is a pipe, not a file"):
+        load_image(tmp_path / "a.png", 32)
+    with pytest.raises(ImageError, match="is a device, not a file"):
+        load_image("/dev/zero", 32)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(tmp_path / "b.png"))
+        with pytest.raises(ImageError, match="is a socket, not a file"):
+            load_image(tmp_path / "b.png", 32)
 
 
 # a folder
@@ -224,12 +331,9 @@ def test_train_and_test_folders_are_used_as_they_are(tmp_path):
     assert all(path.parent.parent.name == "test" for path, _ in folder.test)
 
 
-def test_train_and_test_may_be_names_of_classes(tmp_path):
-    assert scan_folder(make_folder(tmp_path, {"train": 2, "test": 2, "bus": 2}), seed=0).classes == (
-        "bus",
-        "test",
-        "train",
-    )
+def test_train_may_be_the_name_of_a_class(tmp_path):
+    folder = scan_folder(make_folder(tmp_path, {"train": 2, "car": 2, "bus": 2}), seed=0)
+    assert (folder.classes, folder.left_out) == (("bus", "car", "train"), ())
 
 
 def test_hidden_and_other_files_are_ignored(tmp_path):
@@ -247,14 +351,15 @@ def test_hidden_and_other_files_are_ignored(tmp_path):
         ({}, "empty of class folders"),
         ({".": 3}, "3 images lie in no class folder"),
         ({"cat": 3}, "one class only, 'cat'"),
-        ({"cat": 3, "dog": 0}, "dog: has no images"),
-        ({"cat": 3, "dog": 1}, "dog: has 1 image"),
+        ({"cat": 3, "dog": 0}, "dog: left out: has no images"),
+        ({"cat": 3, "dog": 1}, "dog: left out: has 1 image"),
         ({"train/cat": 3, "train/dog": 3}, "has train/CLASS folders but no test/CLASS folders"),
         ({"test/cat": 3, "test/dog": 3}, "has test/CLASS folders but no train/CLASS folders"),
-        ({"train/cat": 1, "train/dog": 1, "test/cat": 1}, "only train has dog"),
-        ({"train/cat": 1, "test/dog": 1, "test/cat": 1}, "only test has dog"),
+        ({"train/cat": 1, "train/dog": 1, "test/owl": 1}, "test: has images of none of the classes"),
+        ({"train/cat": 1, "test/dog": 1, "test/cat": 1}, "test/dog: left out: has no training images"),
         ({"train/cat": 1, "test/cat": 1}, "one class only"),
-        ({"train/cat": 1, "train/dog": 1, "test/cat": 1, "test/dog": 0}, "dog: has no images"),
+        ({"train": 3, "test": 3}, "images lie in test and train without a folder per class"),
+        ({"cat/2023": 3, "dog/2023": 3}, "cat: left out: 3 images in its subfolders only"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named_with_the_reason(tmp_path, counts, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._data.images import CHANNELS, Files, ImageError, load_folder, scan_folder
+from nodeshape._data.folder import Files, same_files, scan_folder
+from nodeshape._data.images import CHANNELS, ImageError, load_folder
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._data.streaming import StreamedSplit, as_float
 from nodeshape._errors import UserError
@@ -51,12 +52,18 @@ class Split:
 
 @dataclass
 class Data:
-    """Training and test images, the names of their classes, and the files that could not be read into memory."""
+    """Training and test images, the names of their classes, and what of the user's folder is not used.
+
+    Attributes:
+        unreadable: files that could not be read into memory.
+        left_out: what else is not used, or not as it may be meant, a line each.
+    """
 
     classes: list[str]
     train: Split | StreamedSplit
     test: Split | StreamedSplit
     unreadable: list[ImageError]
+    left_out: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """A digest of classes, labels and images (of a streamed split: its files' names), to know the data by."""
@@ -93,19 +100,32 @@ def folder_data(
     by ``readers`` threads (default: one per core).
 
     Raises:
-        UserError: the folder has no usable classes, or with ``strict`` a file is unreadable.
+        UserError: the folder has no usable classes, or with ``strict`` a file is unreadable, or something left out.
     """
-    folder = scan_folder(root, seed)
+    folder = scan_folder(root, seed, strict=strict)
     chosen = [_choose(folder.train, train_size, seed), _choose(folder.test, test_size, seed)]
     if len(set(chosen[0].labels.tolist())) < 2:
         raise UserError(f"{root}: the training images are all of one class; raise --train-size")
     count = sum(map(len, chosen))
+    left_out = [*folder.left_out, *(_shared(root, chosen[0], chosen[1], strict) if count <= MEMORY_FILES else ())]
     if stream or count > MEMORY_FILES or count * CHANNELS[channels] * image_size**2 > MEMORY_BYTES:
         train, test = (StreamedSplit(files, image_size, channels, strict, readers) for files in chosen)
-        return Data(list(folder.classes), train, test, unreadable=[])
+        return Data(list(folder.classes), train, test, [], left_out)
     loaded = [load_folder(files, image_size, channels, strict) for files in chosen]
     own, other = (Split(torch.from_numpy(x.images), torch.from_numpy(x.labels)) for x in loaded)
-    return Data(list(folder.classes), own, other, loaded[0].unreadable + loaded[1].unreadable)
+    return Data(list(folder.classes), own, other, loaded[0].unreadable + loaded[1].unreadable, left_out)
+
+
+def _shared(root: Path, train: Files, test: Files, strict: bool) -> list[str]:
+    """A line on training files that are test files too, if there are some."""
+    pairs = same_files(train, test)
+    if not pairs:
+        return []
+    own, other = (path.relative_to(root) for path in pairs[0])
+    line = f"{len(pairs)} training images are test images too, such as {own} = {other}: the test accuracy is too high"
+    if strict:
+        raise UserError(f"{root}: {line}; mend this, or leave out --strict")
+    return [line]
 
 
 def _choose(files: Files, size: int | None, seed: int) -> Files:

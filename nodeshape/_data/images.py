@@ -1,19 +1,23 @@
-"""A user's own images: a file to pixels, a folder to labelled files, labelled files to arrays. Never imports torch."""
+"""A user's own images: a file to pixels, labelled files to arrays. Never imports torch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from threading import Condition
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
+from nodeshape._cli import cores
 from nodeshape._errors import UserError
 
 CHANNELS = {"grey": 1, "rgb": 3}
@@ -26,7 +30,10 @@ CONTACT_SHEET = "contact_sheet.png"
 """A picture of all classes beside their folders; not an image to classify."""
 
 MAX_PIXELS = 100_000_000
-"""A file that claims more is refused before it is decoded: a few kilobytes can ask for gigabytes of memory."""
+"""A file that is more once decoded is refused before: a few kilobytes can ask for gigabytes of memory."""
+
+STRIP_PIXELS = 1_000_000
+"""Pixels that are converted at a time."""
 
 CONTRAST = 8
 """A picture whose values differ by less than this, of 255, has nothing on it."""
@@ -46,51 +53,28 @@ class ImageError(UserError):
         return f"{self.path}: {self.reason}"
 
 
-@dataclass(frozen=True, eq=False)
-class Files(Sequence[LabelledFile]):
-    """Labelled files, class by class, kept as names: a million take a tenth of a gigabyte, as paths five times that.
+class _Room:
+    """Pixels that may be decoded at a time by all threads together: many threads need no more memory than one."""
 
-    Attributes:
-        folders: of the classes, by label.
-        names: of the files.
-        labels: of the files, ascending, ``[n]``.
-    """
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._changed = Condition()
 
-    folders: tuple[Path, ...]
-    names: list[str]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> LabelledFile: ...
-    @overload
-    def __getitem__(self, index: slice) -> Files: ...
-    def __getitem__(self, index: int | slice) -> LabelledFile | Files:
-        if isinstance(index, slice):
-            return Files(self.folders, self.names[index], self.labels[index])
-        label = int(self.labels[index])
-        return self.folders[label] / self.names[index], label
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Files):
-            return NotImplemented
-        same = self.folders == other.folders and self.names == other.names
-        return same and np.array_equal(self.labels, other.labels)
-
-    def take(self, indices: Sequence[int]) -> Files:
-        """The files at ascending ``indices``."""
-        return Files(self.folders, [self.names[i] for i in indices], self.labels[list(indices)])
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Within, ``pixels`` of them are taken; waits until they are free."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
 
 
-@dataclass(frozen=True)
-class Folder:
-    """Labelled files of a user's folder; a label is an index of ``classes``, the sorted names of the class folders."""
-
-    classes: tuple[str, ...]
-    train: Files
-    test: Files
+_ROOM = _Room(MAX_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -107,22 +91,23 @@ def load_image(path: Path | str, image_size: int, channels: str = "grey") -> NDA
 
     The picture is turned upright as its EXIF tag says, laid on white where it is transparent, scaled to fit with its
     aspect kept (anti-aliased), and centred on its border's median colour, which prolongs a plain background where black
-    bars would add edges. An image of the right size keeps its pixels exactly. 16-bit grey is scaled to 8.
+    bars would add edges. An image of the right size keeps its pixels exactly. 16-bit grey is scaled to 8, as 12-bit
+    where no value is larger. A JPEG much larger than asked for is decoded at an eighth of its size, or more; all
+    threads together decode 100 megapixels at a time.
 
     Returns:
         ``[1 or 3, image_size, image_size]`` for ``channels`` ``"grey"`` or ``"rgb"``.
 
     Raises:
-        ImageError: the file is missing, not such an image, damaged, without pixels, or of more than 100 megapixels.
+        ImageError: the file is missing, a pipe or device, not such an image, damaged, without pixels, or of more than
+            100 megapixels.
     """
     mode = {"grey": "L", "rgb": "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"channels must be 'grey' or 'rgb', got {channels!r}")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_size(path, *image.size)
-            image.draft(None, (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a fraction of its size
-            picture = _letterbox(_upright_and_opaque(image).convert(mode), image_size)
+        with open_file(path) as file:
+            picture = _decode(path, file, image_size, mode)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -137,37 +122,24 @@ def load_image(path: Path | str, image_size: int, channels: str = "grey") -> NDA
     return np.ascontiguousarray(pixels[None] if mode == "L" else pixels.transpose(2, 0, 1))
 
 
+def open_file(path: Path | str) -> BinaryIO:
+    """Open a file, and nothing that would wait for a writer or is a device.
+
+    Raises:
+        ImageError: it is a folder, a pipe, a socket or a device.
+        OSError: it is not there or may not be read.
+    """
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind):
+        names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise ImageError(path, f"is {names.get(stat.S_IFMT(kind), 'a device')}, not a file")
+    return open(path, "rb")
+
+
 def is_empty(image: NDArray[np.uint8]) -> bool:
     """Whether an image ``[channels, height, width]`` has nothing on it: no channel has contrast."""
     low, high = image.min(axis=(1, 2)).astype(int), image.max(axis=(1, 2)).astype(int)
     return bool((high - low < CONTRAST).all())
-
-
-def scan_folder(root: Path | str, seed: int, test_fraction: float = 0.2) -> Folder:
-    """List the images of ``root/train/CLASS`` and ``root/test/CLASS``, or else of ``root/CLASS``, split per class.
-
-    The split depends on the seed and the names alone, and a file added later leaves nearly all others where they were.
-    Hidden files, files without an image's suffix and files beside the class folders are ignored.
-
-    Raises:
-        UserError: there is no such folder, or its classes cannot be told apart, trained on and tested on.
-    """
-    root = Path(root)
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
-    if not root.exists():
-        raise UserError(f"{root}: no such folder")
-    if not root.is_dir():
-        raise UserError(f"{root}: is a file; expected a folder with one folder of images per class")
-    has_split = {name: bool(_folders(root / name)) for name in ("train", "test")}
-    if all(has_split.values()):
-        return _scan_split(root)
-    for name, other in (("train", "test"), ("test", "train")):
-        if has_split[name]:
-            raise UserError(
-                f"{root}: has {name}/CLASS folders but no {other}/CLASS folders; add them, or use {root / name}"
-            )
-    return _scan_and_split(root, seed, test_fraction)
 
 
 def load_folder(files: Sequence[LabelledFile], image_size: int, channels: str = "grey", strict: bool = False) -> Loaded:
@@ -190,7 +162,7 @@ def load_folder(files: Sequence[LabelledFile], image_size: int, channels: str = 
             return error
         return None
 
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    pool = ThreadPoolExecutor(max_workers=cores())
     try:
         outcomes = pool.map(load, range(len(files)))
         for index, error in enumerate(tqdm(outcomes, "reading", len(files), unit=" images", delay=2, disable=None)):
@@ -211,6 +183,26 @@ def load_folder(files: Sequence[LabelledFile], image_size: int, channels: str = 
     return Loaded(images, labels, unreadable)
 
 
+def _decode(path: Path | str, file: BinaryIO, image_size: int, mode: str) -> Image.Image:
+    """The image in a file as a square, upright and opaque, in ``mode``."""
+    jpeg = file.read(3) == b"\xff\xd8\xff"
+    file.seek(0)
+    # Image.open refuses large JPEGs before they can be asked for at a fraction of their size.
+    with JpegImageFile(file, os.fspath(path)) if jpeg else Image.open(file, formats=FORMATS) as image:
+        if not image.info.get("progressive"):  # of which a decoder keeps all coefficients, at any fraction
+            image.draft(None, (2 * image_size, 2 * image_size))
+        _check_size(path, *image.size)
+        with _ROOM.taken(image.width * image.height):
+            image.draft(None, (2 * image_size, 2 * image_size))
+            flat = _flat(path, image, mode)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+            image.close()  # its pixels are not needed twice
+            if turned != 1:
+                flat.getexif()[ExifTags.Base.Orientation] = turned
+                flat = ImageOps.exif_transpose(flat)
+            return _letterbox(flat, image_size)
+
+
 def _check_size(path: Path | str, width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(path, f"image without pixels ({width} × {height})")
@@ -224,14 +216,43 @@ def _why_unidentified(path: Path | str) -> str:
     return "not a PNG, JPEG, WebP or BMP image, or one of zero width or height"
 
 
-def _upright_and_opaque(image: Image.Image) -> Image.Image:
+def _flat(path: Path | str, image: Image.Image, mode: str) -> Image.Image:
+    """An image on white, in ``mode``: a strip at a time, so that the memory needed is that of both and little more."""
+    white = _white(path, image)
+    flat = Image.new(mode, image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        flat.paste(_opaque(strip, white).convert(mode), (0, top))
+    return flat
+
+
+def _white(path: Path | str, image: Image.Image) -> int:
+    """The value of white: 255; in 16-bit grey 65535, or 4095 where no value is larger.
+
+    Cameras and microscopes write 12-bit values into 16-bit files, which would be black otherwise.
+
+    Raises:
+        ImageError: such a file in colour, of which Pillow gives the upper 8 bits alone.
+    """
+    sixteen_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    image.load()
+    if image.mode.startswith("I"):
+        return 65535 if np.asarray(image).max() > 4095 else 4095
+    if sixteen_bits:
+        highest = np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max()
+        if 0 < highest < 16:
+            raise ImageError(path, "12-bit colour in a 16-bit file, of which only black can be read; save it in 8 bits")
+    return 255
+
+
+def _opaque(image: Image.Image, white: int) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip it to 255
         values = np.asarray(image).astype(np.int64)
-        eight_bit = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        eight_bit = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
         eight_bit.info = dict(image.info)
         eight_bit.info.pop("transparency", None)  # a 16-bit value
         image = eight_bit
-    image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
@@ -251,75 +272,3 @@ def _letterbox(image: Image.Image, image_size: int) -> Image.Image:
     square = Image.new(image.mode, (image_size, image_size), colour if len(colour) > 1 else colour[0])
     square.paste(image, ((image_size - width) // 2, (image_size - height) // 2))
     return square
-
-
-def _scan_split(root: Path) -> Folder:
-    classes = {name: set(_folders(root / name)) for name in ("train", "test")}
-    for name, other in (("train", "test"), ("test", "train")):
-        only = sorted(classes[name] - classes[other])
-        if only:
-            raise UserError(f"{root}: train and test must have the same classes; only {name} has {', '.join(only)}")
-    train, test = (_scan_classes(root / part) for part in ("train", "test"))
-    return Folder(tuple(train), _files(root / "train", train), _files(root / "test", test))
-
-
-def _scan_and_split(root: Path, seed: int, test_fraction: float) -> Folder:
-    train: dict[str, list[str]] = {}
-    test: dict[str, list[str]] = {}
-    for name, images in _scan_classes(root).items():
-        if len(images) < 2:
-            raise UserError(f"{root / name}: has 1 image; a class needs 2 or more, to train on and to test on")
-        count = min(max(1, round(test_fraction * len(images))), len(images) - 1)
-        drawn = set(sorted(images, key=lambda image: _lot(seed, name, image))[:count])
-        train[name] = [image for image in images if image not in drawn]
-        test[name] = [image for image in images if image in drawn]
-    return Folder(tuple(train), _files(root, train), _files(root, test))
-
-
-def _lot(seed: int, class_name: str, image: str) -> bytes:
-    """A number that the seed and the names of class and file decide, alike on every machine."""
-    return hashlib.sha256(f"{seed}/{class_name}/{image}".encode("utf-8", "surrogateescape")).digest()
-
-
-def _files(folder: Path, names: dict[str, list[str]]) -> Files:
-    labels = np.repeat(np.arange(len(names), dtype=np.int64), [len(images) for images in names.values()])
-    return Files(
-        tuple(folder / name for name in names), [image for images in names.values() for image in images], labels
-    )
-
-
-def _scan_classes(folder: Path) -> dict[str, list[str]]:
-    """The names of the images of each class, both sorted."""
-    classes = _folders(folder)
-    if not classes:
-        loose = len(_images(folder))
-        found = f"its {loose} images lie in no class folder" if loose else "it is empty of class folders"
-        raise UserError(f"{folder}: {found}; expected {folder / 'CLASS' / '*.png'}, one folder per class")
-    from tqdm import tqdm  # predict reads single images and need not have it
-
-    images: dict[str, list[str]] = {}
-    with tqdm(desc="listing", unit=" images", delay=2, disable=None) as bar:
-        for name in classes:
-            images[name] = _images(folder / name)
-            bar.update(len(images[name]))
-            if not images[name]:
-                raise UserError(f"{folder / name}: has no images ({', '.join(SUFFIXES)})")
-    if len(classes) == 1:
-        raise UserError(f"{folder}: has one class only, {classes[0]!r}; a classifier needs two or more class folders")
-    return images
-
-
-def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _images(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:  # which knows files from folders without asking about each
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
-        )

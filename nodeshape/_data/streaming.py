@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -17,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from nodeshape._data.images import Files, ImageError, load_image
+from nodeshape._cli import cores, printable
+from nodeshape._data.folder import Files
+from nodeshape._data.images import ImageError, load_image
 from nodeshape._errors import UserError
 
 #: Batches that are being read while one is trained on.
@@ -46,7 +47,7 @@ class StreamedSplit:
     def __init__(
         self, files: Files, image_size: int, channels: str, strict: bool = False, readers: int | None = None
     ) -> None:
-        self.readers = readers or os.cpu_count() or 1
+        self.readers = readers or cores()
         self.files, self.image_size, self.channels, self.strict = files, image_size, channels, strict
         self.labels = torch.from_numpy(files.labels)
         self.unreadable: set[Path] = set()
@@ -136,7 +137,7 @@ class StreamedSplit:
             new = error.path not in self.unreadable
             self.unreadable.add(error.path)
             if new and len(self.unreadable) <= NAMED:
-                tqdm.write(f"skipped {error}", file=sys.stderr)
+                tqdm.write(printable(f"skipped {error}"), file=sys.stderr)
 
 
 def as_float(images: Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._data.images import load_folder, scan_folder
+from nodeshape._data.folder import scan_folder
+from nodeshape._data.images import load_folder
 from nodeshape._data.shapes import MIN_IMAGE_SIZE, draw_set
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,6 +9,8 @@ from functools import cache
 
 import matplotlib
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+from nodeshape._cli import say
 
 #: Most letters of a title, wide ones counting twice.
 TITLE = 60
@@ -51,10 +52,10 @@ def _fonts_for(characters: set[int]) -> tuple[list[str], set[int]]:
 @cache  # once for all pictures of a run
 def _say(missing: frozenset[int]) -> None:
     some = " ".join(f"U+{code:04X}" for code in sorted(missing)[:5])
-    print(
+    say(
         f"pictures: no font has {len(missing)} characters of the names in them ({some}), written as numbers;"
         " install one that has them, such as Noto (on Debian: fonts-noto-core, fonts-noto-cjk)",
-        file=sys.stderr,
+        error=True,
     )
 
 

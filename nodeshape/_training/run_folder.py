@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nodeshape import __version__
-from nodeshape._cli import picture
+from nodeshape._cli import picture, say
 from nodeshape._data.datasets import Data
 from nodeshape._errors import UserError
 from nodeshape._files import PARTIAL, locked, write_atomically
@@ -155,7 +154,7 @@ class RunFolder:
             act(self._tensorboard)
         except Exception as error:  # a full disk, raised by a thread of tensorboard's, whatever it raises
             self._tensorboard = None
-            print(f"{self.path / 'tensorboard'} is no longer written: {error}", file=sys.stderr)
+            say(f"{self.path / 'tensorboard'} is no longer written: {error}", error=True)
 
 
 def check_new(out: Path) -> None:
@@ -190,7 +189,7 @@ def held(out: Path) -> Iterator[None]:
         if mine is False:
             raise UserError(f"{out}: another process is training there; let it end, or name another folder with --out")
         if mine is None:
-            print(f"{out}: its disk has no locks, so let no other training write there", file=sys.stderr)
+            say(f"{out}: its disk has no locks, so let no other training write there", error=True)
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shlex
 import signal
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._cli import user_input
+from nodeshape._cli import cores, say, shell_word, user_input
 from nodeshape._data.datasets import DRAWN_TEST_SIZE, DRAWN_TRAIN_SIZE, Data, drawn_data, folder_data
 from nodeshape._data.images import CHANNELS
 from nodeshape._data.streaming import StreamedSplit
@@ -94,7 +93,7 @@ def _prepare(given: dict[str, Any], processes: Processes, hold: ExitStack) -> tu
     with user_input():
         model = ShapeClassifier(**architecture)
     if settings.init is not None and state is None:
-        print(start_from(Path(settings.init), model, data.classes), flush=True)
+        say(start_from(Path(settings.init), model, data.classes))
     model = model.to(device, getattr(torch, settings.dtype))
     if processes.first and not resume:
         out = hold.enter_context(new_folder(settings, out))
@@ -120,7 +119,7 @@ def _prepare(given: dict[str, Any], processes: Processes, hold: ExitStack) -> tu
 def _train(trainer: Trainer, folder: RunFolder) -> None:
     """Train to the end, or to where the user stops; process 0 writes the folder."""
     processes = trainer.processes
-    resume = f"{processes.launcher} -m nodeshape.train --resume --out {shlex.quote(str(folder.path))}"
+    resume = f"{processes.launcher} -m nodeshape.train --resume --out {shell_word(folder.path)}"
     try:
         if processes.first:
             folder.begin(trainer)
@@ -129,13 +128,13 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
                 folder.record(event, trainer)
             match event:
                 case EpochDone(metrics=metrics):
-                    print(_line(metrics, trainer.recipe.epochs), flush=True)
+                    say(_line(metrics, trainer.recipe.epochs))
                 case Stopped(interrupted=False):
-                    print(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
+                    say(f"stopped early: no better test accuracy in {trainer.recipe.patience} epochs")
                 case Stopped():
                     done = f"after {trainer.progress.batch} of {trainer.batches} batches"
-                    print(f"interrupted in epoch {trainer.progress.epoch + 1} {done}; continue with:")
-                    print(resume, flush=True)
+                    say(f"interrupted in epoch {trainer.progress.epoch + 1} {done}; continue with:")
+                    say(resume)
                     processes.wait()  # the end of any process makes torchrun end the others
                     sys.exit(130)
         unreadable = _unreadable(trainer)
@@ -167,7 +166,7 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
     processes.disconnect()
     if processes.first:
         if unreadable:
-            print(f"unreadable files passed over: {len(unreadable)}", file=sys.stderr)
+            say(f"unreadable files passed over: {len(unreadable)}", error=True)
         _finish(trainer, folder)
 
 
@@ -176,15 +175,15 @@ def _finish(trainer: Trainer, folder: RunFolder) -> None:
     test = trainer.data.test
     best = max(trainer.history, key=lambda metrics: (metrics.test_accuracy, metrics.epoch))
     score = f"{round(best.test_accuracy * len(test))} of {len(test)} test images right"
-    print(f"best: {100 * best.test_accuracy:.2f}% ({score}), epoch {best.epoch}", flush=True)
+    say(f"best: {100 * best.test_accuracy:.2f}% ({score}), epoch {best.epoch}")
 
     def probabilities() -> Tensor:
         trainer.model.load_state_dict(folder.load_best()["model"])
         return predict(trainer.model, test, trainer.device).softmax(dim=1)
 
     folder.finish(trainer.history, trainer.data, probabilities, score)
-    print(f"pictures and checkpoints are in {folder.path}; export the best one with:")
-    print(f"python -m nodeshape.export {shlex.quote(str(folder.path / 'best.pt'))}")
+    say(f"pictures and checkpoints are in {folder.path}; export the best one with:")
+    say(f"python -m nodeshape.export {shell_word(folder.path / 'best.pt')}")
 
 
 def _load(settings: RunSettings, processes: Processes) -> Data:
@@ -192,15 +191,19 @@ def _load(settings: RunSettings, processes: Processes) -> Data:
     train_size, test_size = settings.train_size, settings.test_size
     if settings.task is not None:
         train_size, test_size = train_size or DRAWN_TRAIN_SIZE, test_size or DRAWN_TEST_SIZE
-        print(f"drawing {train_size} training and {test_size} test images", flush=True)
+        say(f"drawing {train_size} training and {test_size} test images")
         return drawn_data(settings.task, train_size, test_size, image_size, channels, seed)
-    readers = max(1, (os.cpu_count() or 1) // processes.local_count)  # processes of one machine share its cores
+    readers = max(1, cores() // processes.local_count)  # processes of one machine share its cores
     root, strict, stream = Path(settings.data or ""), settings.strict, settings.stream
     data = folder_data(root, train_size, test_size, image_size, channels, seed, strict, stream, readers)
+    for line in data.left_out[:20]:
+        say(line, error=True)
+    if len(data.left_out) > 20:
+        say(f"and {len(data.left_out) - 20} more lines of what is left out", error=True)
     for error in data.unreadable[:10]:
-        print(f"skipped {error}", file=sys.stderr)
+        say(f"skipped {error}", error=True)
     if data.unreadable:
-        print(f"skipped {len(data.unreadable)} unreadable files", file=sys.stderr)
+        say(f"skipped {len(data.unreadable)} unreadable files", error=True)
     return data
 
 
@@ -215,24 +218,23 @@ def _announce(out: Path, settings: RunSettings, trainer: Trainer) -> None:
     data, processes = trainer.data, trainer.processes
     parameters = sum(p.numel() for p in trainer.model.parameters())
     streamed = ", streamed from disk" if isinstance(data.train, StreamedSplit) else ""
-    print(
+    say(
         f"{len(data.train)} training and {len(data.test)} test images of {len(data.classes)} classes"
         f" ({', '.join(data.classes[:8])}{', …' if len(data.classes) > 8 else ''}){streamed}"
     )
-    print(
+    say(
         f"{parameters:,} parameters, {settings.method} with h={settings.step_size:g}, gradient {settings.adjoint},"
         f" on {trainer.device}{f', {processes.count} processes' if processes.count > 1 else ''}; run folder {out}",
-        flush=True,
     )
     state = torch.zeros(1, trainer.model.width, 8, 8, dtype=trainer.dtype, device=trainer.device)
     solver: dict[str, Any] = {key: getattr(settings, key) for key in ("method", "step_size", "adjoint")}
     path = backend(trainer.model.ode.dynamics, state, **solver)
     if path.name == "plain":
-        print(f"the ODE is solved by the plain loop, which is slow: {path.reason}", flush=True)
+        say(f"the ODE is solved by the plain loop, which is slow: {path.reason}")
     if trainer.finished:
-        print("this run is finished; drawing its pictures again", flush=True)
+        say("this run is finished; drawing its pictures again")
     elif trainer.steps:
-        print(f"resuming in epoch {trainer.progress.epoch + 1} after batch {trainer.progress.batch}", flush=True)
+        say(f"resuming in epoch {trainer.progress.epoch + 1} after batch {trainer.progress.batch}")
 
 
 def _line(metrics: EpochMetrics, epochs: int) -> str:
