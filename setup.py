@@ -5,8 +5,8 @@ every torch from 2.10 on. The CPU kernels are compiled once per instruction set 
 chooses.
 The CUDA library is built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds it for any torch and fails without
 nvcc, NODESHAPE_CUDA=0 leaves it out, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs.
-NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's; NODESHAPE_PORTABLE=1
-leaves out the kernels for wider vectors, for a quick build.
+NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's;
+NODESHAPE_PORTABLE=1 leaves out the kernels for wider vectors, for a quick build.
 """
 
 import os
@@ -112,7 +112,10 @@ class BuildLibrary(build_ext):
         names = ", ".join(sorted(INSTRUCTION_SETS))
         print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
         command = [*shlex.split(find_compiler()), *FLAGS]
-        extra = [*shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", "")), *(["-DNODESHAPE_PORTABLE"] if PORTABLE else [])]
+        extra = [
+            *shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", "")),
+            *(["-DNODESHAPE_PORTABLE"] if PORTABLE else []),
+        ]
         units = [(CPU / f"{name}.cpp", name, [*torch_flags, *extra]) for name in ("ops", "program_ops")]
         units.append((CPU / "isa.cpp", "isa", extra))
         for name, flags in INSTRUCTION_SETS.items():

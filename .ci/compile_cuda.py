@@ -5,8 +5,8 @@ the registers that a thread has, and the backward kernels of programs, which spi
 
     python .ci/compile_cuda.py [--quick] [--json FILE] [ARCHITECTURE ...]
 
-FILE gets the report, for ``benchmarks/cuda_roofline.py``. With ``--quick`` code is hardly optimised, which takes a third of
-the time and says nothing of registers.
+FILE gets the report, for ``benchmarks/cuda_roofline.py``. With ``--quick`` code is hardly optimised, which takes a
+third of the time and says nothing of registers.
 """
 
 from __future__ import annotations

@@ -85,11 +85,11 @@ def draw_orders(out: Path) -> None:
         "ConvDynamics, every ReLU open": conv_errors(steps, open_relu=True),
         "ConvDynamics, ReLUs switching": conv_errors(steps, open_relu=False),
     }
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for axis, (title, errors) in zip(axes, panels.items()):
         print_orders(title, errors)
-        for method, values in errors.items():
-            axis.loglog(steps, values, STYLE[method], label=method, markersize=4)
+        for k, (method, values) in enumerate(errors.items()):  # the wider line beneath, where two are equal
+            axis.loglog(steps, values, STYLE[method], label=method, markersize=8 - 2 * k, linewidth=4 - 1.3 * k)
         for order in (1, 2):
             start = errors["euler" if order == 1 else "implicit_midpoint"][0] * 0.45
             line = [start * (steps[0] / n) ** order for n in steps]
@@ -112,7 +112,7 @@ def gradient(adjoint: str, method: str, steps: int) -> Tensor:
 
 def draw_gradients(out: Path) -> None:
     steps = [5, 10, 20, 40, 80, 160]
-    figure, axis = plt.subplots(figsize=(5.2, 3.8))
+    figure, axis = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
     print("\ngradient against discrete (relative), steps", steps)
     for adjoint, line in (("reversible", "-"), ("continuous", "--")):
         for method in METHODS:
@@ -121,18 +121,19 @@ def draw_gradients(out: Path) -> None:
                 exact = gradient("discrete", method, n)
                 errors.append(float((gradient(adjoint, method, n) - exact).norm() / exact.norm()))
             print(f"  {adjoint:11} {method:18}", *(f"{x:.1e}" for x in errors))
-            colour = f"C{METHODS.index(method) + 3 * (adjoint == 'continuous')}"
-            axis.loglog(
-                steps, errors, line, color=colour, marker=STYLE[method][0], markersize=4, label=f"{adjoint}, {method}"
-            )
-    axis.set(xlabel="steps from t=0 to t=1", ylabel="relative distance from the exact gradient", ylim=(1e-17, 1e8))
-    axis.legend(fontsize=7, loc="upper right")
+            k = METHODS.index(method)
+            # Some curves are equal: the first drawn are the widest, so that all are seen.
+            look = {"color": f"C{k + 3 * (adjoint == 'continuous')}", "marker": STYLE[method][0]}
+            look |= {"lw": (6, 3, 1.5)[k], "ms": (10, 6, 4)[k]}
+            axis.loglog(steps, errors, line, label=f"{adjoint}, {method}", **look)
+    axis.set(xlabel="steps from t=0 to t=1", ylabel="relative distance from the exact gradient")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     save(figure, out / "gradient.png")
 
 
 def draw_memory(out: Path) -> None:
     steps = [10, 30, 100, 300, 1000]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
     print("\npeak bytes of a training step, steps", steps)
     for axis, method in zip(axes, METHODS):
         for adjoint in ADJOINTS:
@@ -161,7 +162,6 @@ def print_evaluations() -> None:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

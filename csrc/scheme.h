@@ -108,6 +108,7 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
   for (int64_t j = 0; j + 1 < grid.count; ++j) {
     const double h = (grid.times[j + 1] - grid.times[j]) / double(grid.steps[j]);
     for (int64_t k = 0; k < grid.steps[j]; ++k) {
+      if (interrupted()) return;
       const double t = grid.times[j] + double(k) * h;
       stages.solve(group.count, y, grid.theta * h, [&](const Batch<T>& b) { f.eval(t + grid.theta * h, b); });
       for (int s = 0; s < group.count; ++s) {
@@ -175,6 +176,7 @@ class BackwardSweep {
       if (pair_) observe_slopes(j + 1);
       double to_h = 0, to_start = 0;  // dL/dh of the interval's steps, dL/dt of all their starts
       for (int64_t k = grid.steps[j] - 1; k >= 0; --k) {
+        if (interrupted()) return;
         --step;
         const double t = grid.times[j] + double(k) * h;
         if (pair_) {

@@ -95,7 +95,10 @@ class TableauSolve {
     int64_t step = 0;
     for (int64_t j = 0; j + 1 < grid.count; ++j) {
       const double h = (grid.times[j + 1] - grid.times[j]) / double(grid.steps[j]);
-      for (int64_t k = 0; k < grid.steps[j]; ++k) take(step++, grid.times[j] + double(k) * h, h);
+      for (int64_t k = 0; k < grid.steps[j]; ++k) {
+        if (interrupted()) return;
+        take(step++, grid.times[j] + double(k) * h, h);
+      }
       for (int s = 0; s < group_.count; ++s)
         f_.write(y_[s], slots_.members(s), p_.ys + ((j + 1) * p_.samples + slots_.first(s)) * sample);
     }
@@ -247,6 +250,7 @@ class TableauSweep {
       const double h = (grid.times[j + 1] - grid.times[j]) / double(grid.steps[j]);
       double to_h = 0, to_start = 0;  // dL/dh of the interval's steps, dL/dt of all their starts
       for (int64_t k = grid.steps[j] - 1; k >= 0; --k) {
+        if (interrupted()) return;
         --step;
         const double t = grid.times[j] + double(k) * h;
         find_stages(step, t, h);

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nodeshape._exporting.module import to_onnx as to_onnx
     from nodeshape._exporting.module import to_pt2 as to_pt2
     from nodeshape._exporting.module import to_torchscript as to_torchscript
+    from nodeshape._exporting.native import to_native as to_native
     from nodeshape._models.block import ODEBlock as ODEBlock
     from nodeshape._models.classifier import ShapeClassifier as ShapeClassifier
     from nodeshape._models.dynamics import ConvDynamics as ConvDynamics
@@ -53,6 +54,7 @@ _HOME = {
     "MLPDynamics": "_models.dynamics",
     "ShapeClassifier": "_models.classifier",
     "ExportReport": "_exporting.module",
+    "to_native": "_exporting.native",
     "to_onnx": "_exporting.module",
     "to_pt2": "_exporting.module",
     "to_torchscript": "_exporting.module",

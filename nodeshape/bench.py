@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 done.append(run_case(case, effort))
                 bar.update()
             bar.clear()
-            say("", *report.table(section, done).splitlines())
+            table = getattr(suite, "table", report.table)
+            say("", *table(section, done).splitlines())
             results += done
     lines = [] if args.quick or args.device != "cpu" else report.targets(suite.TARGETS, results)
     if lines:
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot = args.json.with_suffix(".png")
         say("", f"Wrote {args.json}, and its plot {plot}")
         with picture(plot):
-            report.plot(plot, suite.PLOTS, results, name)
+            measured = {result.section for result in results}
+            axes = {section: label for section, label in suite.PLOTS.items() if section in measured}
+            report.plot(plot, axes, results, name)
 
 
 def _check(path: Path | None) -> None:

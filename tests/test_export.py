@@ -15,9 +15,9 @@ from PIL import Image
 from nodeshape import ShapeClassifier, _cli, export, odeint
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._errors import UserError
-from nodeshape._exporting import export_folder, verify
-from nodeshape._exporting.unrolled import UnrolledClassifier
-from nodeshape._exporting.verify import check_images, compare, load_onnx, load_torchscript
+from nodeshape._exporting import export_folder, smaller, verify
+from nodeshape._exporting.solvers import try_solvers
+from nodeshape._exporting.verify import Agreement, check_images, compare
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._training.checkpoint import save_checkpoint
 
@@ -43,6 +43,23 @@ def shapes(count, channels=1, image_size=24):
     return torch.from_numpy(images[:, :, :image_size, :image_size]).expand(-1, channels, -1, -1).float() / 255
 
 
+def load(path):
+    """An exported file as a function of images."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        return lambda images: torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
+    module = torch.jit.load(path) if path.suffix == ".ts" else torch.export.load(path).module()
+
+    def classify(images):
+        out = module(images)
+        return out[0] if isinstance(out, tuple) else out
+
+    return classify
+
+
+FILES = ("model.onnx", "model.ts", "model.pt2")
+
+
 def checkpoint(folder, **settings):
     state = {"classes": list(CLASSES["single"]), "task": "single", "channels": "grey", "data": None, "seed": 0}
     state |= {name: settings.pop(name) for name in list(settings) if name in state}
@@ -58,7 +75,10 @@ def few_images(monkeypatch):
     monkeypatch.setattr(verify, "IMAGES", 20)
 
 
-@pytest.fixture(scope="module", params=SOURCE_METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(x, marks=[] if x == "euler" else pytest.mark.slow) for x in SOURCE_METHODS],
+)
 def exported(request, tmp_path_factory):
     """A classifier of each method, its export folder, and what the command printed.
 
@@ -77,7 +97,7 @@ def test_exported_files_give_pytorchs_logits_at_any_batch_size(exported):
     images = shapes(100).repeat(3, 1, 1, 1)  # of those the verification saw
     with torch.no_grad():
         expected = model(images)
-        for name, load in (("model.onnx", load_onnx), ("model.ts", load_torchscript)):
+        for name in FILES:
             classify = load(out / name)
             for size in (1, 7, 300):
                 torch.testing.assert_close(classify(images[:size]), expected[:size], atol=1e-4, rtol=0)
@@ -86,7 +106,7 @@ def test_exported_files_give_pytorchs_logits_at_any_batch_size(exported):
 def test_the_report_holds_the_verification(exported):
     model, out, printed = exported
     assert printed.splitlines()[-1] == f"python -m nodeshape.predict {out / 'model.onnx'} {out / 'example.png'}"
-    assert {file.name for file in out.iterdir()} == {"model.onnx", "model.ts", "report.json", "example.png"}
+    assert {file.name for file in out.iterdir()} == {*FILES, "report.json", "example.png"}
     assert sorted(file.name for file in out.parent.iterdir()) == ["best.pt", "export"]
     report = json.loads((out / "report.json").read_text())
     count = 1000 if model.ode.method == "euler" else 100
@@ -98,7 +118,7 @@ def test_the_report_holds_the_verification(exported):
         assert figures["max_difference"] <= 1e-4
         assert figures["same_class"] == figures["images"] == count
         assert list(figures["by_batch_size"]) == ["1", "7", "300"]
-    parts = ["reference", "choosing_iterations", "writing", "proof"]
+    parts = ["reference", "writing", "proof"]
     assert list(report["seconds"]) == [*parts, "total"]
     assert 0 < sum(report["seconds"][part] for part in parts) <= report["seconds"]["total"]
 
@@ -115,43 +135,6 @@ def test_the_trajectory_holds_every_state(exported):
     for logits, trajectory in (from_onnx, torch.jit.load(out / "model.ts")(images)):
         torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=0)
         torch.testing.assert_close(trajectory, states.transpose(0, 1), atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("method", SOURCE_METHODS)
-def test_an_images_logits_do_not_depend_on_its_batch(method):
-    model, _ = untrained(method=method)
-    unrolled = UnrolledClassifier(model, 1 if method == "euler" else 8)
-    images = shapes(4)
-    wild = torch.cat([images[:1], 1e3 * images[1:3], torch.full_like(images[:1], torch.nan)])
-    torch.testing.assert_close(unrolled(wild)[:1], unrolled(images)[:1], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("method", ["implicit_euler", "implicit_midpoint"])
-def test_iterations_beyond_convergence_change_nothing(method):
-    model, _ = untrained(method=method)
-    images = shapes(6)
-    expected = model(images)
-    for iterations in (16, 30):
-        torch.testing.assert_close(UnrolledClassifier(model, iterations)(images), expected, atol=2e-5, rtol=0)
-
-
-def test_a_blank_image_whose_flow_rests_is_no_division_by_zero():
-    model, _ = untrained(method="implicit_euler")
-    torch.nn.init.zeros_(model.ode.dynamics.norm3.weight)
-    torch.nn.init.zeros_(model.ode.dynamics.norm3.bias)
-    image = torch.zeros(1, 1, 24, 24)
-    torch.testing.assert_close(UnrolledClassifier(model, 4)(image), model(image))
-
-
-def test_the_whole_classifier_exports_to_the_same_function():
-    model, _ = untrained(method="implicit_midpoint", steps=2)
-    unrolled = UnrolledClassifier(model, iterations=2)
-    images = shapes(5)
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(unrolled, (images[:2],), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), unrolled(images), atol=1e-5, rtol=0)
 
 
 def test_metadata_says_all_that_a_consumer_needs(exported):
@@ -179,12 +162,13 @@ def test_metadata_says_all_that_a_consumer_needs(exported):
     assert Image.open(out / "example.png").size == (24, 24)
 
 
+@pytest.mark.slow
 def test_another_solver_is_exported_with_the_same_weights(tmp_path, few_images):
     path, model = checkpoint(tmp_path, method="euler")
     report = export.export(path, tmp_path / "out", method="implicit_midpoint", steps=5)
     assert (report["method"], report["steps"]) == ("implicit_midpoint", 5)
     other = model.with_solver("implicit_midpoint", steps=5)
-    logits = load_onnx(tmp_path / "out" / "model.onnx")(shapes(9))
+    logits = load(tmp_path / "out" / "model.onnx")(shapes(9))
     with torch.no_grad():
         torch.testing.assert_close(logits, other(shapes(9)), atol=1e-4, rtol=0)
         assert (logits - model(shapes(9))).abs().max() > 1e-3
@@ -208,12 +192,15 @@ def test_colour_and_a_users_folder_are_checked_on_the_users_images(tmp_path):
     assert source == f"none of the user's own ({tmp_path / 'gone'}: no such folder), 1000 drawn (compound)"
 
 
-def test_a_disagreement_leaves_nothing_behind(tmp_path, few_images):
+def test_a_disagreement_leaves_nothing_behind(tmp_path, few_images, monkeypatch):
     path, _ = checkpoint(tmp_path, method="euler")
+    with pytest.raises(UserError, match=r"with plain operations the outputs come within .* of the module's"):
+        export.export(path, tmp_path / "deep" / "out", max_difference=1e-12)
+    with pytest.raises(UserError, match="30 evaluations of f in each implicit stage the outputs come within"):
+        export.export(path, tmp_path / "deep" / "out", method="implicit_euler", max_difference=1e-12)
+    monkeypatch.setattr(export_folder, "compare", lambda *_: Agreement(20, 0.5, 19, 0))
     with pytest.raises(UserError, match=r"model\.onnx disagrees with PyTorch at batch size 1: logits differ by up to"):
-        export.export(path, tmp_path / "deep" / "out", tolerance=1e-12)
-    with pytest.raises(UserError, match="unrolled stages of implicit_euler come within"):
-        export.export(path, tmp_path / "deep" / "out", method="implicit_euler", tolerance=1e-12)
+        export.export(path, tmp_path / "deep" / "out")
     assert os.listdir(tmp_path) == ["best.pt"]
 
 
@@ -222,7 +209,7 @@ def test_an_earlier_export_survives_a_failure_and_yields_to_a_success(tmp_path, 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text("earlier")
     with pytest.raises(UserError):
-        export.export(path, tmp_path / "out", method="implicit_euler", tolerance=1e-12)
+        export.export(path, tmp_path / "out", method="implicit_euler", max_difference=1e-12)
     assert (tmp_path / "out" / "report.json").read_text() == "earlier"
     monkeypatch.setattr(export_folder, "_write", lambda *_: {"seconds": {}, "new": True})
     export.export(path, tmp_path / "out")
@@ -256,8 +243,9 @@ def test_a_different_class_is_a_tie_only_within_the_difference():
         (["text.pt"], "text.pt: not a readable checkpoint"),
         (["best.pt", "--method", "rk4"], "'rk4'"),
         (["best.pt", "--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
-        (["best.pt", "--tolerance", "nan"], "--tolerance: expected a finite number above 0, got 'nan'"),
-        (["best.pt", "--tolerance", "0"], "--tolerance: expected a finite number above 0, got '0'"),
+        (["best.pt", "--max-difference", "nan"], "--max-difference: expected a finite number above 0, got 'nan'"),
+        (["best.pt", "--max-difference", "0"], "--max-difference: expected a finite number above 0, got '0'"),
+        (["best.pt", "--tolerance", "0.1", "--steps", "3"], "--tolerance chooses method and steps"),
         (["best.pt", "--out", "text.pt"], "is a file; name a folder"),
         ([], "checkpoint"),
     ],
@@ -274,6 +262,44 @@ def test_a_mistake_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys, 
     assert out == "" and len(err.splitlines()) == 1
     assert err.startswith("error: ") and message in err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.slow
+def test_smaller_files_give_nearly_the_same_logits(tmp_path, few_images, monkeypatch):
+    monkeypatch.setattr(smaller, "MOST_CHANGED", 1.0)  # an untrained model's classes are close
+    path, _ = checkpoint(tmp_path, method="euler")
+    report = export.export(path, tmp_path / "out", quantize=True, half=True)
+    operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.int8.onnx").graph.node}
+    assert "DequantizeLinear" in operators
+    halves = onnx.load(tmp_path / "out" / "model.half.onnx").graph
+    assert onnx.TensorProto.FLOAT16 in {x.data_type for x in halves.initializer}
+    images = shapes(9)
+    exact = load(tmp_path / "out" / "model.onnx")(images)
+    for name, closest in (("model.half.onnx", 0.02), ("model.int8.onnx", 0.5)):
+        assert 0 < (load(tmp_path / "out" / name)(images) - exact).abs().max() < closest
+        assert report["files"][name]["bytes"] < report["files"]["model.onnx"]["bytes"]
+    with pytest.raises(UserError, match="--quantize takes explicit methods"):
+        export.export(path, tmp_path / "other", method="implicit_euler", quantize=True)
+
+
+def test_a_smaller_file_that_changes_classes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(smaller, "logits_of", lambda *_: torch.eye(3)[[0, 1, 2, 2]])
+    with pytest.raises(UserError, match=r"model.int8.onnx gives 1 of 4 images another class.*leave out --quantize"):
+        smaller.judge(tmp_path / "model.int8.onnx", torch.zeros(4), torch.eye(3)[[0, 1, 2, 1]])
+
+
+def test_the_quickest_solver_within_a_tolerance_is_taken():
+    model, _ = untrained(method="implicit_midpoint")
+    images = shapes(6)
+    tried, best = try_solvers(model, images, 0.02)
+    with torch.no_grad():
+        exact = model.with_solver("implicit_midpoint", 200)(images)
+        found = model.with_solver(best.method, best.steps)(images)
+    assert (found - exact).abs().max() <= 0.02 * 1.2
+    assert all(best.milliseconds <= x.milliseconds for x in tried if x.difference <= 0.02)
+    assert any(x.difference > 0.02 for x in tried)
+    with pytest.raises(UserError, match=r"--tolerance 1e-09"):
+        try_solvers(model, images, 1e-9)
 
 
 @pytest.mark.slow

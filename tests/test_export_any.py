@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nodeshape as ns
+from nodeshape._exporting.graph import nodes
 
 #: At most, on outputs.
 CLOSE = 1e-4
@@ -115,7 +116,7 @@ def exported(how: str, module: nn.Module, inputs: Callable[[int], tuple[Tensor, 
     return torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-#: What a quick run takes of all combinations; TorchScript, which is written in no time, besides.
+#: What a quick run takes of all combinations; TorchScript, most of which is written in no time, besides.
 QUICK = {
     ("to_onnx", "mlp", "implicit_euler"),
     ("to_onnx", "ConvDynamics", "euler"),
@@ -127,7 +128,10 @@ QUICK = {
 }
 EXPORTERS = ("to_onnx", "loop", "torch.onnx.export", "torch.export", "to_torchscript", "to_pt2", "compile")
 COMBINATIONS = [
-    pytest.param(*case, marks=() if case in QUICK or case[0] == "to_torchscript" else pytest.mark.slow)
+    pytest.param(
+        *case,
+        marks=() if case in QUICK or (case[0] == "to_torchscript" and case[1] != "ConvDynamics") else pytest.mark.slow,
+    )
     for case in ((how, f, method) for how in EXPORTERS for f in F for method in METHODS)
 ]
 
@@ -192,7 +196,7 @@ def test_names_shapes_and_trajectory_of_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(trajectory[:, -1], logits, atol=1e-6, rtol=0)
     proto = onnx.load(report.path)
     assert proto.ir_version == 8 and proto.opset_import[0].version == 18
-    assert report.bytes == report.path.stat().st_size and report.nodes == len(proto.graph.node)
+    assert report.bytes == report.path.stat().st_size and report.nodes == sum(1 for _ in nodes(proto.graph))
 
 
 def test_a_torchscript_file_loads_without_nodeshape_and_scripts(tmp_path: Path) -> None:
@@ -237,7 +241,9 @@ class Branching(nn.Module):
 def test_what_differs_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     path = tmp_path / "model.ts"
     path.write_text("earlier")
-    with pytest.raises(ValueError, match=r"model.ts differs from the module by .* at batch size 1, tolerance 0.0001"):
+    with pytest.raises(
+        ValueError, match=r"model.ts differs from the module by .* at batch size [13], tolerance 0.0001"
+    ):
         ns.to_torchscript(Branching(), torch.ones(3, 2), path)
     stiff = Around(Stiff(), method="implicit_euler", steps=2, options={"stage_solver": "newton"})
     with pytest.raises(ValueError, match="with 30 evaluations of f in each implicit stage the outputs come within"):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,8 +15,7 @@ from PIL import Image
 from nodeshape import ShapeClassifier, _cli, predict
 from nodeshape._data.images import load_image
 from nodeshape._data.shapes import draw
-from nodeshape._exporting.onnx import to_onnx
-from nodeshape._exporting.unrolled import UnrolledClassifier
+from nodeshape._exporting.export_folder import write_classifier_onnx
 
 CLASSES = ["circle", "a longer name", "Dreieck ∆"]
 
@@ -25,7 +25,7 @@ def write_model(path, channels="grey", size=24, **metadata):
     count = 1 if channels == "grey" else 3
     model = ShapeClassifier(3, image_size=size, in_channels=count, width=8, steps=2).eval()
     metadata = {"classes": json.dumps(CLASSES), "image_size": str(size), "channels": channels, **metadata}
-    onnx.save(to_onnx(UnrolledClassifier(model), (count, size, size), metadata, trajectory=False), path)
+    write_classifier_onnx(model, torch.rand(2, count, size, size), Path(path), metadata)
     return model
 
 

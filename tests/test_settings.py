@@ -92,7 +92,7 @@ def test_only_where_how_long_and_with_what_log_a_run_goes_on_may_be_changed() ->
 
 
 WRONG = [
-    ("task", "triple", "one of single, compound, got 'triple'"),
+    ("task", "triple", "one of single, compound, hand, got 'triple'"),
     ("method", ["euler"], "one of euler, implicit_euler, implicit_midpoint, got ['euler']"),
     ("step_size", 1e-5, "a finite number of at least 0.0001, got 1e-05"),
     ("step_size", "0.5", "a finite number of at least 0.0001, got '0.5'"),

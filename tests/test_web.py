@@ -25,8 +25,7 @@ from wobbly import KINDS, clean_shape, picture, wobbly_drawings, write_pictures
 
 from nodeshape import ShapeClassifier, predict
 from nodeshape._data.images import is_empty, load_image
-from nodeshape._exporting.onnx import to_onnx
-from nodeshape._exporting.unrolled import UnrolledClassifier
+from nodeshape._exporting.export_folder import write_classifier_onnx
 
 WEB = Path(__file__).parents[1] / "export" / "web"
 MODULES = WEB / "node_modules"
@@ -247,8 +246,7 @@ def test_another_model_and_image_are_loaded_by_their_addresses(browser, site, tm
     torch.manual_seed(2)
     untrained = ShapeClassifier(3, width=32, steps=3).eval()
     metadata = {"classes": '["a", "b <b>", "c"]', "image_size": "32", "channels": "grey"}
-    proto = to_onnx(UnrolledClassifier(untrained), (1, 32, 32), metadata, False)
-    (site[0] / "other.onnx").write_bytes(proto.SerializeToString())
+    write_classifier_onnx(untrained, torch.rand(2, 1, 32, 32), site[0] / "other.onnx", metadata)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save(site[0] / "noise.png")
     with torch.no_grad():
         image = torch.tensor(load_image(site[0] / "noise.png", 32))[None] / 255

@@ -117,7 +117,7 @@ class AdaptiveSolve : Places<D> {
         load_sample(sample_[0], p);
         t_[p] = t_[0];
       }
-    while (active_ > 0) attempt();
+    while (active_ > 0 && !interrupted()) attempt();
   }
 
  private:
@@ -440,7 +440,7 @@ class AdaptiveSweep : Places<D> {
         f_.put(p_.states + step_number_[0] * f_.sample(), p, y_);
         t_[p] = p_.spans[2 * step_number_[0]];
       }
-    while (active_ > 0) undo();
+    while (active_ > 0 && !interrupted()) undo();
   }
 
  private:

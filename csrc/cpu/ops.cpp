@@ -7,6 +7,9 @@
 #include "tensors.h"
 
 namespace nodeshape {
+
+int interruption = 0;
+
 namespace {
 
 template <class T, class Model>
@@ -21,10 +24,12 @@ SolveResult run(const Common& common, const Model& model, ForwardKernel<Model, T
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);
   std::vector<Failure> failures(samples);
+  const Interruptible interruptible(work_of(y0, grid));
   kernel(model,
          {grid, common.stage(), samples, common.store(), data<T>(start), data<T>(ys), data<T>(stored),
           data<int64_t>(evaluations), data<double>(residual), failures.data()},
          executor());
+  interruptible.check();
   check_failures(first_failures(failures.data(), samples, false), samples, common.tolerance, common.drift_tolerance);
   return {ys, stored, evaluations, residual};
 }
@@ -44,11 +49,13 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
   const Tensor grad_t = empty({grid.count}, aoti_torch_dtype_float64());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   std::vector<Failure> failures(samples);
+  const Interruptible interruptible(work_of(y0, grid));
   kernel(owner.model,
          {grid, common.stage(), samples, adjoint_of(common), common.store(), common.drift_tolerance, data<T>(grad_ys),
           data<T>(ys), data<T>(stored), data<T>(grad_y0), data<double>(grad_t), grad_parameters.get(),
           data<int64_t>(evaluations), failures.data()},
          executor());
+  interruptible.check();
   check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
 
   return {grad_y0, grad_t, parted<T>(grad_parameters.get(), owner.tensors), evaluations};

@@ -10,6 +10,7 @@ namespace nodeshape {
 namespace {
 
 constexpr int64_t kLargestSample = int64_t(1) << 36;  // elements
+constexpr double kUnknownWork = 1e300;
 
 /// Stores the state of each step, or if the caller leaves it to the kernels their tapes, in one dimension.
 template <class T>
@@ -29,10 +30,12 @@ SolveResult run(const Common& common, const ProgramOwner& owner, const ProgramKe
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);
   std::vector<Failure> failures(samples);
+  const Interruptible interruptible(work_of(y0, grid));
   kernels.forward(owner.model(),
                   {grid, common.stage(), samples, tapes > 0 ? kStoreTapes : common.store(), data<T>(start), data<T>(ys),
                    data<T>(stored), data<int64_t>(evaluations), data<double>(residual), failures.data()},
                   executor());
+  interruptible.check();
   check_failures(first_failures(failures.data(), samples, false), samples, common.tolerance, common.drift_tolerance);
   return {ys, stored, evaluations, residual};
 }
@@ -54,11 +57,13 @@ GradientResult run_backward(const Common& common, const ProgramOwner& owner, con
   const Tensor grad_t = empty({grid.count}, aoti_torch_dtype_float64());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   std::vector<Failure> failures(samples);
+  const Interruptible interruptible(work_of(y0, grid));
   kernels.backward(owner.model(),
                    {grid, common.stage(), samples, adjoint_of(common), taped ? kStoreTapes : common.store(),
                     common.drift_tolerance, data<T>(grad_ys), data<T>(ys), data<T>(stored), data<T>(grad_y0),
                     data<double>(grad_t), grad_parameters.get(), data<int64_t>(evaluations), failures.data()},
                    executor());
+  interruptible.check();
   check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
 
   return {grad_y0, grad_t, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
@@ -217,11 +222,13 @@ AdaptiveResult run_adaptive(const AdaptiveOwner& owner, const AdaptiveKernelsOf<
   const Tensor start = dense(y0);
   int64_t* counted = data<int64_t>(counts);
   Records<T> records(samples, sample);
+  const Interruptible interruptible(kUnknownWork);
   kernels.forward(owner.model(),
                   {owner.times().data(), count, samples, control, data<T>(start), data<T>(ys), counted,
                    counted + samples, counted + 2 * samples, data<int64_t>(outcomes), data<double>(failures),
                    data<int64_t>(last), record ? &Records<T>::more : nullptr, &records},
                   executor());
+  interruptible.check();
   if (!record) {
     const Tensor none = empty({0}, aoti_torch_dtype_int64());
     return {ys,
@@ -289,10 +296,12 @@ AdaptiveGradients run_adaptive_backward(const std::string& op, const AdaptiveOwn
   sizes.erase(sizes.begin());
   const Tensor grad_y0 = empty(sizes, dtype_of<T>()), evaluations = empty({samples}, aoti_torch_dtype_int64());
   const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
+  const Interruptible interruptible(double(steps) * double(sample));
   kernels.backward(owner.model(),
                    {owner.times().data(), count, samples, data<T>(cotangents), data<T>(recorded.states), spans, before,
                     last, data<T>(grad_y0), grad_parameters.get(), data<int64_t>(evaluations)},
                    executor());
+  interruptible.check();
   return {grad_y0, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
 }
 

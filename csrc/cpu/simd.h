@@ -16,6 +16,10 @@
 #include <arm_neon.h>
 #endif
 
+namespace nodeshape {
+extern int interruption;
+}
+
 namespace nodeshape::NODESHAPE_TARGET {
 
 #if defined(__AVX512F__)
@@ -41,6 +45,8 @@ inline constexpr int kMaxGroup = 16;
 
 /// Whether this thread keeps the records of the samples it carries; here a sample has one thread.
 NODESHAPE_INLINE constexpr bool leads() { return true; }
+/// Whether the time loops are to end early; see interruption.h.
+NODESHAPE_INLINE bool interrupted() { return __atomic_load_n(&nodeshape::interruption, __ATOMIC_RELAXED) != 0; }
 
 template <class T>
 struct VectorOf {

@@ -3,15 +3,55 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <iomanip>
+#include <sstream>
+#include <string>
 
 #include "../ops.h"
+#include "interruption.h"
 #include "pages.h"
 
 namespace nodeshape {
 
 inline int64_t element_size(int32_t dtype) { return dtype == aoti_torch_dtype_float32() ? 4 : 8; }
 
+/// Elements of states that a solve goes through.
+inline double work_of(const Tensor& y0, const Grid& grid) { return double(y0.numel()) * double(grid.total_steps()); }
+
 inline std::atomic<int64_t> most_threads = 1;  // that shared a solve's work since tests last asked
+
+/// Bytes that this process may still take, of the machine and of its container; infinite where nobody says.
+inline double free_memory() {
+  const auto number = [](const char* path, const std::string& behind) {
+    std::ifstream file(path);
+    for (std::string word; file >> word;) {
+      if (behind.empty()) return word == "max" ? HUGE_VAL : std::strtod(word.c_str(), nullptr);
+      double value;
+      if (word == behind && file >> value) return value;
+    }
+    return HUGE_VAL;
+  };
+  const double machine = 1024 * number("/proc/meminfo", "MemAvailable:");
+  const double limit = number("/sys/fs/cgroup/memory.max", "");
+  const double container = std::isfinite(limit) ? limit - number("/sys/fs/cgroup/memory.current", "") : HUGE_VAL;
+  return std::min(machine, container);
+}
+
+/// Throws if a solve that stores so much cannot succeed, before it begins.
+inline void check_memory(double bytes) {
+  constexpr double kLittle = 1 << 28, kGigabyte = 1e9;
+  if (bytes < kLittle) return;
+  const double there = free_memory();
+  if (bytes <= there) return;
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1) << "MemoryError: the solve would keep " << bytes / kGigabyte
+       << " GB for the backward pass and " << there / kGigabyte
+       << " GB are free: use adjoint='reversible', fewer steps or a smaller batch";
+  throw std::runtime_error(text.str());
+}
 
 inline Tensor empty(const Sizes& sizes, int32_t dtype) {
   checked_bytes("a tensor", sizes, element_size(dtype));
@@ -25,6 +65,7 @@ inline Tensor empty(const Sizes& sizes, int32_t dtype) {
 /// As empty(), for what the backward pass needs and nobody else sees; a large one has the memory of the one before it.
 inline Tensor empty_stored(const Sizes& sizes, int32_t dtype) {
   const size_t bytes = size_t(checked_bytes("stages", sizes, element_size(dtype)));
+  check_memory(double(bytes));
   size_t block = 0;
   void* data = torch_from_blob != nullptr && Pages::suit(bytes) ? Pages::take(bytes, &block) : nullptr;
   if (data == nullptr) return empty(sizes, dtype);

@@ -204,6 +204,8 @@ T from_lane_xor(T x, int) {
 
 /// Whether this thread keeps the records of the sample its team carries.
 NODESHAPE_INLINE bool leads() { return thread() == 0; }
+/// A kernel that runs is not interrupted.
+NODESHAPE_INLINE constexpr bool interrupted() { return false; }
 
 /// Calls body(i) for every i below `size`.
 template <class T, class Body>

@@ -17,6 +17,8 @@ from nodeshape._training.plots import save
 
 COLOURS = dict(zip(METHOD_TITLES, ("#0072b2", "#d55e00", "#009e73")))
 ADJOINT_COLOURS = dict(zip(ADJOINTS, ("#0072b2", "#009e73", "#cc3377")))
+#: Shapes and their sizes, which leave each other to be seen where counts are equal.
+ADJOINT_MARKERS = dict(zip(ADJOINTS, (("o", 8), ("^", 6), ("D", 4))))
 LINE_COLOURS = {"ResNet": "#5b6570", "RK-Net": "#d55e00", **{f"ODE-Net {a}": c for a, c in ADJOINT_COLOURS.items()}}
 INK, GREY = "#1f2933", "#5b6570"
 
@@ -38,11 +40,12 @@ def draw(paper: dict[str, Any], folder: Path) -> None:
 
 def _learning_curves(experiment: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for method, column in experiment["methods"].items():
+    for k, (method, column) in enumerate(experiment["methods"].items()):
         epochs = range(1, len(column["mean"]) + 1)
+        beside = [epoch + 0.06 * (k - 1) for epoch in epochs]  # so that equal curves do not hide each other
         spread = [s or 0.0 for s in column["spread"]]
         label = METHOD_TITLES[method]
-        axes.errorbar(epochs, column["mean"], spread, color=COLOURS[method], marker="o", ms=4, capsize=3, label=label)
+        axes.errorbar(beside, column["mean"], spread, color=COLOURS[method], marker="o", ms=4, capsize=3, label=label)
         axes.plot(epochs, column["report"], "--", color=COLOURS[method], alpha=0.6)
     axes.plot([], [], "--", color=GREY, label="the 2021 report")
     axes.set(xlabel="epoch", ylabel="test accuracy, %", title=experiment["title"], xticks=epochs, ylim=(None, 102))
@@ -79,10 +82,11 @@ def _evaluations(counts_of: dict[str, list[dict[str, Any]]], path: Path) -> None
             axes.plot(ends, ends, ":", color=GREY, lw=1, label="as many as forwards")
             axes.plot(ends, ends / 2, "--", color=GREY, lw=1, label="half, as Chen et al. found")
         for adjoint, colour in ADJOINT_COLOURS.items():
-            for kind, face, note in (("steps", colour, "equal steps"), ("rtol", "white", "error control")):
+            for kind, face, note in (("steps", colour, "equal steps"), ("rtol", "none", "error control")):
                 points = [(c["forward"], c["backward"]) for c in solved if c["adjoint"] == adjoint and kind in c]
                 if points:
-                    axes.plot(*zip(*points), "o", color=colour, mfc=face, ms=6, label=f"{adjoint}, {note}")
+                    marker, size = ADJOINT_MARKERS[adjoint]
+                    axes.plot(*zip(*points), marker, color=colour, mfc=face, ms=size, label=f"{adjoint}, {note}")
         axes.set(xscale="log", yscale="log", xlabel="forward evaluations per image", title=METHOD_TITLES[method])
         axes.minorticks_off()
         _plain_ticks(axes.xaxis)

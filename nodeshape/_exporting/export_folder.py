@@ -1,10 +1,8 @@
-"""An export: a classifier as ONNX and TorchScript files that give PyTorch's logits, a report and an example image."""
+"""An export: a classifier as files that give PyTorch's logits, a report and an example image."""
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,32 +17,37 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape import __version__
-from nodeshape._cli import user_input
 from nodeshape._errors import StageSolveError, UserError
-from nodeshape._exporting.onnx import OPSET, to_onnx
-from nodeshape._exporting.unrolled import UnrolledClassifier, UnrolledTrajectory
+from nodeshape._exporting import native as native_files
+from nodeshape._exporting.module import OPSET, ExportReport, Run, write_onnx, write_pt2, write_torchscript
+from nodeshape._exporting.smaller import judge, logits_of, write_half, write_int8
+from nodeshape._exporting.solvers import plot_solvers, try_solvers
 from nodeshape._exporting.verify import (
     BATCH_SIZES,
     MOST_BATCHES,
     Agreement,
+    Classify,
     check_images,
     classify_all,
     compare,
-    load_onnx,
-    load_torchscript,
     milliseconds,
 )
 from nodeshape._files import partial_folder, put_back, put_in_place
 from nodeshape._models.classifier import ShapeClassifier
-from nodeshape._ode.method import get_method
+from nodeshape._ode.options import steps_of
 
 TOLERANCE = 1e-4
-ONNX, TORCHSCRIPT, REPORT, EXAMPLE = "model.onnx", "model.ts", "report.json", "example.png"
-FILES = {ONNX, TORCHSCRIPT, REPORT, EXAMPLE}
-#: Most evaluations of f that an unrolled stage may take.
-MAX_ITERATIONS = 30
-#: Images that decide whether a number of evaluations is tried on all, and the part of the tolerance it must keep to.
-TRIAL_IMAGES, TRIAL_MARGIN = 100, 0.25
+ONNX, TORCHSCRIPT, PT2, REPORT, EXAMPLE = "model.onnx", "model.ts", "model.pt2", "report.json", "example.png"
+INT8, HALF, SOLVERS = "model.int8.onnx", "model.half.onnx", "solvers.png"
+FILES = {ONNX, TORCHSCRIPT, PT2, REPORT, EXAMPLE}
+#: Those, and what is written where it is asked for.
+ALL_FILES = FILES | {INT8, HALF, SOLVERS} | native_files.FILES
+#: Images of the training set that say what ranges integers stand for.
+RANGE_IMAGES = 300
+#: Images that solvers are tried on.
+SOLVER_IMAGES = 200
+#: Images that decide how few evaluations of f an implicit stage takes.
+TRIAL_IMAGES = 100
 PREPROCESSING = (
     "Scale the picture to fit a square of image_size pixels, aspect kept, centred on its border's median colour; grey"
     " or RGB values as float32 in [0, 1], [batch, channels, image_size, image_size]. Normalisation is in the model."
@@ -58,8 +61,13 @@ def write_export_folder(
     state: Mapping[str, Any],
     tolerance: float = TOLERANCE,
     trajectory: bool = False,
+    *,
+    quantize: bool = False,
+    half: bool = False,
+    native: bool = False,
+    solver_tolerance: float | None = None,
 ) -> dict[str, Any]:
-    """Write ``model.onnx``, ``model.ts``, ``report.json`` and ``example.png`` to the folder ``out``: all, or nothing.
+    """Write ``FILES`` to the folder ``out``: all, or nothing.
 
     Args:
         out: a new or empty folder, or an earlier export, which is replaced.
@@ -68,6 +76,9 @@ def write_export_folder(
         state: the checkpoint, for the images it was trained on, see :func:`check_images`.
         tolerance: largest allowed difference of a logit between PyTorch and an exported file.
         trajectory: give the models a second output, the states ``[batch, steps + 1, channels, height, width]``.
+        quantize, half: write the ONNX file in 8-bit integers, or 16-bit floating point, too.
+        solver_tolerance: take the quickest solver whose logits are within it of a converged solve's.
+        native: also write the files of :func:`nodeshape.to_native`, which give the logits alone.
 
     Returns:
         the report.
@@ -82,7 +93,15 @@ def write_export_folder(
     home = next(folder for folder in out.parents if folder.is_dir())
     with partial_folder(home / out.name) as partial:
         try:
-            report = _write(partial, model, list(classes), state, tolerance, trajectory)
+            chosen: dict[str, Any] = {}
+            if solver_tolerance is not None:
+                tried, best = try_solvers(model, check_images(model, state, SOLVER_IMAGES)[0], solver_tolerance)
+                plot_solvers(tried, solver_tolerance, partial / SOLVERS)
+                model = model.with_solver(best.method, best.steps)
+                chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
+            report = _write(partial, model, list(classes), state, tolerance, trajectory, native) | chosen
+            if quantize or half:
+                report["files"] |= _smaller(partial, model, state, quantize, half)
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -98,39 +117,24 @@ def _write(
     state: Mapping[str, Any],
     tolerance: float,
     trajectory: bool,
+    native: bool,
 ) -> dict[str, Any]:
+    metadata = metadata_of(model, classes)
     images, source = check_images(model, state)
     seconds = {}
     with tqdm(total=len(images), desc="PyTorch's logits", unit=" images", delay=2, disable=None) as progress:
         start = perf_counter()
         reference = classify_all(model, images, TRIAL_IMAGES, progress)
         seconds["reference"] = perf_counter() - start
-    start = perf_counter()
-    with user_input():
-        unrolled = _unroll(model, images, reference, tolerance)
-    seconds["choosing_iterations"] = perf_counter() - start
-    channels = "grey" if model.in_channels == 1 else "rgb"
-    metadata = {
-        "classes": json.dumps(classes),
-        "image_size": str(model.image_size),
-        "channels": channels,
-        "method": model.ode.method,
-        "steps": str(unrolled.steps),
-        "nodeshape_version": __version__,
-        "preprocessing": PREPROCESSING,
-    }
-    start = perf_counter()
-    shape = (model.in_channels, model.image_size, model.image_size)
-    onnx.save(to_onnx(unrolled, shape, metadata, trajectory), folder / ONNX)
-    save_torchscript(UnrolledTrajectory(unrolled) if trajectory else unrolled, metadata, folder / TORCHSCRIPT)
     pixels = (images[0] * 255).round().to(torch.uint8).numpy()
-    Image.fromarray(pixels[0] if channels == "grey" else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
-    seconds["writing"] = perf_counter() - start
+    grey = model.in_channels == 1
+    Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
 
-    start = perf_counter()
-    files = {}
-    for name, load in ((ONNX, load_onnx), (TORCHSCRIPT, load_torchscript)):
-        classify = load(folder / name)
+    files: dict[str, dict[str, Any]] = {}
+    seconds["writing"] = seconds["proof"] = 0.0
+
+    def prove(name: str, classify: Classify) -> None:
+        start = perf_counter()
         by_batch_size = {}
         counts = [min(len(images), MOST_BATCHES * size) for size in BATCH_SIZES]
         with tqdm(total=sum(counts), desc=f"{name}'s logits", unit=" images", delay=2, disable=None) as progress:
@@ -147,13 +151,30 @@ def _write(
             "latency_ms": milliseconds(classify, images[:1]),
             "by_batch_size": by_batch_size,
         }
-    seconds["proof"] = perf_counter() - start
+        seconds["proof"] += perf_counter() - start
+
+    for name, write in WRITERS.items():
+        start = perf_counter()
+        written, run = write(model, images[:TRIAL_IMAGES], folder / name, metadata, trajectory, tolerance)
+        seconds["writing"] += perf_counter() - start
+
+        def classify(batch: Tensor, run: Run = run) -> Tensor:
+            return run([batch])[0]
+
+        prove(name, classify)
+        files[name] |= {"nodes": written.nodes, "stage_iterations": written.stage_iterations}
+    if native:
+        start = perf_counter()
+        readers = native_files.write_native(folder, model, images, metadata, tolerance)
+        seconds["writing"] += perf_counter() - start
+        for name, load in readers:
+            prove(name, load(folder / name))
     return {
         **{key: metadata[key] for key in ("nodeshape_version", "channels", "method")},
         "classes": classes,
         "image_size": model.image_size,
-        "steps": unrolled.steps,
-        "stage_iterations": unrolled.step.iterations,
+        "steps": int(metadata["steps"]),
+        "stage_iterations": files[ONNX]["stage_iterations"] or 1,
         "trajectory": trajectory,
         "tolerance": tolerance,
         "images": {"count": len(images), "source": source},
@@ -165,34 +186,94 @@ def _write(
     }
 
 
-def _unroll(model: ShapeClassifier, images: Tensor, reference: Tensor, tolerance: float) -> UnrolledClassifier:
-    """Unroll with the fewest evaluations of f per stage that give PyTorch's logits with a margin.
+def _smaller(
+    folder: Path, model: ShapeClassifier, state: Mapping[str, Any], quantize: bool, half: bool
+) -> dict[str, Any]:
+    """Write the ONNX file in smaller numbers; figures for the report."""
+    images, _ = check_images(model, state)
+    reference = logits_of(folder / ONNX, images)
+    files = {}
+    if quantize:
+        ranges, _ = check_images(model, state, RANGE_IMAGES, "train")
+        write_int8(folder / ONNX, folder / INT8, ranges)
+        files[INT8] = judge(folder / INT8, images, reference)
+    if half:
+        write_half(folder / ONNX, folder / HALF)
+        files[HALF] = judge(folder / HALF, images, reference)
+    return files
 
-    A few images decide whether a number is tried on all; where it fails there, the worst ones decide from then on.
+
+def metadata_of(model: ShapeClassifier, classes: Sequence[str]) -> dict[str, str]:
+    """What a program needs to know of a classifier's file.
 
     Raises:
-        UserError: ``MAX_ITERATIONS`` evaluations do not give them to the tolerance itself.
+        UserError: the model chooses its steps by error control.
     """
-    if get_method(model.ode.method).explicit:
-        return UnrolledClassifier(model)
-    few = torch.arange(min(TRIAL_IMAGES, len(images)))
-    for iterations in range(2, MAX_ITERATIONS + 1):
-        unrolled = UnrolledClassifier(model, iterations)
-        with tqdm(desc=f"trying {iterations} evaluations", unit=" images", delay=2, disable=None) as progress:
-            logits = classify_all(unrolled, images[few], TRIAL_IMAGES, progress)
-            least = compare(logits, reference[few]).max_difference
-            if least > TRIAL_MARGIN * tolerance:
-                continue
-            logits = classify_all(unrolled, images, TRIAL_IMAGES, progress)
-        if compare(logits, reference).max_difference <= TRIAL_MARGIN * tolerance:
-            return unrolled
-        few = (logits - reference).abs().amax(dim=1).topk(len(few)).indices
-    if least <= tolerance:
-        return unrolled
-    raise UserError(
-        f"unrolled stages of {model.ode.method} come within {least:.1e} of PyTorch's logits in {MAX_ITERATIONS}"
-        f" evaluations of f, not within --tolerance {tolerance:g}; raise it, or take more --steps"
-    )
+    if model.ode.steps is None and model.ode.step_size is None:
+        raise UserError(
+            "an exported classifier takes a fixed number of steps, this one's are chosen by error control: give it a"
+            " number, by --steps or model.with_solver(steps=...)"
+        )
+    return {
+        "classes": json.dumps(list(classes)),
+        "image_size": str(model.image_size),
+        "channels": "grey" if model.in_channels == 1 else "rgb",
+        "method": model.ode.method,
+        "steps": str(model.ode.steps or steps_of(1.0, model.ode.step_size or 1.0)),
+        "nodeshape_version": __version__,
+        "preprocessing": PREPROCESSING,
+    }
+
+
+def write_classifier_onnx(
+    model: ShapeClassifier,
+    images: Tensor,
+    path: Path,
+    metadata: Mapping[str, str],
+    trajectory: bool = False,
+    tolerance: float = TOLERANCE,
+) -> tuple[ExportReport, Run]:
+    """ONNX, ``image`` to ``logits``."""
+    docs = {
+        "image": metadata.get("preprocessing", PREPROCESSING),
+        "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
+        "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
+    }
+    settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance}
+    return write_onnx(model, images, path, output="logits", metadata=metadata, docs=docs, **settings)
+
+
+def write_classifier_torchscript(
+    model: ShapeClassifier,
+    images: Tensor,
+    path: Path,
+    metadata: Mapping[str, str],
+    trajectory: bool = False,
+    tolerance: float = TOLERANCE,
+) -> tuple[ExportReport, Run]:
+    """TorchScript, images to logits."""
+    files = _files_within(metadata)
+    return write_torchscript(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+
+
+def write_classifier_pt2(
+    model: ShapeClassifier,
+    images: Tensor,
+    path: Path,
+    metadata: Mapping[str, str],
+    trajectory: bool = False,
+    tolerance: float = TOLERANCE,
+) -> tuple[ExportReport, Run]:
+    """A program of torch.export, images to logits."""
+    files = _files_within(metadata)
+    return write_pt2(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+
+
+WRITERS = {ONNX: write_classifier_onnx, TORCHSCRIPT: write_classifier_torchscript, PT2: write_classifier_pt2}
+
+
+def _files_within(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
 
 
 def _judge(name: str, batch_size: int, agreement: Agreement, tolerance: float) -> None:
@@ -201,19 +282,10 @@ def _judge(name: str, batch_size: int, agreement: Agreement, tolerance: float) -
     different = agreement.images - agreement.same_class - agreement.ties
     raise UserError(
         f"{name} disagrees with PyTorch at batch size {batch_size}: logits differ by up to"
-        f" {agreement.max_difference:.1e} (--tolerance {tolerance:g}), the class of {different} of {agreement.images}"
-        " images differs; nothing was written; take more --steps, another --method or a larger --tolerance"
+        f" {agreement.max_difference:.1e} (--max-difference {tolerance:g}), the class of {different} of"
+        f" {agreement.images} images differs; nothing was written: take more --steps, another --method or a larger"
+        " --max-difference"
     )
-
-
-def save_torchscript(module: torch.nn.Module, metadata: Mapping[str, str], path: Path) -> None:
-    """Script ``module`` and save it with its metadata."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        extra = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
-        buffer = io.BytesIO()  # torch's own writer aborts the process where the disk is full
-        torch.jit.save(torch.jit.script(module), buffer, _extra_files=extra)
-    path.write_bytes(buffer.getvalue())
 
 
 def _free(out: Path) -> Path:
@@ -221,6 +293,6 @@ def _free(out: Path) -> Path:
     out = out.resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
-    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - FILES)):
+    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - ALL_FILES)):
         raise UserError(f"--out {out}: holds other files ({others[0]}); name a new folder")
     return out

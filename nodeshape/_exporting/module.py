@@ -6,20 +6,27 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
+from nodeshape import __version__ as nodeshape_version
 from nodeshape._errors import UserError
+from nodeshape._exporting.lean import lean
 from nodeshape._files import partial_path
+from nodeshape._ode.stage import ANDERSON_MEMORY
 from nodeshape._ode.unrolled import Unrolled, unrolled
+
+if TYPE_CHECKING:
+    import onnx
 
 #: The oldest opset the exporter writes, so that as many runtimes as possible read it, and the IR version it came with.
 OPSET, IR_VERSION = 18, 8
@@ -28,6 +35,8 @@ TOLERANCE = 1e-4
 MAX_ITERATIONS, MAX_STEPS = 30, 512
 #: The part of the tolerance that the choice of evaluations and steps keeps to on the examples.
 MARGIN = 0.25
+#: Tolerances of stages that are tried before the solve's own, and the differences kept where so few do as well as many.
+STAGE_TOLERANCES, FEW_DIFFERENCES = (1e-4, 5e-5, 2e-5, 1e-5, 5e-6), 2
 
 #: The input of a looped file that says how many steps to take.
 STEPS = "steps"
@@ -46,7 +55,9 @@ class ExportReport:
         max_difference: the largest of an output; ``tolerance`` is what was allowed.
         nodes: operations in the file.
         bytes: its size.
-        stage_iterations: evaluations of f of each implicit stage; None where there is none.
+        stage_iterations: evaluations of f of each implicit stage, or the most of one on the examples where it ends when
+            it is solved; None where there is none.
+        stage_tolerance: relative residual at which such a stage ends; else None.
         steps: in each interval, where error control chose them in the module; else None.
     """
 
@@ -59,6 +70,7 @@ class ExportReport:
     nodes: int
     bytes: int
     stage_iterations: int | None
+    stage_tolerance: float | None
     steps: int | None
 
     def __str__(self) -> str:
@@ -68,7 +80,9 @@ class ExportReport:
             f" module (tolerance {self.tolerance:g}) at batch sizes {sizes}"
         ]
         if self.stage_iterations is not None:
-            lines.append(f"implicit stages take {self.stage_iterations} evaluations of f each")
+            ends = self.stage_tolerance is not None
+            until = f" at most, until their residual is {self.stage_tolerance:.0e}" if ends else " each"
+            lines.append(f"implicit stages take {self.stage_iterations} evaluations of f{until}")
         if self.steps is not None:
             lines.append(f"error control became {self.steps} equal steps in each interval")
         return "\n".join(lines)
@@ -85,8 +99,8 @@ def to_onnx(
 ) -> ExportReport:
     """Write a module with solves in it, whatever their f and method, as ONNX that onnxruntime runs to the same numbers.
 
-    Solves become plain operations: given steps as they are, error control as equal steps, implicit stages as a fixed
-    number of evaluations of f, as few as give the outputs on the examples. The module is exported in evaluation mode.
+    Solves become plain operations: given steps as they are, error control as equal steps, implicit stages as loops that
+    end when all samples are solved, to a tolerance that the examples decide. The module is exported in evaluation mode.
     The file is run beside the module at several batch sizes and removed if it differs.
 
     Args:
@@ -110,39 +124,7 @@ def to_onnx(
         ValueError: an input or output that a file cannot have, a module that cannot be recorded, or a file that differs
             from it; nothing is written.
     """
-    import onnx
-    import onnxruntime
-
-    subject = _Subject(module, example_inputs, tolerance, loop, trajectory)
-    with _written(path) as partial, _quiet():
-        program = torch.onnx.export(
-            subject.program(),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[*subject.input_names, *([STEPS] if subject.default_steps else [])],
-            output_names=subject.output_names,
-            verbose=False,
-        )
-        assert program is not None
-        proto = program.model_proto
-        proto.ir_version = IR_VERSION
-        _tidy(proto.graph, subject.dimensions)
-        if subject.default_steps:
-            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(subject.default_steps), STEPS))
-        onnx.checker.check_model(proto)
-        onnx.save(proto, partial)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns that steps may be given
-        session = onnxruntime.InferenceSession(partial, options, providers=["CPUExecutionProvider"])
-        taken = {x.name for x in session.get_inputs()}
-
-        def run(inputs: list[Tensor]) -> list[Tensor]:
-            named = zip(subject.input_names, inputs)
-            found = session.run(None, {name: x.numpy() for name, x in named if name in taken})
-            return [torch.from_numpy(x) if x.ndim else torch.tensor(x) for x in found]
-
-        report = subject.report(Path(path), partial, sum(1 for _ in _nodes(proto.graph)), run)
-    return report
+    return write_onnx(module, example_inputs, path, loop=loop, trajectory=trajectory, tolerance=tolerance)[0]
 
 
 to_onnx.__module__ = "nodeshape"
@@ -161,15 +143,7 @@ def to_torchscript(
     Arguments, result and errors are those of :func:`to_onnx`. The loaded module takes the arguments of ``forward`` by
     position.
     """
-    subject = _Subject(module, example_inputs, tolerance, False, trajectory)
-    with _written(path) as partial, _quiet():
-        with subject.recorded():
-            traced = torch.jit.trace(subject.recordable, subject.traced_with, check_trace=False, strict=False)
-        torch.jit.save(traced, partial)
-        loaded = torch.jit.load(partial)
-        nodes = sum(1 for node in loaded.inlined_graph.nodes() if node.kind() != "prim::Constant")
-        report = subject.report(Path(path), partial, nodes, subject.structured(loaded))
-    return report
+    return write_torchscript(module, example_inputs, path, trajectory=trajectory, tolerance=tolerance)[0]
 
 
 to_torchscript.__module__ = "nodeshape"
@@ -187,16 +161,139 @@ def to_pt2(
 
     Arguments, result and errors are those of :func:`to_onnx`; nodeshape is not needed to load it.
     """
-    subject = _Subject(module, example_inputs, tolerance, False, trajectory)
-    with _written(path) as partial, _quiet():
-        torch.export.save(subject.program(), partial)
-        loaded = torch.export.load(partial)
-        nodes = sum(1 for node in loaded.graph.nodes if node.op == "call_function")
-        report = subject.report(Path(path), partial, nodes, subject.structured(loaded.module()))
-    return report
+    return write_pt2(module, example_inputs, path, trajectory=trajectory, tolerance=tolerance)[0]
 
 
 to_pt2.__module__ = "nodeshape"
+
+
+def write_onnx(
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    loop: bool = False,
+    trajectory: bool | nn.Module = False,
+    tolerance: float = TOLERANCE,
+    output: str = "output",
+    metadata: Mapping[str, str] | None = None,
+    docs: Mapping[str, str] | None = None,
+) -> tuple[ExportReport, Run]:
+    """Do as :func:`to_onnx`.
+
+    Args:
+        output: the name of a lone output.
+        metadata: the file's ``metadata_props``.
+        docs: of inputs and outputs, by name.
+
+    Returns:
+        its report, and the file as a function.
+    """
+    outputs = {"output": output}
+    import onnx
+    import onnxruntime
+
+    from nodeshape._exporting.graph import nodes, simplify, tidy
+
+    with _Progress(Path(path).name) as progress:
+        subject = _Subject(module, example_inputs, tolerance, trajectory, "loop" if loop else "scan", stops=True)
+        with _written(path) as partial:
+            progress("recording")
+            with subject.recorded():
+                program = torch.onnx.export(
+                    subject.program(),
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=[*subject.input_names, *([STEPS] if subject.default_steps else [])],
+                    output_names=[outputs.get(name, name) for name in subject.output_names],
+                    verbose=False,
+                )
+            assert program is not None
+            progress("writing")
+            proto = program.model_proto
+            proto.ir_version = IR_VERSION
+            if subject.default_steps:
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(subject.default_steps), STEPS))
+            simplify(proto.graph, unroll=not loop)
+            tidy(proto.graph, lambda name: "batch" if name in subject.dimensions else name)
+            _describe(proto, metadata or {}, docs or {})
+            onnx.checker.check_model(proto)
+            onnx.save(proto, partial)
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # it warns that steps may be given
+            session = onnxruntime.InferenceSession(partial, options, providers=["CPUExecutionProvider"])
+            taken = {x.name for x in session.get_inputs()}
+
+            def run(inputs: list[Tensor]) -> list[Tensor]:
+                named = zip(subject.input_names, inputs)
+                found = session.run(None, {name: x.numpy() for name, x in named if name in taken})
+                return [torch.from_numpy(x) if x.ndim else torch.tensor(x) for x in found]
+
+            progress("comparing")
+            return subject.report(Path(path), partial, sum(1 for _ in nodes(proto.graph)), run), run
+
+
+def _describe(proto: onnx.ModelProto, metadata: Mapping[str, str], docs: Mapping[str, str]) -> None:
+    """Say what the file is, and what its inputs and outputs are."""
+    proto.producer_name, proto.producer_version = "nodeshape", nodeshape_version
+    proto.graph.name = "nodeshape"
+    for name, value in metadata.items():
+        proto.metadata_props.add(key=name, value=value)
+    for x in (*proto.graph.input, *proto.graph.output):
+        sizes = [d.dim_param or str(d.dim_value) for d in x.type.tensor_type.shape.dim]
+        x.doc_string = docs.get(x.name, f"[{', '.join(sizes)}]")
+
+
+def write_torchscript(
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    trajectory: bool | nn.Module = False,
+    tolerance: float = TOLERANCE,
+    files: Mapping[str, str] | None = None,
+) -> tuple[ExportReport, Run]:
+    """Do as :func:`to_torchscript`, with further ``files`` in the file; its report, and the file as a function."""
+    with _Progress(Path(path).name) as progress:
+        subject = _Subject(module, example_inputs, tolerance, trajectory, "steps", stops=False)
+        with _written(path) as partial:
+            progress("recording")
+            with subject.recorded():
+                traced = torch.jit.trace(subject.recordable, subject.traced_with, check_trace=False, strict=False)
+            progress("writing")
+            torch.jit.save(traced, partial, _extra_files=dict(files or {}))
+            loaded = torch.jit.load(partial)
+            count = sum(1 for node in loaded.inlined_graph.nodes() if node.kind() != "prim::Constant")
+            progress("comparing")
+            run = subject.structured(loaded)
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # which takes many times as long as the comparison
+                return subject.report(Path(path), partial, count, run), run
+
+
+def write_pt2(
+    module: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    trajectory: bool | nn.Module = False,
+    tolerance: float = TOLERANCE,
+    files: Mapping[str, str] | None = None,
+) -> tuple[ExportReport, Run]:
+    """Do as :func:`to_pt2`, with further ``files`` in the file; its report, and the file as a function."""
+    with _Progress(Path(path).name) as progress:
+        subject = _Subject(module, example_inputs, tolerance, trajectory, "scan", stops=True)
+        with _written(path) as partial:
+            progress("recording")
+            program = subject.program()
+            progress("writing")
+            with subject.recorded():  # weights that are not differentiated, so that its loops are not
+                torch.export.save(program, partial, extra_files=dict(files or {}))
+            loaded = torch.export.load(partial)
+            graphs = [x for x in loaded.graph_module.modules() if isinstance(x, torch.fx.GraphModule)]
+            count = sum(1 for graph in graphs for node in graph.graph.nodes if node.op == "call_function")
+            progress("comparing")
+            run = subject.structured(loaded.module())
+            return subject.report(Path(path), partial, count, run), run
 
 
 class _Subject:
@@ -213,8 +310,16 @@ class _Subject:
     """
 
     def __init__(
-        self, module: nn.Module, example_inputs: Any, tolerance: float, loop: bool, trajectory: bool | nn.Module
+        self,
+        module: nn.Module,
+        example_inputs: Any,
+        tolerance: float,
+        trajectory: bool | nn.Module = False,
+        form: str = "steps",
+        stops: bool = False,
+        native: bool = False,
     ) -> None:
+        loop = form == "loop"
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"module must be an nn.Module, got {type(module).__name__}: put the call of odeint in one's forward"
@@ -240,35 +345,41 @@ class _Subject:
         if self._batch == 0:
             raise ValueError("example_inputs hold no sample: their first dimension is 0")
         self._open = [x.dim() > 0 and len(x) == self._batch for x in self._flat]
-        # PyTorch takes a size of 1 for a constant.
-        size = None if self._batch is None else max(2, self._batch)
+        # PyTorch takes a size of 1 for a constant; a program keeps what it was recorded with.
+        size = None if self._batch is None else 2
         self.traced_with: Any = pytree.tree_unflatten(self._sized(size), self._spec)
         self.output_names: list[str] = []
         self.dimensions: set[str] = set()
+        self.recordable: nn.Module = module
+        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, form=form, stops=stops, native=native)
         self.batch_sizes = (1,) if self._batch is None else tuple(sorted({1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
-            self._expected = [self._outputs(self._sized(size)) for size in self.batch_sizes]
+            self._expected = [self._outputs(self._sized(size if wide else None)) for size in self.batch_sizes]
         for name, y in zip(self.output_names, self._expected[0]):
             if not isinstance(y, Tensor):
                 raise ValueError(f"{name} of the module is {type(y).__name__}, but a file gives tensors only")
-        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1)
-        with _evaluating(module):
-            self._choose()
+        with _evaluating(module), self._thinned():
+            self._choose_steps()
+            if trajectory is not False:
+                head = trajectory if trajectory is not True else None
+                self.recordable = _WithTrajectory(module, self._how, head)
+                for size, expected in zip(self.batch_sizes, self._expected):
+                    expected += self._outputs(self._sized(size if wide else None))[len(expected) :]
+            self._choose_stages()
         counts = self._how.counts
         self.default_steps = max(counts) if loop and len(counts) == 1 else None
-        self._how.looped = loop
-        self.recordable: nn.Module = module
         if loop:
             self.recordable = _Looped(module, self._how, self.default_steps is not None)
-        elif trajectory is not False:
-            self.recordable = _WithTrajectory(module, self._how, trajectory if trajectory is not True else None)
-            self._add_trajectories()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Within, calls of the module are recorded as plain operations."""
-        with _evaluating(self.module), unrolled(self._how):
+        with _evaluating(self.module), self._thinned(), unrolled(self._how):
             yield
+
+    def _thinned(self) -> AbstractContextManager[None]:
+        """The module with less to compute; but kernels know theirs by their modules."""
+        return nullcontext() if self._how.native else lean(self.module)
 
     def program(self) -> torch.export.ExportedProgram:
         """The module recorded by torch.export, with the batch size left open."""
@@ -314,24 +425,26 @@ class _Subject:
             tolerance=self.tolerance,
             nodes=nodes,
             bytes=partial.stat().st_size,
-            stage_iterations=how.iterations if how.implicit else None,
+            stage_iterations=(how.most if how.stops else how.iterations) if how.implicit else None,
+            stage_tolerance=how.tolerance if how.implicit and how.stops else None,
             steps=how.steps if how.adaptive else None,
         )
 
-    def _choose(self) -> None:
-        """Find as few steps and evaluations as give the outputs on the examples with a margin."""
-        how, expected = self._how, self._expected[self.batch_sizes.index(self._batch or 1)]
-        inputs = self._sized(self._batch)
+    def _difference(self) -> float:
+        """Of the outputs on the examples, as the solves are told to be done now."""
+        self._how.counts.clear()
+        self._how.evaluations = self._how.most = 0
+        size = self._batch or 1
+        return _difference(self._outputs(self._sized(self._batch)), self._expected[self.batch_sizes.index(size)])
 
-        def difference() -> float:
-            how.counts.clear()
-            with unrolled(how):
-                return _difference(self._outputs(inputs), expected)
-
-        best = difference()
-        while how.adaptive and best > MARGIN * self.tolerance and how.steps < MAX_STEPS:
-            how.steps *= 2
-            best = difference()
+    def _choose_steps(self) -> None:
+        """Find as few steps in place of error control as give the outputs on the examples with a margin."""
+        how = self._how
+        with unrolled(how):
+            best = self._difference()
+            while how.adaptive and best > MARGIN * self.tolerance and how.steps < MAX_STEPS:
+                how.steps *= 2
+                best = self._difference()
         if not best <= self.tolerance:
             parts = [f"{MAX_ITERATIONS} evaluations of f in each implicit stage"] if how.implicit else []
             parts += [f"{how.steps} steps in place of error control"] if how.adaptive else []
@@ -339,30 +452,44 @@ class _Subject:
                 f"with {' and '.join(parts) or 'plain operations'} the outputs come within {best:.1e} of the module's,"
                 f" tolerance {self.tolerance:g}: take more steps, another method or a larger tolerance"
             )
-        if how.implicit:
-            for how.iterations in range(2, MAX_ITERATIONS + 1):
-                if difference() <= max(best, MARGIN * self.tolerance):
-                    return
 
-    def _add_trajectories(self) -> None:
-        """Enter the states among the expected outputs, those of stages that are solved as well as can be."""
-        iterations, self._how.iterations = self._how.iterations, MAX_ITERATIONS
-        with self.recorded(), torch.no_grad():
-            for size, expected in zip(self.batch_sizes, self._expected):
-                inputs = self._sized(None if self._batch is None else size)
-                _, found = self.recordable(*pytree.tree_unflatten(inputs, self._spec))
-                leaves, _ = pytree.tree_flatten_with_path(found)
-                expected += [y for _, y in leaves]
-        self._how.iterations = iterations
-        alone = len(found) == 1
-        self.output_names += ["_".join(["trajectory", *map(_key, path[1:] if alone else path)]) for path, _ in leaves]
+    def _choose_stages(self) -> None:
+        """Find how few evaluations of f in implicit stages give the outputs on the examples with a margin."""
+        how = self._how
+        if not how.implicit:
+            return
+        with unrolled(how):
+            allowed = max(self._difference(), MARGIN * self.tolerance)
+            stops, how.stops = how.stops, True
+            for tolerance in (*STAGE_TOLERANCES, 0.0):
+                # Whether a stage that is nearly solved is improved once more may differ in the file: so half of it.
+                how.tolerance = tolerance
+                if self._difference() <= allowed:
+                    break
+            how.tolerance = tolerance / 2
+            allowed = max(self._difference(), allowed)
+            evaluations, most, how.memory = how.evaluations, how.most, FEW_DIFFERENCES
+            if self._difference() > allowed or how.evaluations > evaluations:
+                how.memory, how.most = ANDERSON_MEMORY, most
+            how.stops = stops
+            if not stops:
+                how.iterations = max(how.most, 2)
+                while self._difference() > allowed and how.iterations < MAX_ITERATIONS:
+                    how.iterations += 1
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            outputs = self.module(*pytree.tree_unflatten([x.clone() for x in inputs], self._spec))
-        with_paths, _ = pytree.tree_flatten_with_path(outputs)
-        self.output_names = [_output_name(path) for path, _ in with_paths]
-        return [y for _, y in with_paths]
+        with torch.no_grad(), unrolled(self._how) if self.recordable is not self.module else nullcontext():
+            outputs = self.recordable(*pytree.tree_unflatten([x.clone() for x in inputs], self._spec))
+        leaves, _ = pytree.tree_flatten_with_path(outputs)
+        paths = [path for path, _ in leaves]
+        self.output_names = [_output_name(path) for path in paths]
+        if isinstance(self.recordable, _WithTrajectory):
+            own = [path[1:] for path in paths if _key(path[0]) == "0"]
+            of_solves = [(int(_key(path[0])) - 1, *path[1:]) for path in paths[len(own) :]]
+            states = [path[1:] for path in of_solves] if len(outputs) == 2 else of_solves
+            self.output_names = [_output_name(path) for path in own]
+            self.output_names += ["_".join(["trajectory", *map(_key, path)]) for path in states]
+        return [y for _, y in leaves]
 
     def _sized(self, size: int | None) -> list[Tensor]:
         """The flat inputs with a batch of ``size``: the examples, as often as needed."""
@@ -371,35 +498,6 @@ class _Subject:
         assert self._batch is not None
         rows = torch.arange(size) % self._batch
         return [x[rows] if wide else x for x, wide in zip(self._flat, self._open)]
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    """All nodes of an ONNX graph, those of loops too."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
-
-
-def _tidy(graph: Any, batch: set[str]) -> None:
-    """Take out what runs nothing, such as lines of Python, and call the batch by its name."""
-    used = {name for node in _nodes(graph) for name in node.input} | {x.name for x in graph.output}
-    kept = [x for x in graph.initializer if x.name in used]
-    del graph.initializer[:], graph.value_info[:], graph.metadata_props[:]
-    graph.initializer.extend(kept)
-    for x in (*graph.input, *graph.output, *graph.initializer):
-        del x.metadata_props[:]
-    for node in _nodes(graph):
-        node.ClearField("doc_string")
-        del node.metadata_props[:]
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                del attribute.g.value_info[:], attribute.g.metadata_props[:]
-    for value in (*graph.input, *graph.output):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param in batch:
-                dimension.dim_param = "batch"
 
 
 class _Looped(nn.Module):
@@ -425,8 +523,8 @@ class _WithTrajectory(nn.Module):
         super().__init__()
         self.module, self._how, self.head = module, how, head
 
-    def forward(self, *arguments: Any) -> tuple[Any, list[Any]]:
-        solves: list[list[Any]] = []
+    def forward(self, *arguments: Any) -> tuple[Any, ...]:
+        solves: list[Any] = []
         self._how.states = solves.append
         try:
             outputs = self.module(*arguments)
@@ -434,12 +532,25 @@ class _WithTrajectory(nn.Module):
             self._how.states = None
         if not solves:
             raise UserError("trajectory: the module has no solve in given steps")
-        return outputs, [self._stacked([x if self.head is None else self.head(x) for x in states]) for states in solves]
+        return outputs, *(pytree.tree_map(_batch_first, self._read(states)) for states in solves)
 
-    def _stacked(self, states: list[Any]) -> Any:
-        if isinstance(states[0], Tensor):
-            return torch.stack(states, dim=min(1, states[0].dim()))
-        return [torch.stack(parts, dim=min(1, parts[0].dim())) for parts in zip(*states)]
+    def _read(self, states: Any) -> Any:
+        """What the head makes of states ``[steps + 1, batch, ...]``, all of them in one batch."""
+        if self.head is None:
+            return states
+        if not isinstance(states, Tensor) or states.dim() < 3:
+            return pytree.tree_map(lambda *parts: torch.stack(parts), *map(self.head, _each(states)))
+        found = self.head(states.flatten(0, 1))
+        return pytree.tree_map(lambda x: x.unflatten(0, (len(states), -1)), found)
+
+
+def _each(states: Any) -> Iterator[Any]:
+    """The states one by one."""
+    return iter(states) if isinstance(states, Tensor) else zip(*states)
+
+
+def _batch_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1) if x.dim() > 1 else x
 
 
 def _input_names(module: nn.Module, arguments: Sequence[Any]) -> list[str]:
@@ -481,15 +592,21 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode, module by module as they were afterwards."""
+    """In evaluation mode, nothing differentiated; module by module as they were afterwards."""
     training = [x for x in module.modules() if x.training]
+    learning = [x for x in module.parameters() if x.requires_grad]
     for x in training:
         x.training = False
+    for y in learning:
+        y.requires_grad_(False)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for x in training:
             x.training = True
+        for y in learning:
+            y.requires_grad_(True)
 
 
 @contextmanager
@@ -519,15 +636,30 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what tracers say about others' code."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of torchvision's absence
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
+class _Progress:
+    """A bar of what is being done, shown once it takes two seconds; without what tracers say about others' code."""
+
+    def __init__(self, name: str) -> None:
+        # What comes first is the choice of steps and evaluations.
+        self._bar = tqdm(
+            total=4, desc=f"{name}: choosing", delay=2, disable=None, leave=False, bar_format="{desc} {bar}"
+        )
+        self._name, self._log = name, logging.getLogger("torch.onnx")
+        self._quiet = warnings.catch_warnings()
+
+    def __enter__(self) -> _Progress:
+        self._level = self._log.level
+        self._log.setLevel(logging.ERROR)  # it warns of torchvision's absence
+        self._quiet.__enter__()
+        warnings.simplefilter("ignore")
+        return self
+
+    def __call__(self, doing: str) -> None:
+        """Say what comes next."""
+        self._bar.set_description(f"{self._name}: {doing}")
+        self._bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._quiet.__exit__(None, None, None)
+        self._log.setLevel(self._level)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nodeshape._data.folder import scan_folder
@@ -72,28 +68,32 @@ def classify_all(classify: Classify, images: Tensor, batch_size: int, progress: 
     return torch.cat(logits)
 
 
-def check_images(model: ShapeClassifier, state: Mapping[str, Any]) -> tuple[Tensor, str]:
-    """At least ``IMAGES`` images of the kind a checkpoint was trained on, float32 in [0, 1], and what they are.
+def check_images(
+    model: ShapeClassifier, state: Mapping[str, Any], count: int | None = None, split: str = "test"
+) -> tuple[Tensor, str]:
+    """Images of the kind a checkpoint was trained on, ``count`` or ``IMAGES``, float32 in [0, 1], and what they are.
 
-    They are drawn test images of its task; or those of the user's folder, the test images first, and as many drawn
+    They are drawn images of its task; or those of the user's folder, those of the ``split`` first, and as many drawn
     shapes as are missing.
     """
+    count = IMAGES if count is None else count
     parts, sources = [], []
     task, seed = state.get("task"), state.get("seed", 0)
     if task is None and state.get("data"):
         try:
             folder = scan_folder(state["data"], seed)
-            files = list(islice(chain(folder.test, folder.train), IMAGES))
+            first, last = (folder.test, folder.train) if split == "test" else (folder.train, folder.test)
+            files = list(islice(chain(first, last), count))
             own = load_folder(files, model.image_size, "grey" if model.in_channels == 1 else "rgb").images
         except UserError as error:
             sources.append(f"none of the user's own ({error})")
         else:
             parts.append(torch.from_numpy(own))
             sources.append(f"{len(own)} of the user's own")
-    missing = IMAGES - sum(map(len, parts))
+    missing = count - sum(map(len, parts))
     if missing:
         side, task = model.image_size, task or "compound"
-        drawn = draw_set(task, "test", missing, seed, max(side, MIN_IMAGE_SIZE))[0][:, :, :side, :side]
+        drawn = draw_set(task, split, missing, seed, max(side, MIN_IMAGE_SIZE))[0][:, :, :side, :side]
         parts.append(torch.from_numpy(drawn).expand(-1, model.in_channels, -1, -1))
         sources.append(f"{missing} drawn ({task})")
     return torch.cat(parts).to(torch.float32) / 255, ", ".join(sources)
@@ -110,33 +110,6 @@ def milliseconds(classify: Classify, image: Tensor, budget: float = 0.5) -> floa
             classify(image)
             times.append(perf_counter() - start)
     return 1e3 * median(times)
-
-
-def load_torchscript(path: Path) -> Classify:
-    """Read an exported TorchScript file as a function of images."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        module = torch.jit.load(path, map_location="cpu")
-
-    def classify(images: Tensor) -> Tensor:
-        out = module(images)
-        logits: Tensor = out[0] if isinstance(out, tuple) else out
-        return logits
-
-    return classify
-
-
-def load_onnx(path: Path) -> Classify:
-    """Read an exported ONNX file into onnxruntime as a function of images."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def classify(images: Tensor) -> Tensor:
-        logits: NDArray[np.float32] = session.run(["logits"], {"image": images.numpy()})[0]
-        return torch.from_numpy(logits)
-
-    return classify
 
 
 def _batches(images: Tensor, batch_size: int) -> Iterator[Tensor]:

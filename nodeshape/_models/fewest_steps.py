@@ -55,7 +55,7 @@ def fewest_steps(model: nn.Module, images: Tensor, tolerance: float) -> FewestSt
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance!r}")
-    exact = _converged(model, images, tolerance)
+    exact = converged(model, images, tolerance)
     best: FewestSteps | None = None
     for method in sorted(SOURCE_METHODS.values(), key=lambda method: -method.order):
         best = _fewest_of_method(model, images, exact, tolerance, method.name, best)
@@ -76,7 +76,7 @@ def _run(model: Any, images: Tensor, method: str, steps: int) -> tuple[Tensor, f
     return outputs, float(stats.nfe_forward.double().mean())
 
 
-def _converged(model: nn.Module, images: Tensor, tolerance: float) -> Tensor:
+def converged(model: nn.Module, images: Tensor, tolerance: float) -> Tensor:
     """Halve the step of the midpoint rule until that changes nothing of note; extrapolate the last two solves."""
     steps = FIRST_STEPS
     coarse, _ = _run(model, images, "implicit_midpoint", steps)

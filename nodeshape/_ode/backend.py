@@ -16,7 +16,7 @@ from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
 from nodeshape._ode.options import CALLBACKS, check_steps, read_options, steps_of, uniform_grid
 from nodeshape._ode.program_op import MOST_STAGES
-from nodeshape._ode.unrolled import is_exporting, is_tracing
+from nodeshape._ode.unrolled import is_tracing, keeps_ops
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def fused_weights(
     program = isinstance(func, Fused)
     if options.get("fused") is False:
         return "options={'fused': False}"
-    if is_exporting():
+    if not keeps_ops():
         return "an exporter records f itself, which runs anywhere"
     if how.adaptive:
         reason = _why_not_adaptive(how, y0, t) if program else "error control chooses the steps"

@@ -200,10 +200,10 @@ def backward_evaluations(ys: Tensor) -> Tensor | None:
     return evaluations
 
 
-def _translated(error: RuntimeError) -> RuntimeError:
+def _translated(error: RuntimeError) -> Exception:
     """The kernel's error as the class its message names."""
     message = str(error).split("\n")[0]
-    for kind in (StageSolveError, ReversalDriftError):
+    for kind in (StageSolveError, ReversalDriftError, MemoryError):
         if message.startswith(f"{kind.__name__}: "):
             return kind(message.removeprefix(f"{kind.__name__}: "))
     if "atching rule not implemented" in message:
@@ -265,9 +265,18 @@ def _gradient(
 
 
 def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Call an op whose gradient nobody records, without the detour through Python that its registered formula is."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    """Call an op whose gradient nobody records, without the detour through Python that its registered formula is.
+
+    A signal, such as Ctrl-C, ends a long solve. If its handler, which Python runs next, does not raise, the solve is
+    taken anew.
+    """
+    while True:
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+        except RuntimeError as error:
+            if not str(error).startswith("Interrupted: "):
+                raise
 
 
 class _Recorded(torch.autograd.Function):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from nodeshape._errors import StageSolveError, StepSizeError
@@ -22,7 +23,7 @@ from nodeshape._ode.field import Field
 from nodeshape._ode.method import Method
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.step import Piece, Size, end, error, stages
-from nodeshape._ode.unrolled import current
+from nodeshape._ode.unrolled import current, is_recording
 
 if TYPE_CHECKING:
     from nodeshape._ode.compiled import Step
@@ -100,24 +101,43 @@ class Loop:
         states = [self._without_failed(y)]
         slope: Tensor | None = None
         unrolled = current()
-        steps = [y]
+        steps = [y[None]]
         for j, count in enumerate(counts):
             ends = None if self.t is None else (self.t[j], self.t[j + 1])
             segment = Segment(self.times[j], self.times[j + 1], count, ends)
-            if unrolled is not None and unrolled.looped:
+            if unrolled is not None and unrolled.form == "loop" and is_recording():
                 y = self._looped(y, segment, unrolled.given)
+            elif unrolled is not None and unrolled.form == "scan" and is_recording():
+                y, after_each = self._scanned(y, segment)
+                steps.append(after_each)
             else:
                 for _, after, last in self._segment(y, segment, slope):
                     y_after, slope_after = after, last
-                    if unrolled is not None:
-                        steps.append(after)
+                    if unrolled is not None and unrolled.states is not None:
+                        steps.append(after[None])
                 y, slope = y_after, slope_after
             states.append(self._without_failed(y))
         if unrolled is not None:
             unrolled.counts.update(counts)
             if unrolled.states is not None:
-                unrolled.states([self.field.unpack(x) for x in steps])
+                whole = torch.cat(steps)
+                unrolled.states(self.field.unpack(whole, (len(whole),)))
         return torch.stack(states)
+
+    def _scanned(self, y: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+        """The state at the end of the segment, and those after each step ``[steps, ...]``, by one recorded step."""
+        times, h = self._grid_times(segment, 0, segment.count)
+        grid = torch.stack(list(times)).reshape(segment.count, -1)
+
+        def step(carry: tuple[Tensor, ...], now: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            y, guess = carry[0], carry[1] if len(carry) > 1 else None
+            slopes = stages(self.field.alone, self.method, y, now.unbind(), h, None, guess, self.solve)
+            after = end(self.method, y, h, slopes).contiguous()
+            return (after, *(slopes[-1].clone().contiguous() for _ in carry[1:])), after.clone()
+
+        y = y.contiguous().clone()
+        (y, *_), states = scan(step, (y, torch.zeros_like(y)) if self.solve is not None else (y,), grid)
+        return y, states
 
     def _looped(self, y: Tensor, segment: Segment, given: Tensor | None) -> Tensor:
         """The state at the end of the segment by one step that is recorded as the body of a loop.

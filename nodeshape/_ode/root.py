@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 
 from nodeshape._ode.field import Field
 from nodeshape._ode.graph import jacobian_by_rows, leaves
 from nodeshape._ode.implicit import differentiable_stage, products_of
 from nodeshape._ode.stage import (
+    ANDERSON_MEMORY,
     MAX_STAGE_ITERATIONS,
     TRACED_ITERATIONS,
     Stage,
@@ -28,7 +30,14 @@ from nodeshape._ode.stage import (
 )
 from nodeshape._ode.stats import SolverStats
 from nodeshape._ode.step import Size
-from nodeshape._ode.unrolled import current, is_tracing
+from nodeshape._ode.unrolled import current, is_recording, is_tracing
+
+
+def _loop(condition: Callable[..., Tensor], body: Callable[..., Any], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What ``while_loop`` does, which compiles what it is given."""
+    while bool(condition(*values)):
+        values = body(*values)
+    return values
 
 
 @dataclass
@@ -138,23 +147,34 @@ class StageEquations:
 
     def _traced(self, t: Tensor, base: Tensor, c: Size, guess: Tensor | None) -> Tensor:
         """F by a fixed number of evaluations, for a compiler or an exporter."""
-        unrolled, shape, rows_of = current(), base.shape, self.field.rows
-        field = self.field if unrolled is None or not unrolled.looped else self.field.alone
+        unrolled, rows_of = current(), self.field.rows
+        # Numbers alone, but for the batch, which may differ from record to run.
+        shape = (-1, *base.shape[1:]) if self.field.batched else tuple(base.shape)
+        field = self.field.alone if unrolled is not None and is_recording() else self.field
 
         def function(rows: Tensor) -> Tensor:
+            if unrolled is not None and not is_recording():
+                unrolled.evaluations += 1
             return field(t, rows.reshape(shape)).reshape(rows_of)
 
         rows = base.reshape(rows_of)
         first = rows if guess is None else rows + c * guess.reshape(rows_of)
+        tolerance, memory, loop = self.solver.tolerance, ANDERSON_MEMORY, None
         if unrolled is not None:
             if not unrolled.implicit:
                 unrolled.implicit = True
-            most = unrolled.iterations
+            most, memory = unrolled.iterations, unrolled.memory
+            tolerance = max(tolerance, unrolled.tolerance)
+            if unrolled.stops:
+                loop = while_loop if is_recording() else _loop
         elif self.solver.max_iterations != MAX_STAGE_ITERATIONS:
             most = self.solver.max_iterations
         else:
             most = TRACED_ITERATIONS[self.field.time_dtype]
-        slope, solved = traced_stage(function, rows, c, first, self.solver.tolerance, most)
+        before = 0 if unrolled is None else unrolled.evaluations
+        slope, solved = traced_stage(function, rows, c, first, tolerance, most, memory, loop)
+        if unrolled is not None and not is_recording():
+            unrolled.most = max(unrolled.most, unrolled.evaluations - before)
         if unrolled is None:  # who says how many evaluations compares the result with that of solved stages
             slope = torch.where(solved, slope, torch.nan)
         return slope.reshape(shape)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +160,14 @@ TRACED_ITERATIONS = {torch.float64: 32, torch.float32: 16}
 
 
 def traced_stage(
-    function: Function, base: Tensor, c: Tensor | float, guess: Tensor, tolerance: float, iterations: int
+    function: Function,
+    base: Tensor,
+    c: Tensor | float,
+    guess: Tensor,
+    tolerance: float,
+    iterations: int,
+    memory: int = ANDERSON_MEMORY,
+    loop: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solve Y = base + c F(Y) by a given number of evaluations of F, as few plain operations; F(Y), and who is solved.
 
@@ -167,41 +175,82 @@ def traced_stage(
     first, so that each is orthogonalised once, and all at once. A sample that is solved stays where it is.
     Differentiated as a quasi-Newton iteration whose matrices are constants, the gradient converges with the iterates.
 
+    Args:
+        memory: differences kept.
+        loop: ``(condition, body, values) -> values``, to take all evaluations but the first two in, which ends when
+            all samples are solved; None to take them one after the other.
+
     Returns:
         F(Y) ``[samples, size]`` and ``[samples, 1]``.
     """
-    value, slope = guess, function(guess)
-    residual = base + c * slope - value
-    squared, whole = _dot(*[residual.detach()] * 2), _dot(*[base.detach()] * 2)
-    mixing = torch.ones_like(squared)
-    # Orthonormal combinations of residual differences, and those of the moves behind them, [kept, samples, size].
-    directions = moves = base.detach()[None][:0]
-    for k in range(iterations - 1):
-        step = residual
-        if k > 0:
-            along = _dot(directions, residual)
-            step = residual - (along * directions).sum(dim=0)
-            step = mixing * step - (along * moves).sum(dim=0)
-        unsolved = squared > tolerance**2 * torch.maximum(whole, _dot(*[value.detach()] * 2))
-        move = torch.where(unsolved, step, 0.0)
-        value = value + move
+    whole = _dot(*[base.detach()] * 2)
+
+    def evaluated(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """F, the residual and its square."""
         slope = function(value)
-        before, residual = residual, base + c * slope - value
-        after = _dot(*[residual.detach()] * 2)
-        if k < iterations - 2:
-            mixing = torch.where(after > 4.0 * squared, 0.5 * mixing, mixing)
-            difference, move = (residual - before).detach(), move.detach()
-            length = _dot(difference, difference)
-            if k > 0:
-                overlap = _dot(directions, difference)
-                difference = difference - (overlap * directions).sum(dim=0)
-                move = move - (overlap * moves).sum(dim=0)
-            left = _dot(difference, difference)
-            useful = left > DEPENDENT**2 * length
-            scale = torch.where(useful, torch.where(useful, left, 1.0).rsqrt(), 0.0)
-            directions = torch.cat([directions, (difference * scale)[None]])[-ANDERSON_MEMORY:]
-            moves = torch.cat([moves, (move * scale)[None]])[-ANDERSON_MEMORY:]
-        squared = after
+        residual = base + c * slope - value
+        return slope, residual, _dot(*[residual.detach()] * 2)
+
+    def unsolved(value: Tensor, squared: Tensor) -> Tensor:
+        return squared > tolerance**2 * torch.maximum(whole, _dot(*[value.detach()] * 2))
+
+    def moved(value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor, *history: Tensor) -> Tensor:
+        """The next step of the iterate."""
+        step = mixing * residual
+        if history:
+            directions, moves = history
+            along = residual[:, None] @ directions.mT
+            step = mixing * (residual - (along @ directions)[:, 0]) - (along @ moves)[:, 0]
+        return torch.where(unsolved(value, squared), step, 0.0)
+
+    def learnt(difference: Tensor, move: Tensor, *history: Tensor) -> tuple[Tensor, Tensor]:
+        """One more orthonormal direction of residual differences, and the move behind it, ``[samples, 1, size]``."""
+        length = _dot(difference, difference)
+        if history:
+            directions, moves = history
+            overlap = difference[:, None] @ directions.mT
+            difference = difference - (overlap @ directions)[:, 0]
+            move = move - (overlap @ moves)[:, 0]
+        left = _dot(difference, difference)
+        useful = left > DEPENDENT**2 * length
+        scale = torch.where(useful, torch.where(useful, left, 1.0).rsqrt(), 0.0)
+        return (difference * scale)[:, None], (move * scale)[:, None]
+
+    def improved(
+        value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor, *history: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The state after one more evaluation, but for its history, and what that is to learn."""
+        move = moved(value, residual, squared, mixing, *history)
+        value = value + move
+        slope, after, squared_after = evaluated(value)
+        mixing = torch.where(squared_after > 4.0 * squared, 0.5 * mixing, mixing)
+        return (slope, value, after, squared_after, mixing), (after - residual).detach(), move.detach()
+
+    slope, residual, squared = evaluated(guess)
+    state: tuple[Tensor, ...] = (slope, guess, residual, squared, torch.ones_like(squared))
+    history: tuple[Tensor, ...] = ()
+    for k in range(min(iterations, 2) if loop is not None else iterations)[1:]:
+        state, *news = improved(*state[1:], *history)
+        if k < iterations - 1:
+            new = learnt(*news, *history)
+            history = tuple(torch.cat(x, dim=1)[:, -memory:] for x in zip(history, new)) if history else new
+    if loop is not None and iterations > 2:
+        history = tuple(torch.nn.functional.pad(x, (0, 0, memory - 1, 0)) for x in history)
+
+        def more(k: Tensor, slope: Tensor, value: Tensor, residual: Tensor, squared: Tensor, *_: Tensor) -> Tensor:
+            return (k < iterations) & unsolved(value, squared).any()
+
+        def again(k: Tensor, slope: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            after, *news = improved(*state)
+            history = state[-2:]
+            kept = (torch.cat([x[:, 1:], new], dim=1) for x, new in zip(history, learnt(*news, *history)))
+            return (k + 1, *(x.contiguous() for x in (*after, *kept)))
+
+        start = torch.full_like(
+            squared[0, 0], 2, dtype=torch.long
+        )  # not of nothing, which a loop in a loop cannot take
+        _, *state, _, _ = loop(more, again, (start, *(x.contiguous().clone() for x in (*state, *history))))
+    slope, value, residual = state[:3]
     solved = _relative(residual.detach(), value.detach(), base.detach()) <= tolerance
     return slope, solved[:, None]
 

@@ -16,23 +16,36 @@ class Unrolled:
     """What solves take that cannot stop when they are done.
 
     Attributes:
-        iterations: evaluations of f of each stage that is an equation.
+        iterations: most evaluations of f of each stage that is an equation.
         steps: in each interval, of solves that ask for error control.
+        form: how steps are recorded: one after the other (``"steps"``), one in a scan over their times (``"scan"``), or
+            one in a loop (``"loop"``).
+        tolerance: of stages, where the solve's own is smaller.
+        memory: differences of residuals that a stage keeps.
+        stops: whether a stage ends when all samples are solved, in a loop, or takes all its evaluations.
         implicit, adaptive: whether a solve was met that needs the one, or the other.
         counts: of steps in an interval that solves were met with.
-        looped: write one step, in a loop.
-        given: how many steps that loop takes in each interval, a scalar; None for as many as the solve asks for.
-        states: told the states of each solve in given steps, from the first time to the last; None for nobody.
+        evaluations, most: of f in stages so far, and in one of them, where nothing is recorded.
+        given: how many steps a loop takes in each interval, a scalar; None for as many as the solve asks for.
+        states: told the states of each solve in given steps, from the first time to the last, ``[steps + 1, ...]``;
+            None for nobody.
+        native: record a solve that has a kernel as its op, which the library of the ops runs.
     """
 
     iterations: int
     steps: int
+    form: str = "steps"
+    tolerance: float = 0.0
+    memory: int = 5
+    stops: bool = False
     implicit: bool = False
     adaptive: bool = False
     counts: set[int] = field(default_factory=set)
-    looped: bool = False
+    evaluations: int = 0
+    most: int = 0
     given: Tensor | None = None
-    states: Callable[[list[Any]], Any] | None = None
+    states: Callable[[Any], Any] | None = None
+    native: bool = False
 
 
 _current: Unrolled | None = None
@@ -60,5 +73,15 @@ def is_tracing() -> bool:
 
 
 def is_exporting() -> bool:
-    """The same for those whose record runs without nodeshape, so that it may hold none of its ops."""
+    """The same for those whose record runs without nodeshape."""
     return _current is not None or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def keeps_ops() -> bool:
+    """Whether a record may hold the ops of the kernels: always, but where it must run without their library."""
+    return not is_exporting() or (_current is not None and _current.native)
+
+
+def is_recording() -> bool:
+    """Whether torch.export records the solve, so that its loops are operators."""
+    return torch.compiler.is_exporting()

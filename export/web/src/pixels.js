@@ -10,7 +10,8 @@ export const CONTRAST = 8;
 /** The pixels of an image file, upright as its EXIF tag says, on white where it is transparent: ImageData. */
 export async function decode(blob) {
   if (!blob.size) throw new Error("an empty file");
-  const orientation = webpOrientation(await blob.arrayBuffer());
+  const bytes = await blob.arrayBuffer();
+  const orientation = webpOrientation(bytes);
   let bitmap;
   try {
     const imageOrientation = orientation ? "none" : "from-image";
@@ -28,7 +29,23 @@ export async function decode(blob) {
   pen.setTransform(...transform);
   pen.drawImage(bitmap, 0, 0);
   bitmap.close();
-  return pen.getImageData(0, 0, width, height);
+  const image = pen.getImageData(0, 0, width, height);
+  if (isGreyOf16Bits(bytes)) brighten(image);
+  return image;
+}
+
+/** Whether a file is a PNG of 16-bit grey values. */
+function isGreyOf16Bits(bytes) {
+  const head = new DataView(bytes);
+  return head.byteLength > 26 && head.getUint32(0) === 0x89504e47 && head.getUint8(24) === 16 && head.getUint8(25) === 0;
+}
+
+/** Cameras write 12-bit values into 16-bit files, of which a browser gives the upper 8 bits: black, but for these 4. */
+function brighten({ data }) {
+  let highest = 0;
+  for (let i = 0; i < data.length; i += 4) highest = Math.max(highest, data[i]);
+  if (highest > 15) return;
+  for (let i = 0; i < data.length; i++) if (i % 4 < 3) data[i] *= 17;
 }
 
 /**

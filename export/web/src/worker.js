@@ -83,7 +83,8 @@ async function classify({ session, head, size, channels }, pixels) {
 async function backends(wanted) {
   if (wanted) return [wanted];
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  return adapter ? ["webgpu", "wasm"] : ["wasm"];
+  const fallback = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter; // a GPU that the CPU plays
+  return adapter && !fallback ? ["webgpu", "wasm"] : ["wasm"];
 }
 
 async function runtime(name, progress) {

@@ -1,0 +1,90 @@
+"""Which solver a trained classifier is deployed under: difference and time of each, and the quickest good one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nodeshape._errors import StageSolveError, UserError
+from nodeshape._exporting.verify import classify_all, milliseconds
+from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._models.fewest_steps import converged
+from nodeshape._ode.method import SOURCE_METHODS
+
+STEPS = (1, 2, 3, 5, 10, 20, 40)
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A solver that was tried: its largest difference of a logit from the converged solve's, and its cost.
+
+    Attributes:
+        same_class: part of the images in the converged solve's class.
+        milliseconds: of one image in PyTorch.
+    """
+
+    method: str
+    steps: int
+    difference: float
+    same_class: float
+    milliseconds: float
+
+
+def try_solvers(model: ShapeClassifier, images: Tensor, tolerance: float) -> tuple[list[Tried], Tried]:
+    """Every method at several numbers of steps, and the quickest whose logits are within ``tolerance`` of converged.
+
+    Raises:
+        UserError: no solver is, or the converged solve does not reach the tolerance.
+    """
+    try:
+        with torch.no_grad():
+            exact = torch.cat([converged(model, batch, tolerance) for batch in images.split(BATCH)])
+    except (ValueError, StageSolveError) as error:
+        raise UserError(f"--tolerance {tolerance:g}: {error}") from error
+    tried = []
+    cases = [(method, steps) for method in SOURCE_METHODS for steps in STEPS]
+    for method, steps in tqdm(cases, desc="trying solvers", delay=2, disable=None, leave=False):
+        solver = model.with_solver(method, steps)
+        with tqdm(disable=True) as progress:
+            try:
+                logits = classify_all(solver, images, BATCH, progress)
+            except StageSolveError:  # steps too long for their equations
+                continue
+        same = (logits.argmax(dim=1) == exact.argmax(dim=1)).double().mean()
+        difference = float((logits - exact).abs().max())
+        tried.append(Tried(method, steps, difference, float(same), milliseconds(solver, images[:1], budget=0.1)))
+    good = [x for x in tried if x.difference <= tolerance]
+    if not good:
+        closest = min(tried, key=lambda x: x.difference)
+        raise UserError(
+            f"--tolerance {tolerance:g}: no solver of at most {STEPS[-1]} steps is within it of the converged solve;"
+            f" the closest is {closest.method} in {closest.steps} steps, {closest.difference:.1e} away"
+        )
+    return tried, min(good, key=lambda x: x.milliseconds)
+
+
+def plot_solvers(tried: list[Tried], tolerance: float, path: Path) -> None:
+    """Difference against time of one image, a line per method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method in SOURCE_METHODS:
+        own = [x for x in tried if x.method == method]
+        axes.plot([x.milliseconds for x in own], [x.difference for x in own], "o-", label=method)
+        for x in own:
+            axes.annotate(str(x.steps), (x.milliseconds, x.difference), textcoords="offset points", xytext=(4, 4))
+    axes.axhline(tolerance, color="grey", linestyle="--", label="--tolerance")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="one image, ms (numbers are steps)",
+        ylabel="largest difference of a logit\nfrom the converged solve's",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=150)
