@@ -55,7 +55,15 @@ OF_THE_CPU = [
     *("compilers_and_exporters", "good_citizen"),
 ]
 #: Of programs, tests that run no kernel but the check of fuse().
-OF_FUSE = ["can_be_read", "does_not_lower", "do_not_own", "strided_convolution", "loads_states", "in_the_one"]
+OF_FUSE = [
+    "keeps_does_not",
+    "can_be_read",
+    "does_not_lower",
+    "do_not_own",
+    "strided_convolution",
+    "loads_states",
+    "in_the_one",
+]
 #: And long ones; some cases of them.
 LONG = [
     *("any_feature_map", "any_mlp", "wide_sample", "random_programs", "any_batch", "all_gradient_modes", "in_float32"),

@@ -193,6 +193,8 @@ def test_every_module_that_a_job_runs_decides_whether_its_result_is_kept() -> No
         left = {name for name in names if (package / f"{name.replace('.', '/')}.py").exists()} - found
     deciding_nothing = {
         "_benchmarking.timing",
+        "_cli",
+        "_data.folder",
         "_data.images",
         "_errors",
         "_experiments.jobs",

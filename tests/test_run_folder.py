@@ -269,13 +269,17 @@ def test_a_full_disk_ends_the_run_in_a_line_that_says_how_to_go_on(
 
 
 def test_a_closing_terminal_stops_training_once_however_often_it_says_so() -> None:
-    training = trainer(2)
-    events = []
-    for event in training.train():
-        if isinstance(event, BatchDone):
-            for _ in range(3):
-                signal.raise_signal(signal.SIGHUP)
-        events.append(event)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a shell that runs this may have ignored
+    try:
+        training = trainer(2)
+        events = []
+        for event in training.train():
+            if isinstance(event, BatchDone):
+                for _ in range(3):
+                    signal.raise_signal(signal.SIGHUP)
+            events.append(event)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert events[-1] == Stopped(interrupted=True) and training.steps == 2
 
 

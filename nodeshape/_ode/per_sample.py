@@ -235,6 +235,8 @@ class SampleSteps:
         if bool(finite.all()):
             return slope
         good = finite.nonzero()[:, 0]
+        if not len(good):
+            return slope.detach()
         return slope.detach().index_copy(0, good, self.loop.field(t[good], y[good]))
 
     def _jumping(self, t: Tensor) -> Tensor:
