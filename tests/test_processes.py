@@ -99,6 +99,7 @@ def test_two_processes_give_the_weights_of_one(extras: list[str], tmp_path: Path
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_run_that_one_of_two_processes_was_asked_to_stop_goes_on_in_one(tmp_path: Path) -> None:
     train(1, *SMALL, "--epochs", "3", "--out", "whole", cwd=tmp_path)
     stopped = signal_one_of_two(signal.SIGINT, 4, *SMALL, "--epochs", "3", "--out", "run", cwd=tmp_path)
@@ -118,6 +119,7 @@ def test_a_killed_process_ends_the_run_with_a_message(tmp_path: Path) -> None:
     assert weights(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_unreadable_files_of_all_processes_are_counted(tmp_path: Path) -> None:
     for part, count in (("train", 36), ("test", 6)):
         for index in range(count):

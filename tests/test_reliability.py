@@ -21,7 +21,7 @@ def said(script: str, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("command", "stride"),
     [
-        pytest.param("train", "37", id="train, some"),
+        pytest.param("train", "37", id="train, some", marks=pytest.mark.slow),
         pytest.param("data", "9", id="data, some"),
         *(pytest.param(name, "1", marks=pytest.mark.slow) for name in ("train", "export", "data", "data-here")),
     ],
