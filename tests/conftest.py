@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are many and small: threads would only wait for each other
 
 import re
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -35,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a shell runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     library = config.getoption("--cuda-on-host")
     if library:
         import nodeshape._ode.fused  # noqa: F401  (its library defines the ops that this one overrides)
