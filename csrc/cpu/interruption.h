@@ -11,15 +11,15 @@ namespace nodeshape {
 /// Whether the solves that run now are to end, whatever they have so far; what every step of a time loop looks at.
 extern int interruption;
 
-/// While there is one, a signal that somebody handles ends solves: they then throw, and who called them sees what the
-/// handler has left to be seen. Short solves let a signal wait.
+/// While there is one, a signal that somebody handles ends solves, if they may end: they then throw, and who called
+/// them sees what the handler has left to be seen. Short solves let a signal wait.
 class Interruptible {
  public:
   /// `work`: elements of states that the solve goes through.
   explicit Interruptible(double work) {
     const std::lock_guard<std::mutex> lock(mutex());
     ++solves();
-    if (work < kLong || installed()) return;
+    if (!may_end() || work < kLong || installed()) return;
     installed() = true;
     for (int k = 0; k < kSignals; ++k) {
       struct sigaction ours = {};
@@ -45,6 +45,12 @@ class Interruptible {
       if (is_ours(k)) sigaction(kSignal[k], &before(k), nullptr);
     installed() = false;
     __atomic_store_n(&interruption, 0, __ATOMIC_RELAXED);
+  }
+
+  /// Whether callers know what to do about it; no others' solves end.
+  static bool& may_end() {
+    static bool whether = false;
+    return whether;
   }
 
   /// To be called when the time loops have ended.

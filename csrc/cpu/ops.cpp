@@ -104,6 +104,11 @@ extern "C" __attribute__((visibility("default"))) int64_t nodeshape_most_threads
   return nodeshape::most_threads.exchange(1);
 }
 
+/// From now on signals end solves, as callers that take solves anew want it.
+extern "C" __attribute__((visibility("default"))) void nodeshape_let_signals_end_solves() {
+  nodeshape::Interruptible::may_end() = true;
+}
+
 STABLE_TORCH_LIBRARY(nodeshape, m) {
   m.def(
       "conv_solve(Tensor y0, Tensor t, Tensor[] weights, int[] steps, float theta, float tolerance,"

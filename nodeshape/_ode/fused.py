@@ -31,6 +31,7 @@ tensors on a GPU, where torch has CUDA (``mlp_*`` have ``int activation`` after 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -375,6 +376,7 @@ def _load() -> str | None:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return _told(f"{_LIBRARY.name} does not load: {error}")
+    ctypes.CDLL(str(_LIBRARY)).nodeshape_let_signals_end_solves()
     for name in ("conv_solve", "mlp_solve"):
         register(name, _fake)
     return None
