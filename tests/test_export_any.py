@@ -269,3 +269,31 @@ def test_inputs_that_a_file_cannot_have_get_one_line(
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="there is no folder"):
         ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "gone" / "model.ts")
+
+
+class Rows(nn.Module):
+    """A batch normalisation of channels before a linear layer over rows, which is not the layer of its channels."""
+
+    def __init__(self, channels: int, width: int, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(kind(channels), nn.Linear(width, width))
+        self.block = ns.ODEBlock(TimeMLP(), method="euler", steps=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.layers(x).flatten(1)[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "shape"),
+    [(nn.BatchNorm2d, 4, (4, 3, 4)), (nn.BatchNorm2d, 2, (2, 3, 5)), (nn.BatchNorm1d, 4, (4, 4))],
+)
+def test_layers_that_follow_each_other_in_another_way_are_left_as_they_are(
+    kind: type[nn.Module], channels: int, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = Rows(channels, shape[-1], kind)
+    module(torch.randn(9, *shape))  # which leaves statistics of its own to every channel
+    module = module.eval()
+    with torch.no_grad():
+        module.layers[0].weight.copy_(torch.linspace(0.5, 2.0, channels))
+    assert ns.to_onnx(module, torch.randn(3, *shape), tmp_path / "model.onnx").max_difference < 1e-5

@@ -115,12 +115,9 @@ class Variant:
 
 
 def _load_onnx(path: Path) -> Callable[[Tensor], Any]:
-    import onnxruntime
+    from nodeshape._exporting.module import open_onnx
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_onnx(path, torch.get_num_threads())
     name, kind = session.get_inputs()[0].name, session.get_inputs()[0].type
 
     def classify(images: Tensor) -> Any:

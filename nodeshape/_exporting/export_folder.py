@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape import __version__
+from nodeshape._cli import picture
 from nodeshape._errors import StageSolveError, UserError
 from nodeshape._exporting import native as native_files
 from nodeshape._exporting.module import OPSET, ExportReport, Run, write_onnx, write_pt2, write_torchscript
@@ -48,6 +49,7 @@ RANGE_IMAGES = 300
 SOLVER_IMAGES = 200
 #: Images that decide how few evaluations of f an implicit stage takes.
 TRIAL_IMAGES = 100
+Writer = Callable[..., tuple[ExportReport, Run]]
 PREPROCESSING = (
     "Scale the picture to fit a square of image_size pixels, aspect kept, centred on its border's median colour; grey"
     " or RGB values as float32 in [0, 1], [batch, channels, image_size, image_size]. Normalisation is in the model."
@@ -96,7 +98,8 @@ def write_export_folder(
             chosen: dict[str, Any] = {}
             if solver_tolerance is not None:
                 tried, best = try_solvers(model, check_images(model, state, SOLVER_IMAGES)[0], solver_tolerance)
-                plot_solvers(tried, solver_tolerance, partial / SOLVERS)
+                with picture(partial / SOLVERS):
+                    plot_solvers(tried, solver_tolerance, partial / SOLVERS)
                 model = model.with_solver(best.method, best.steps)
                 chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
             report = _write(partial, model, list(classes), state, tolerance, trajectory, native) | chosen
@@ -243,37 +246,31 @@ def write_classifier_onnx(
     return write_onnx(model, images, path, output="logits", metadata=metadata, docs=docs, **settings)
 
 
-def write_classifier_torchscript(
-    model: ShapeClassifier,
-    images: Tensor,
-    path: Path,
-    metadata: Mapping[str, str],
-    trajectory: bool = False,
-    tolerance: float = TOLERANCE,
-) -> tuple[ExportReport, Run]:
-    """TorchScript, images to logits."""
-    files = _files_within(metadata)
-    return write_torchscript(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+def _with_texts(write: Writer) -> Writer:
+    """A writer whose files hold the texts of their metadata."""
+
+    def written(
+        model: ShapeClassifier,
+        images: Tensor,
+        path: Path,
+        metadata: Mapping[str, str],
+        trajectory: bool = False,
+        tolerance: float = TOLERANCE,
+    ) -> tuple[ExportReport, Run]:
+        files = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
+        return write(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+
+    return written
 
 
-def write_classifier_pt2(
-    model: ShapeClassifier,
-    images: Tensor,
-    path: Path,
-    metadata: Mapping[str, str],
-    trajectory: bool = False,
-    tolerance: float = TOLERANCE,
-) -> tuple[ExportReport, Run]:
-    """A program of torch.export, images to logits."""
-    files = _files_within(metadata)
-    return write_pt2(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+#: TorchScript and a program of torch.export, images to logits.
+write_classifier_torchscript, write_classifier_pt2 = _with_texts(write_torchscript), _with_texts(write_pt2)
 
-
-WRITERS = {ONNX: write_classifier_onnx, TORCHSCRIPT: write_classifier_torchscript, PT2: write_classifier_pt2}
-
-
-def _files_within(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
+WRITERS: dict[str, Writer] = {
+    ONNX: write_classifier_onnx,
+    TORCHSCRIPT: write_classifier_torchscript,
+    PT2: write_classifier_pt2,
+}
 
 
 def _judge(name: str, batch_size: int, agreement: Agreement, tolerance: float) -> None:

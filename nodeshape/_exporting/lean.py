@@ -159,6 +159,7 @@ def _scaled(conv: nn.Module | None, scale: Tensor, shift: Tensor) -> nn.Conv2d:
         conv.dilation,  # type: ignore[arg-type]
         conv.groups,
         padding_mode=conv.padding_mode,
+        dtype=conv.weight.dtype,
     )
     bias = 0.0 if conv.bias is None else conv.bias.detach().double()
     with torch.no_grad():
@@ -171,7 +172,7 @@ def _scaled(conv: nn.Module | None, scale: Tensor, shift: Tensor) -> nn.Conv2d:
 def _shifted(linear: nn.Module | None, scale: Tensor, shift: Tensor) -> nn.Linear:
     """The linear layer of what is scaled and shifted."""
     assert isinstance(linear, nn.Linear)
-    new = nn.Linear(linear.in_features, linear.out_features)
+    new = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype)
     weight = linear.weight.detach().double()
     bias = 0.0 if linear.bias is None else linear.bias.detach().double()
     with torch.no_grad():

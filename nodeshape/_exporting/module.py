@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import os
 import warnings
@@ -27,6 +28,7 @@ from nodeshape._ode.unrolled import Unrolled, unrolled
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 #: The oldest opset the exporter writes, so that as many runtimes as possible read it, and the IR version it came with.
 OPSET, IR_VERSION = 18, 8
@@ -191,7 +193,6 @@ def write_onnx(
     """
     outputs = {"output": output}
     import onnx
-    import onnxruntime
 
     from nodeshape._exporting.graph import nodes, simplify, tidy
 
@@ -219,9 +220,7 @@ def write_onnx(
             _describe(proto, metadata or {}, docs or {})
             onnx.checker.check_model(proto)
             onnx.save(proto, partial)
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # it warns that steps may be given
-            session = onnxruntime.InferenceSession(partial, options, providers=["CPUExecutionProvider"])
+            session = open_onnx(partial)
             taken = {x.name for x in session.get_inputs()}
 
             def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -231,6 +230,16 @@ def write_onnx(
 
             progress("comparing")
             return subject.report(Path(path), partial, sum(1 for _ in nodes(proto.graph)), run), run
+
+
+def open_onnx(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Read an ONNX file, to run in so many threads; 0 for as many as there are cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns of inputs that may be left out, and of constants that it cannot compute
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _describe(proto: onnx.ModelProto, metadata: Mapping[str, str], docs: Mapping[str, str]) -> None:
@@ -258,16 +267,27 @@ def write_torchscript(
         subject = _Subject(module, example_inputs, tolerance, trajectory, "steps", stops=False)
         with _written(path) as partial:
             progress("recording")
-            with subject.recorded():
-                traced = torch.jit.trace(subject.recordable, subject.traced_with, check_trace=False, strict=False)
+            traced = subject.traced()
             progress("writing")
-            torch.jit.save(traced, partial, _extra_files=dict(files or {}))
-            loaded = torch.jit.load(partial)
-            count = sum(1 for node in loaded.inlined_graph.nodes() if node.kind() != "prim::Constant")
+            loaded, count = save_torchscript(traced, partial, files or {})
             progress("comparing")
             run = subject.structured(loaded)
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # which takes many times as long as the comparison
                 return subject.report(Path(path), partial, count, run), run
+
+
+def save_torchscript(traced: torch.jit.ScriptModule, path: Path, files: Mapping[str, str]) -> tuple[Any, int]:
+    """Save a trace with further ``files`` in it; what the file loads as, and its operations."""
+    _save(path, lambda to: torch.jit.save(traced, to, _extra_files=dict(files)))
+    loaded = torch.jit.load(path)
+    return loaded, sum(1 for node in loaded.inlined_graph.nodes() if node.kind() != "prim::Constant")
+
+
+def _save(path: Path, write: Callable[[io.BytesIO], None]) -> None:
+    """Write a file by way of memory: torch's own writer aborts the process where the disk is full."""
+    buffer = io.BytesIO()
+    write(buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def write_pt2(
@@ -287,7 +307,7 @@ def write_pt2(
             program = subject.program()
             progress("writing")
             with subject.recorded():  # weights that are not differentiated, so that its loops are not
-                torch.export.save(program, partial, extra_files=dict(files or {}))
+                _save(partial, lambda to: torch.export.save(program, to, extra_files=dict(files or {})))
             loaded = torch.export.load(partial)
             graphs = [x for x in loaded.graph_module.modules() if isinstance(x, torch.fx.GraphModule)]
             count = sum(1 for graph in graphs for node in graph.graph.nodes if node.op == "call_function")
@@ -358,6 +378,7 @@ class _Subject:
         for name, y in zip(self.output_names, self._expected[0]):
             if not isinstance(y, Tensor):
                 raise ValueError(f"{name} of the module is {type(y).__name__}, but a file gives tensors only")
+        self._is_leaner = not native and self._is_same_when_lean()
         with _evaluating(module), self._thinned():
             self._choose_steps()
             if trajectory is not False:
@@ -378,8 +399,23 @@ class _Subject:
             yield
 
     def _thinned(self) -> AbstractContextManager[None]:
-        """The module with less to compute; but kernels know theirs by their modules."""
-        return nullcontext() if self._how.native else lean(self.module)
+        """The module with less to compute, where that is the same; but kernels know theirs by their modules."""
+        return lean(self.module) if self._is_leaner else nullcontext()
+
+    def _is_same_when_lean(self) -> bool:
+        try:
+            with _evaluating(self.module), lean(self.module):
+                return self._difference() <= MARGIN * self.tolerance
+        except Exception:  # whatever layers raise that follow each other in another way than lean takes them to
+            return False
+
+    def traced(self) -> torch.jit.ScriptModule:
+        """The module recorded by torch.jit.trace."""
+        with self.recorded():
+            traced: torch.jit.ScriptModule = torch.jit.trace(
+                self.recordable, self.traced_with, check_trace=False, strict=False
+            )
+        return traced
 
     def program(self) -> torch.export.ExportedProgram:
         """The module recorded by torch.export, with the batch size left open."""
@@ -623,6 +659,8 @@ def _written(path: str | os.PathLike[str]) -> Iterator[Path]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk
+            raise
         raise UserError(f"the module cannot be recorded: {_first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)

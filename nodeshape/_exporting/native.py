@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nodeshape._cli import user_input
 from nodeshape._errors import UserError
-from nodeshape._exporting.module import TOLERANCE, ExportReport, _Progress, _Subject, _written
+from nodeshape._exporting.module import TOLERANCE, ExportReport, _Progress, _Subject, _written, save_torchscript
 from nodeshape._exporting.verify import Classify
 from nodeshape._files import write_atomically
 from nodeshape._models.classifier import ShapeClassifier
@@ -61,16 +61,13 @@ def to_native(
     subject = _Subject(module, example_inputs, tolerance, native=True)
     with _Progress(TORCHSCRIPT) as progress, _written(folder / TORCHSCRIPT) as partial, torch.no_grad():
         progress("recording")
-        with subject.recorded():
-            traced = torch.jit.trace(subject.recordable, subject.traced_with, check_trace=False, strict=False)
+        traced = subject.traced()
         if not any(node.kind().startswith("nodeshape::") for node in traced.inlined_graph.nodes()):
             raise UserError(
                 "no solve of the module has a kernel, so native files would gain nothing: nodeshape.backend(...) says"
                 " why; use nodeshape.to_torchscript"
             )
-        torch.jit.save(traced, partial, _extra_files=dict(texts))
-        loaded = torch.jit.load(partial)
-        nodes = sum(1 for node in loaded.inlined_graph.nodes() if node.kind() != "prim::Constant")
+        loaded, nodes = save_torchscript(traced, partial, texts)
         reports = [subject.report(folder / TORCHSCRIPT, partial, nodes, subject.structured(loaded))]
         if package:
             reports.append(_compile(subject, folder / PACKAGE, texts))

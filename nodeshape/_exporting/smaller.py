@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape._errors import UserError
+from nodeshape._exporting.module import open_onnx
 from nodeshape._exporting.verify import classify_all, compare
 
 #: Part of the images that may be of another class than by the float32 file, so that no accuracy differs by more.
@@ -99,9 +99,7 @@ def judge(path: Path, images: Tensor, reference: Tensor) -> dict[str, Any]:
 
 def logits_of(path: Path, images: Tensor) -> Tensor:
     """What an ONNX file gives for images, in onnxruntime."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of constants that it cannot compute when it loads the file
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_onnx(path)
 
     def classify(batch: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"image": batch.numpy()})[0])
