@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from wobbly import write_photos
 
 from nodeshape import _cli
 from nodeshape._data.datasets import drawn_data
-from nodeshape._data.shapes import draw
 from nodeshape._errors import UserError
 from nodeshape._files import locked
 from nodeshape._models.classifier import ShapeClassifier
@@ -44,12 +44,7 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for index in range(24):
-        image, label = draw("single", 5, index, 20)
-        path = tmp_path / "photos" / f"class{label}" / f"{index:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos", 24)
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from wobbly import write_photos
 
 from nodeshape._data import datasets, streaming
 from nodeshape._data.datasets import Data, Split, folder_data
 from nodeshape._data.images import ImageError, load_image
-from nodeshape._data.shapes import draw
 from nodeshape._data.streaming import AHEAD, StreamedSplit
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
@@ -25,12 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Sixty images of three classes."""
-    for index in range(60):
-        image, label = draw("single", 5, index, 20)
-        path = tmp_path / "data" / f"class{label}" / f"{index:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    return tmp_path / "data"
+    return write_photos(tmp_path / "data", 60)
 
 
 def read(folder: Path, stream: bool, strict: bool = False) -> Data:

@@ -1,4 +1,4 @@
-"""Thirty drawings of an unsteady hand and pictures of every kind, for the tests of what classifies them."""
+"""Thirty drawings of an unsteady hand, pictures of every kind and folders of them, for the tests of what reads them."""
 
 from __future__ import annotations
 
@@ -112,6 +112,16 @@ def clean_shape(kind: str, radius: float, filled: bool, rng: np.random.Generator
     else:
         pen.line([*points, *points[:2]], ink, line, joint="curve")
     return image.resize((side, side), Image.Resampling.BOX)
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """Drawn shapes of three classes as a user's folder of images."""
+    for index in range(count):
+        image, label = draw("single", 5, index, 20)
+        path = folder / f"class{label}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
 
 
 def write_pictures(folder: Path, count: int = 100) -> list[Path]:
