@@ -29,6 +29,7 @@ from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower
 from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 from nodeshape._ode.reads import MISSING, Reads, difference, recorded
+from nodeshape._ode.unrolled import is_exporting, is_recording
 
 State = Tensor | tuple[Tensor, ...]
 #: Largest relative difference from f, in float64, of values and of gradients (torch has hardsigmoid's 1/6 in float32).
@@ -83,7 +84,27 @@ class Fused(nn.Module):
 
     def forward(self, t: Tensor, y: Any) -> Any:
         """f itself."""
+        if self._lowered.differentiates and is_exporting():
+            written = self._written(y[0] if self._tuple else y)
+            if written is not None:
+                out = written(t, tuple(y) if self._tuple else (y,))
+                return tuple(out) if self._tuple else out
         return self.func(t, y)
+
+    def _written(self, like: Tensor) -> _Written | None:
+        """f with the derivatives it takes as plain operations, which exporters can record, where it is as it was."""
+        known: dict[Any, Any] = self.__dict__.setdefault("_plain", {})
+        key = like.dtype, like.device
+        if not is_recording():  # an exporter runs it before it records it
+            places = self._found()
+            if isinstance(places, str):
+                known.pop(key, None)
+            elif key not in known or known[key][0] is not places:
+                lead = (3,) if self._batched else ()
+                examples = tuple(torch.zeros(*lead, *shape, dtype=key[0], device=key[1]) for shape in self._shapes)
+                time = torch.zeros((), dtype=key[0], device=key[1])
+                known[key] = places, _Written(_Called(self.func, self._tuple), time, examples, self._batched)
+        return known[key][1] if key in known else None
 
     def __repr__(self) -> str:
         name = type(self.func).__name__ if isinstance(self.func, nn.Module) else "function"
@@ -219,6 +240,7 @@ class Fused(nn.Module):
         state = self.__dict__.copy()
         state.pop("_known", None)
         state.pop("_placed", None)
+        state.pop("_plain", None)
         return state
 
     def pack(self, y0: State) -> Tensor:
@@ -326,7 +348,7 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
                     raise
                 differentiates = True
                 with _computing_in_float64():
-                    called = _Written(called, time, examples, batched)
+                    called = _Written(called, time, examples, batched, keeps_places=True)
                     exported = exported_program()
     except Exception as error:  # whatever f, or PyTorch's tracer of it, raises
         if isinstance(error, FuseError):
@@ -361,7 +383,7 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
     }
     user = [name for name in signature.user_inputs if isinstance(name, str)]
     lowered = lower(exported.graph, {*paths}, constants, user[1:], user[0])
-    lowered.paths, lowered.constants = paths, constants
+    lowered.paths, lowered.constants, lowered.differentiates = paths, constants, differentiates
     return lowered
 
 
@@ -412,10 +434,19 @@ class _Written(nn.Module):
 
     Args:
         called: to be evaluated once, at the examples.
+        keeps_places: whether what records it is told where in f an operation stands.
     """
 
-    def __init__(self, called: nn.Module, time: Tensor, examples: tuple[Tensor, ...], batched: bool) -> None:
+    def __init__(
+        self,
+        called: nn.Module,
+        time: Tensor,
+        examples: tuple[Tensor, ...],
+        batched: bool,
+        keeps_places: bool = False,
+    ) -> None:
         super().__init__()
+        self.keeps_places = keeps_places
         for name, child in called.named_children():
             self.add_module(name, child)
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -452,8 +483,11 @@ class _Written(nn.Module):
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def forward(self, t: Tensor, y: tuple[Tensor, ...]) -> Any:
-        with preserve_node_meta():  # where in f an operation stands
-            return Interpreter(self.__dict__["_graph"]).run(self._tensors(), t, y)
+        graph = self.__dict__["_graph"]
+        if not self.keeps_places:
+            return graph(self._tensors(), t, y)
+        with preserve_node_meta():
+            return Interpreter(graph).run(self._tensors(), t, y)
 
 
 class _Widened(TorchFunctionMode):
