@@ -90,7 +90,9 @@ def train(seed: int, quick: bool) -> tuple[dict[str, float], Any]:
         rival = solve_by(network(seed), steps=steps)
         fit(rival, data, seed, epochs, f"rk4, {steps} steps")
         figures[f"accuracy, rk4 in the evaluations of {own:g}"] = tested(rival, test)[0]
-        figures[f"accuracy, trained by rk4, tested at {tolerances[-1]:g}"] = tested(solve_by(rival, tolerances[-1]), test)[0]
+        figures[f"accuracy, trained by rk4, tested at {tolerances[-1]:g}"] = tested(
+            solve_by(rival, tolerances[-1]), test
+        )[0]
     return figures, (figures, tolerances)
 
 
