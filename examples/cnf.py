@@ -1,10 +1,10 @@
 """Continuous normalising flows on four shapes of the plane: density, samples, and what they cost.
 
-The claim (Chen et al., arXiv:1806.07366, section 4; Grathwohl et al., arXiv:1810.01367; Finlay et al., arXiv:2002.02798):
-an ODE that carries data x at t=0 to noise z at t=1 is a density model, log p(x) = log N(z) + ∫ ∇·f dt, whose field may be
-any network; solved backwards it samples; and kinetic and Jacobian regularisation keep it cheap to solve. The rivals are
-a neural spline flow of zuko's with about as many weights, and torchdiffeq's example, a hypernetwork trained through its
-adjoint under error control, both in the time that ours takes.
+The claim (Chen et al., arXiv:1806.07366, section 4; Grathwohl et al., arXiv:1810.01367; Finlay et al.,
+arXiv:2002.02798): an ODE that carries data x at t=0 to noise z at t=1 is a density model, of log density
+log N(z) + ∫ ∇·f dt, whose field may be any network; solved backwards it samples; and kinetic and Jacobian regularisation
+keep it cheap to solve. The rivals are a neural spline flow of zuko's with about as many weights, and torchdiffeq's example, a
+hypernetwork trained through its adjoint under error control, both in the processor time that ours takes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Flow(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """The flow of torchdiffeq's example: one hidden layer whose weights a network makes of the time; trained as there."""
+    """The flow of torchdiffeq's example, trained as there: one hidden layer, its weights made from the time."""
 
     def __init__(self, scale: float = 2.0, width: int = 64, hidden: int = 32) -> None:
         super().__init__()
@@ -276,8 +276,9 @@ def verdict(means: dict[str, float]) -> str:
         return f"{sum(means[f'{name}: {own}'] <= means[f'{name}: {rival}'] for name in names)} of {len(names)}"
 
     return (
-        f"Held out, ours is at least as likely as torchdiffeq's example on {better('ours', RIVAL)} shapes in equal time and"
-        f" on {better(EQUAL, RIVAL)} in as many iterations, and as the spline flow on {better('ours', 'spline flow')}."
+        f"Held out, ours is at least as likely as torchdiffeq's example on {better('ours', RIVAL)} shapes in equal time"
+        f" and on {better(EQUAL, RIVAL)} in as many iterations, and as the spline flow on"
+        f" {better('ours', 'spline flow')}."
     )
 
 

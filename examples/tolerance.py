@@ -2,9 +2,9 @@
 
 The claim (the report, after Chen et al., arXiv:1806.07366, section 3): the tolerance of the solver can be set, and set
 differently for training and for testing, to trade accuracy for evaluations of f. Each of five networks is trained under
-error control by dopri5 at a tolerance from 1e-1 to 1e-5 and tested at all of them. Its flow begins ten times as fast as
-that of nodeshape's classifier, so that tolerances make a difference. The rival is the same network, trained and tested by
-rk4 in as many evaluations, in equal steps.
+error control by dopri5 at a tolerance from 1e-1 to 1e-5 and tested at all of them. Its flow begins ten times as fast
+as that of nodeshape's classifier, so that tolerances make a difference. The rival is the same network, trained and
+tested by rk4 in as many evaluations, in equal steps.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def verdict(means: dict[str, float]) -> str:
 
     return (
         f"Trained at {tight:g}, a test at {loose:g} has {at('accuracy', tight, loose):.1f}% in"
-        f" {at('evaluations', tight, loose):.0f} evaluations, one at {tight:g} has {at('accuracy', tight, tight):.1f}% in"
-        f" {at('evaluations', tight, tight):.0f}. Trained at {loose:g}, it is {at('accuracy', loose, loose):.1f}% at"
+        f" {at('evaluations', tight, loose):.0f} evaluations, one at {tight:g} has {at('accuracy', tight, tight):.1f}%"
+        f" in {at('evaluations', tight, tight):.0f}. Trained at {loose:g}, it is {at('accuracy', loose, loose):.1f}% at"
         f" {loose:g} and {at('accuracy', loose, tight):.1f}% at {tight:g}."
     )
 

@@ -29,7 +29,7 @@ class ODEBlock(nn.Module):
         eval_rtol, eval_atol: other tolerances for evaluation mode.
         options: of :func:`nodeshape.odeint`.
         augment: features, or channels, of zeros that are appended to dimension 1 before the solve, so that trajectories
-            have room to pass each other (Dupont et al., arXiv:1904.01681); ``dynamics`` takes and the result keeps them.
+            have room to pass each other (Dupont et al., arXiv:1904.01681); the result keeps them.
 
     Attributes:
         stats: of the latest forward pass, with its backward pass once that has run; None before.
