@@ -2,9 +2,10 @@
 
 The claim (Chen et al., arXiv:1806.07366, section 4; Grathwohl et al., arXiv:1810.01367; Finlay et al.,
 arXiv:2002.02798): an ODE that carries data x at t=0 to noise z at t=1 is a density model, of log density
-log N(z) + ∫ ∇·f dt, whose field may be any network; solved backwards it samples; and kinetic and Jacobian regularisation
-keep it cheap to solve. The rivals are a neural spline flow of zuko's with about as many weights, and torchdiffeq's example, a
-hypernetwork trained through its adjoint under error control, both in the processor time that ours takes.
+log N(z) + ∫ ∇·f dt, whose field may be any network; solved backwards it samples; and kinetic and Jacobian
+regularisation keep it cheap to solve. The rivals are a neural spline flow of zuko's with about as many weights, and
+torchdiffeq's example, a hypernetwork trained through its adjoint under error control, both in the processor time that
+ours takes.
 """
 
 from __future__ import annotations
