@@ -184,7 +184,7 @@ def nll(model: Any, x: Tensor) -> float:
 def train(seed: int, quick: bool) -> tuple[dict[str, float], Any]:
     figures: dict[str, float] = {}
     shown: dict[str, Any] = {}
-    iterations = 200 if quick else 1500
+    iterations = 200 if quick else 1000
     for name in DATA[:1] if quick else DATA:
         x, test = data(name, TRAINING, seed), data(name, HELD_OUT, seed + 10_000)
         for variant, how in VARIANTS.items():
