@@ -56,7 +56,8 @@ class Flow(nn.Module):
         super().__init__()
         self.f, self.regularise = ns.MLPDynamics(2, (width, width)), regularise
         with torch.no_grad():
-            self.f.layers[0].weight *= 3  # densities have edges
+            for x in self.f.layers[0].parameters():
+                x *= 3  # densities have edges, all over the plane
         x = torch.zeros(2, 2)
         self.field = ns.fuse(self.f, x)
         dynamics = ns.WithDivergence(self.f, trace, kinetic=True, jacobian=True)
