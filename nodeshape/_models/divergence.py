@@ -74,7 +74,8 @@ class WithDivergence(nn.Module):
         expected = 2 + self.kinetic + self.jacobian + (self.trace == "hutchinson")
         if len(state) != expected or y.dim() < 2:
             raise ValueError(f"the state must be the {expected} tensors of WithDivergence.state(y), got {len(state)}")
-        dy, pulled = torch.func.vjp(lambda y: self.f(t, y), y)
+        made: Any = torch.func.vjp(lambda y: self.f(t, y), y)
+        dy, pulled = made
         if dy.shape != y.shape:
             raise ValueError(f"f must return the shape of y, {list(y.shape)}, it returned {list(dy.shape)}")
         if self.trace == "hutchinson":

@@ -332,9 +332,9 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
     differentiates = False
 
     def exported_program() -> torch.export.ExportedProgram:
-        return torch.export.export(
-            called, (time, examples), dynamic_shapes=({}, shapes), strict=False
-        ).run_decompositions(_decompositions())
+        program = torch.export.export(called, (time, examples), dynamic_shapes=({}, shapes), strict=False)
+        decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
+        return decomposed
 
     try:
         logging.getLogger("torch").setLevel(logging.ERROR)
