@@ -84,7 +84,9 @@ class Fused(nn.Module):
 
     def forward(self, t: Tensor, y: Any) -> Any:
         """f itself."""
-        if self._lowered.differentiates and is_exporting():
+        if (
+            is_exporting() and self._lowered.differentiates
+        ):  # in this order: what f reads while it is fused is remembered
             written = self._written(y[0] if self._tuple else y)
             if written is not None:
                 out = written(t, tuple(y) if self._tuple else (y,))
