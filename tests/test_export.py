@@ -118,7 +118,7 @@ def test_the_report_holds_the_verification(exported):
         assert figures["max_difference"] <= 1e-4
         assert figures["same_class"] == figures["images"] == count
         assert list(figures["by_batch_size"]) == ["1", "7", "300"]
-    parts = ["reference", "writing", "proof"]
+    parts = ["reference", "choice", "writing", "proof"]
     assert list(report["seconds"]) == [*parts, "total"]
     assert 0 < sum(report["seconds"][part] for part in parts) <= report["seconds"]["total"]
 

@@ -214,9 +214,9 @@ def _variants(method: str, quick: bool) -> list[Variant]:
 
 def _plain_export(model: ShapeClassifier, images: Tensor, path: Path) -> None:
     """What torch's exporter makes of the module by itself."""
-    from nodeshape._exporting.module import _Progress
+    from nodeshape._exporting.module import Progress
 
-    with _Progress(path.name), torch.no_grad():
+    with Progress(path.name), torch.no_grad():
         dimensions = ({0: torch.export.Dim("batch")},)
         torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=dimensions, verbose=False)
 

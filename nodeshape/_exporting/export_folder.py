@@ -20,7 +20,16 @@ from nodeshape import __version__
 from nodeshape._cli import picture
 from nodeshape._errors import StageSolveError, UserError
 from nodeshape._exporting import native as native_files
-from nodeshape._exporting.module import OPSET, ExportReport, Run, write_onnx, write_pt2, write_torchscript
+from nodeshape._exporting.module import (
+    OPSET,
+    ExportReport,
+    Progress,
+    Run,
+    Subject,
+    write_onnx,
+    write_pt2,
+    write_torchscript,
+)
 from nodeshape._exporting.smaller import judge, logits_of, write_half, write_int8
 from nodeshape._exporting.solvers import plot_solvers, try_solvers
 from nodeshape._exporting.verify import (
@@ -134,7 +143,7 @@ def _write(
     Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
 
     files: dict[str, dict[str, Any]] = {}
-    seconds["writing"] = seconds["proof"] = 0.0
+    seconds |= {"choice": 0.0, "writing": 0.0, "proof": 0.0}
 
     def prove(name: str, classify: Classify) -> None:
         start = perf_counter()
@@ -156,9 +165,14 @@ def _write(
         }
         seconds["proof"] += perf_counter() - start
 
+    start = perf_counter()
+    trials = images[:TRIAL_IMAGES]
+    with Progress("files"):
+        subject = Subject(model, trials, tolerance, trajectory)
+    seconds["choice"] = perf_counter() - start
     for name, write in WRITERS.items():
         start = perf_counter()
-        written, run = write(model, images[:TRIAL_IMAGES], folder / name, metadata, trajectory, tolerance)
+        written, run = write(model, trials, folder / name, metadata, trajectory, tolerance, subject)
         seconds["writing"] += perf_counter() - start
 
         def classify(batch: Tensor, run: Run = run) -> Tensor:
@@ -235,14 +249,15 @@ def write_classifier_onnx(
     metadata: Mapping[str, str],
     trajectory: bool = False,
     tolerance: float = TOLERANCE,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
-    """ONNX, ``image`` to ``logits``."""
+    """ONNX, ``image`` to ``logits``; ``subject`` is one of the model and these images, where files share it."""
     docs = {
         "image": metadata.get("preprocessing", PREPROCESSING),
         "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
         "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
     }
-    settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance}
+    settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
     return write_onnx(model, images, path, output="logits", metadata=metadata, docs=docs, **settings)
 
 
@@ -256,9 +271,11 @@ def _with_texts(write: Writer) -> Writer:
         metadata: Mapping[str, str],
         trajectory: bool = False,
         tolerance: float = TOLERANCE,
+        subject: Subject | None = None,
     ) -> tuple[ExportReport, Run]:
         files = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
-        return write(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+        settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
+        return write(model, images, path, files=files, **settings)
 
     return written
 

@@ -9,7 +9,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,7 @@ def write_onnx(
     output: str = "output",
     metadata: Mapping[str, str] | None = None,
     docs: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_onnx`.
 
@@ -187,6 +189,7 @@ def write_onnx(
         output: the name of a lone output.
         metadata: the file's ``metadata_props``.
         docs: of inputs and outputs, by name.
+        subject: of these arguments, where several files share one.
 
     Returns:
         its report, and the file as a function.
@@ -196,8 +199,8 @@ def write_onnx(
 
     from nodeshape._exporting.graph import nodes, simplify, tidy
 
-    with _Progress(Path(path).name) as progress:
-        subject = _Subject(module, example_inputs, tolerance, trajectory, "loop" if loop else "scan", stops=True)
+    with Progress(Path(path).name) as progress:
+        subject = subject or Subject(module, example_inputs, tolerance, trajectory, loop)
         with _written(path) as partial:
             progress("recording")
             with subject.recorded():
@@ -261,10 +264,11 @@ def write_torchscript(
     trajectory: bool | nn.Module = False,
     tolerance: float = TOLERANCE,
     files: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_torchscript`, with further ``files`` in the file; its report, and the file as a function."""
-    with _Progress(Path(path).name) as progress:
-        subject = _Subject(module, example_inputs, tolerance, trajectory, "steps", stops=False)
+    with Progress(Path(path).name) as progress:
+        subject = (subject or Subject(module, example_inputs, tolerance, trajectory)).in_steps()
         with _written(path) as partial:
             progress("recording")
             traced = subject.traced()
@@ -298,10 +302,11 @@ def write_pt2(
     trajectory: bool | nn.Module = False,
     tolerance: float = TOLERANCE,
     files: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_pt2`, with further ``files`` in the file; its report, and the file as a function."""
-    with _Progress(Path(path).name) as progress:
-        subject = _Subject(module, example_inputs, tolerance, trajectory, "scan", stops=True)
+    with Progress(Path(path).name) as progress:
+        subject = subject or Subject(module, example_inputs, tolerance, trajectory)
         with _written(path) as partial:
             progress("recording")
             program = subject.program()
@@ -316,8 +321,10 @@ def write_pt2(
             return subject.report(Path(path), partial, count, run), run
 
 
-class _Subject:
+class Subject:
     """A module under export: its inputs, its outputs at several batch sizes, and what its solves take.
+
+    It is recorded with steps in a scan, or in a loop, and with implicit stages that stop when they are solved.
 
     Attributes:
         module: in evaluation mode.
@@ -335,11 +342,9 @@ class _Subject:
         example_inputs: Any,
         tolerance: float,
         trajectory: bool | nn.Module = False,
-        form: str = "steps",
-        stops: bool = False,
+        loop: bool = False,
         native: bool = False,
     ) -> None:
-        loop = form == "loop"
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"module must be an nn.Module, got {type(module).__name__}: put the call of odeint in one's forward"
@@ -371,7 +376,9 @@ class _Subject:
         self.output_names: list[str] = []
         self.dimensions: set[str] = set()
         self.recordable: nn.Module = module
-        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, form=form, stops=stops, native=native)
+        form = "loop" if loop else "scan"
+        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, form=form, stops=True, native=native)
+        self._program: torch.export.ExportedProgram | None = None
         self.batch_sizes = (1,) if self._batch is None else tuple(sorted({1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
             self._expected = [self._outputs(self._sized(size if wide else None)) for size in self.batch_sizes]
@@ -391,6 +398,20 @@ class _Subject:
         self.default_steps = max(counts) if loop and len(counts) == 1 else None
         if loop:
             self.recordable = _Looped(module, self._how, self.default_steps is not None)
+
+    def in_steps(self) -> Subject:
+        """The same with steps one after the other and stages of as many evaluations each: what a trace can hold."""
+        other = copy(self)
+        how = other._how = replace(self._how, form="steps", stops=False, counts=set())
+        other._program = None
+        if isinstance(self.recordable, _WithTrajectory):
+            other.recordable = _WithTrajectory(self.module, how, self.recordable.head)
+        if how.implicit:
+            how.iterations = max(how.most, 2)
+            with _evaluating(self.module), self._thinned(), unrolled(how):
+                while other._difference() > self._allowed and how.iterations < MAX_ITERATIONS:
+                    how.iterations += 1
+        return other
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -419,6 +440,11 @@ class _Subject:
 
     def program(self) -> torch.export.ExportedProgram:
         """The module recorded by torch.export, with the batch size left open."""
+        if self._program is None:
+            self._program = self._recorded_program()
+        return self._program
+
+    def _recorded_program(self) -> torch.export.ExportedProgram:
         batch = torch.export.Dim("batch")
         shapes = pytree.tree_unflatten([{0: batch} if wide else None for wide in self._open], self._spec)
         arguments = self.traced_with
@@ -496,22 +522,16 @@ class _Subject:
             return
         with unrolled(how):
             allowed = max(self._difference(), MARGIN * self.tolerance)
-            stops, how.stops = how.stops, True
             for tolerance in (*STAGE_TOLERANCES, 0.0):
                 # Whether a stage that is nearly solved is improved once more may differ in the file: so half of it.
                 how.tolerance = tolerance
                 if self._difference() <= allowed:
                     break
             how.tolerance = tolerance / 2
-            allowed = max(self._difference(), allowed)
+            self._allowed = allowed = max(self._difference(), allowed)
             evaluations, most, how.memory = how.evaluations, how.most, FEW_DIFFERENCES
             if self._difference() > allowed or how.evaluations > evaluations:
                 how.memory, how.most = ANDERSON_MEMORY, most
-            how.stops = stops
-            if not stops:
-                how.iterations = max(how.most, 2)
-                while self._difference() > allowed and how.iterations < MAX_ITERATIONS:
-                    how.iterations += 1
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), unrolled(self._how) if self.recordable is not self.module else nullcontext():
@@ -674,7 +694,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-class _Progress:
+class Progress:
     """A bar of what is being done, shown once it takes two seconds; without what tracers say about others' code."""
 
     def __init__(self, name: str) -> None:
@@ -685,7 +705,7 @@ class _Progress:
         self._name, self._log = name, logging.getLogger("torch.onnx")
         self._quiet = warnings.catch_warnings()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         self._level = self._log.level
         self._log.setLevel(logging.ERROR)  # it warns of torchvision's absence
         self._quiet.__enter__()

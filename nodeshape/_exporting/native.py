@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nodeshape._cli import user_input
 from nodeshape._errors import UserError
-from nodeshape._exporting.module import TOLERANCE, ExportReport, _Progress, _Subject, _written, save_torchscript
+from nodeshape._exporting.module import TOLERANCE, ExportReport, Progress, Subject, _written, save_torchscript
 from nodeshape._exporting.verify import Classify
 from nodeshape._files import write_atomically
 from nodeshape._models.classifier import ShapeClassifier
@@ -58,8 +58,8 @@ def to_native(
         ValueError: no solve of the module has a kernel here, or what :func:`nodeshape.to_onnx` raises.
     """
     folder, texts = Path(folder), dict(metadata or {})
-    subject = _Subject(module, example_inputs, tolerance, native=True)
-    with _Progress(TORCHSCRIPT) as progress, _written(folder / TORCHSCRIPT) as partial, torch.no_grad():
+    subject = Subject(module, example_inputs, tolerance, native=True).in_steps()
+    with Progress(TORCHSCRIPT) as progress, _written(folder / TORCHSCRIPT) as partial, torch.no_grad():
         progress("recording")
         traced = subject.traced()
         if not any(node.kind().startswith("nodeshape::") for node in traced.inlined_graph.nodes()):
@@ -78,7 +78,7 @@ def to_native(
 to_native.__module__ = "nodeshape"
 
 
-def _compile(subject: _Subject, path: Path, texts: dict[str, str]) -> ExportReport:
+def _compile(subject: Subject, path: Path, texts: dict[str, str]) -> ExportReport:
     bar = tqdm(desc=f"compiling {path.name}, about half a minute", bar_format="{desc}", leave=False, disable=None)
     with bar, _written(path) as partial:
         program = subject.program()
