@@ -77,6 +77,7 @@ def write_export_folder(
     half: bool = False,
     native: bool = False,
     solver_tolerance: float | None = None,
+    image_count: int | None = None,
 ) -> dict[str, Any]:
     """Write ``FILES`` to the folder ``out``: all, or nothing.
 
@@ -90,6 +91,7 @@ def write_export_folder(
         quantize, half: write the ONNX file in 8-bit integers, or 16-bit floating point, too.
         solver_tolerance: take the quickest solver whose logits are within it of a converged solve's.
         native: also write the files of :func:`nodeshape.to_native`, which give the logits alone.
+        image_count: images to compare the files on; None for 1,000.
 
     Returns:
         the report.
@@ -111,9 +113,9 @@ def write_export_folder(
                     plot_solvers(tried, solver_tolerance, partial / SOLVERS)
                 model = model.with_solver(best.method, best.steps)
                 chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
-            report = _write(partial, model, list(classes), state, tolerance, trajectory, native) | chosen
+            report = _write(partial, model, list(classes), state, tolerance, trajectory, native, image_count) | chosen
             if quantize or half:
-                report["files"] |= _smaller(partial, model, state, quantize, half)
+                report["files"] |= _smaller(partial, model, state, quantize, half, image_count)
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -130,9 +132,10 @@ def _write(
     tolerance: float,
     trajectory: bool,
     native: bool,
+    image_count: int | None,
 ) -> dict[str, Any]:
     metadata = metadata_of(model, classes)
-    images, source = check_images(model, state)
+    images, source = check_images(model, state, image_count)
     seconds = {}
     with tqdm(total=len(images), desc="PyTorch's logits", unit=" images", delay=2, disable=None) as progress:
         start = perf_counter()
@@ -204,10 +207,15 @@ def _write(
 
 
 def _smaller(
-    folder: Path, model: ShapeClassifier, state: Mapping[str, Any], quantize: bool, half: bool
+    folder: Path,
+    model: ShapeClassifier,
+    state: Mapping[str, Any],
+    quantize: bool,
+    half: bool,
+    image_count: int | None,
 ) -> dict[str, Any]:
     """Write the ONNX file in smaller numbers; figures for the report."""
-    images, _ = check_images(model, state)
+    images, _ = check_images(model, state, image_count)
     reference = logits_of(folder / ONNX, images)
     files = {}
     if quantize:
