@@ -828,6 +828,34 @@ def assert_equal_solutions(fused: Any, f: Any, y0: Tensor) -> None:
     assert torch.equal(found, expected)
 
 
+class TwoProducts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ self.into) @ self.out * self.scale
+
+
+@pytest.mark.parametrize("way", ["replaced", "data"])
+def test_a_weight_of_as_many_elements_in_another_shape_is_not_read_as_before(way: str) -> None:
+    f, y0, t = TwoProducts(), torch.randn(4, 4), torch.tensor([0.0, 1.0])
+    fused_f = ns.fuse(f, y0)
+    ns.odeint(fused_f, y0, t, method="rk4", steps=3)
+    column = f.scale.detach()[:, None]  # of the batch now
+    if way == "replaced":
+        f.scale = nn.Parameter(column)
+    else:
+        f.scale.data = column
+    ys, expected = (ns.odeint(g, y0, t, method="rk4", steps=3) for g in (fused_f, f))
+    assert torch.equal(ys, expected)
+    assert "another shape" in str(ns.backend(fused_f, y0, method="rk4", steps=3))
+    f.into.data = f.into.data.T.contiguous()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        ns.odeint(fused_f, y0, t, method="rk4", steps=3)
+
+
 def test_frozen_weights_have_no_gradient_and_shared_ones_one() -> None:
     f, y0 = problem("shared")
     fused = ns.fuse(f, y0)
