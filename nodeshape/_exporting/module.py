@@ -401,16 +401,30 @@ class Subject:
 
     def in_steps(self) -> Subject:
         """The same with steps one after the other and stages of as many evaluations each: what a trace can hold."""
-        other = copy(self)
-        how = other._how = replace(self._how, form="steps", stops=False, counts=set())
-        other._program = None
-        if isinstance(self.recordable, _WithTrajectory):
-            other.recordable = _WithTrajectory(self.module, how, self.recordable.head)
+        other = self._with(form="steps", stops=False)
+        how = other._how
         if how.implicit:
             how.iterations = max(how.most, 2)
             with _evaluating(self.module), self._thinned(), unrolled(how):
                 while other._difference() > self._allowed and how.iterations < MAX_ITERATIONS:
                     how.iterations += 1
+        return other
+
+    def exact(self) -> Subject | None:
+        """The same with implicit stages solved to the solve's own tolerance; None where nothing is to be gained."""
+        if not self._how.implicit or self._how.tolerance == 0.0:
+            return None
+        other = self._with(tolerance=0.0, memory=ANDERSON_MEMORY)
+        with _evaluating(self.module), self._thinned(), unrolled(other._how):
+            other._allowed = other._difference()
+        return other
+
+    def _with(self, **changes: Any) -> Subject:
+        other = copy(self)
+        other._how = replace(self._how, counts=set(), **changes)
+        other._program = None
+        if isinstance(self.recordable, _WithTrajectory):
+            other.recordable = _WithTrajectory(self.module, other._how, self.recordable.head)
         return other
 
     @contextmanager
