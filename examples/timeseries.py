@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Example, Parser, alternate, existing_path, progress, say
+from common import Example, Parser, alternate, progress, say
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import nodeshape as ns
+from nodeshape._cli import existing_path
 from nodeshape._errors import UserError
 
 NAMED = ("series", "label", "time")
