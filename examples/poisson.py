@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import nodeshape as ns
 
 #: The window [0, END] of the events, sequences of them, equal steps of the solve.
-END, SEQUENCES, STEPS = 10.0, 60, 100
+END, SEQUENCES, STEPS = 10.0, 60, 200
 #: base, height, decay time, period, phase: of the true intensity.
 TRUTH = (1.0, 10.0, 5.0, 2.5, 0.0)
 #: Bins that the rivals and the oracle count events in, far narrower than what λ does.
@@ -45,10 +45,12 @@ def draw_events(random: np.random.Generator, sequences: int) -> list[np.ndarray]
 class Intensity(nn.Module):
     """z of a few numbers and the integral of λ(z) as one state: d(z, Λ)/dt = (f(z), λ(z))."""
 
-    def __init__(self, mean_rate: float, size: int = 4, width: int = 32) -> None:
+    def __init__(self, mean_rate: float, size: int = 4, width: int = 64) -> None:
         super().__init__()
         self.z0 = nn.Parameter(torch.randn(1, size))
         self.net = nn.Sequential(nn.Linear(size, width), nn.Tanh(), nn.Linear(width, size))
+        with torch.no_grad():
+            self.net[2].weight.mul_(3)  # so that z has moved well before the window ends
         self.log_rate = nn.Linear(size, 1)
         nn.init.constant_(self.log_rate.bias, math.log(mean_rate))
 
@@ -93,8 +95,8 @@ def fit(model: Intensity, events: list[np.ndarray], iterations: int, name: str =
     grid = torch.linspace(0, END, STEPS + 1)
     times = torch.tensor(np.concatenate(events), dtype=torch.float32)
     curve, solve = Curve(times, grid), solver(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=iterations, pct_start=0.1)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=iterations, pct_start=0.1)
     for _ in progress(range(iterations), name):
         optimizer.zero_grad()
         (-log_likelihood(model, solve, curve, grid, len(events)) / len(times)).backward()
@@ -176,7 +178,7 @@ def train(seed: int, quick: bool) -> tuple[dict[str, float], Any]:
     torch.manual_seed(seed)
     events = draw_events(np.random.default_rng(seed), SEQUENCES)
     model = Intensity(sum(map(len, events)) / SEQUENCES / END)
-    fit(model, events, 150 if quick else 2000)
+    fit(model, events, 150 if quick else 800)
     centres = (np.arange(BINS) + 0.5) * END / BINS
     truth = true_intensity(centres)
     bars, bins = by_cross_validation(histogram, [n for n in range(5, 81) if BINS % n == 0], events)

