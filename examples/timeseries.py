@@ -79,8 +79,8 @@ def read_series(path: Path) -> tuple[list[Series], list[str]]:
         if not math.isfinite(time):
             raise UserError(f"{where}: time must be a finite number, got {row['time']!r}")
         values = [_number(row[name], f"{where}: {name}") for name in channels]
-        if any(math.isinf(x) for x in values):
-            raise UserError(f"{where}: values must be finite, or empty where they are missing")
+        if any(abs(x) > 1e30 for x in values):
+            raise UserError(f"{where}: values must be finite and below 1e30, or empty where they are missing")
         before = rows.setdefault(row["series"], [])
         if before and before[-1][:2] != (row["label"], split):
             raise UserError(f"{where}: series {row['series']!r} had another label or split before")

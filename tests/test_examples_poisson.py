@@ -116,3 +116,8 @@ def test_it_exports(trained, tmp_path):
     expected = Rate()(z, torch.zeros(4, 1))
     np.testing.assert_allclose(rate, expected[0].detach(), rtol=1e-4)
     np.testing.assert_allclose(integral, expected[1].detach(), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_iteration_is_faster_than_on_torchdiffeq():
+    assert poisson.speed()["training iteration"] > 1.5

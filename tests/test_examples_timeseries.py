@@ -85,6 +85,7 @@ GOOD = "series,label,time,a\n1,x,0,1\n1,x,1,2\n2,x,0,1\n3,y,0,1\n4,y,0,2\n"
         (GOOD + "5,y,0\n", "line 7: 3 cells, but the first line has 4"),
         (GOOD + "5,y,0,zero\n", "line 7: a must be a number, got 'zero'"),
         (GOOD + "5,y,0,inf\n", "line 7: values must be finite"),
+        (GOOD + "5,y,0,1e39\n", "line 7: values must be finite and below 1e30"),
         (GOOD + "5,y,,1\n", "line 7: time must be a finite number, got ''"),
         (GOOD + "5,y,nan,1\n", "line 7: time must be a finite number, got 'nan'"),
         (GOOD + ",y,0,1\n", "line 7: series and label may not be empty"),
@@ -211,3 +212,8 @@ def test_the_command_takes_a_users_file(tmp_path, capsys):
     path = written(tmp_path / "x.csv", drawn(60))
     assert main("--data", path, "--quick", "--out", tmp_path) == 0
     assert (tmp_path / "timeseries.png").exists() and (tmp_path / "timeseries.json").exists()
+
+
+@pytest.mark.slow
+def test_an_iteration_is_faster_than_on_torchdiffeq():
+    assert timeseries.speed()["training iteration"] > 1.5
