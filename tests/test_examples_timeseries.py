@@ -15,8 +15,10 @@ import nodeshape as ns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import series
 import timeseries
-from timeseries import Recurrent, Series
+from series import Series
+from timeseries import Recurrent
 
 LABELS = ["fall", "rise"]
 
@@ -64,7 +66,7 @@ def trained():
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
     found = drawn(6)
-    read, channels = timeseries.read_series(written(tmp_path / "x.csv", found))
+    read, channels = series.read_series(written(tmp_path / "x.csv", found))
     assert channels == ["a", "b"]
     for a, b in zip(read, found):
         assert (a.label, a.split) == (b.label, b.split)
@@ -124,15 +126,15 @@ def test_the_vowels_are_written_as_such_a_file(tmp_path, monkeypatch):
     vowels = SimpleNamespace(load_japanese_vowels=lambda split: ([x] * 4, np.array(["1", "1", "2", "2"])))
     monkeypatch.setitem(sys.modules, "aeon", SimpleNamespace(datasets=vowels))
     monkeypatch.setitem(sys.modules, "aeon.datasets", vowels)
-    timeseries.write_vowels(tmp_path / "x.csv")
-    found, channels = timeseries.read_series(tmp_path / "x.csv")
+    series.write_vowels(tmp_path / "x.csv")
+    found, channels = series.read_series(tmp_path / "x.csv")
     assert len(found) == 8 and len(channels) == 12
-    for series in found:
-        assert len(series.times) == 5
-        expected = x[:, np.round(series.times / 6.4).astype(int)].T
-        seen = ~np.isnan(series.values)
+    for one in found:
+        assert len(one.times) == 5
+        expected = x[:, np.round(one.times / 6.4).astype(int)].T
+        seen = ~np.isnan(one.values)
         assert 0.4 < seen.mean() < 0.9
-        np.testing.assert_allclose(series.values[seen], expected[seen])
+        np.testing.assert_allclose(one.values[seen], expected[seen])
 
 
 def test_without_aeon_the_remedy_is_named(tmp_path, monkeypatch, capsys):
@@ -143,7 +145,7 @@ def test_without_aeon_the_remedy_is_named(tmp_path, monkeypatch, capsys):
 
 def test_without_a_split_each_label_is_divided_alike():
     found = [Series("xy"[k % 2], "", np.zeros(1), np.zeros((1, 1))) for k in range(40)]
-    to_train, to_test = timeseries.divided(found, 0)
+    to_train, to_test = series.divided(found, 0)
     assert (len(to_train), len(to_test)) == (28, 12)
     assert sum(x.label == "x" for x in to_test) == 6
 
@@ -164,9 +166,9 @@ def test_a_gap_is_crossed_as_by_a_solve_over_that_time():
 
 def test_padding_and_batch_mates_change_nothing(trained):
     model, found, _ = trained
-    together = model.classify(*timeseries.batch(found[:5], LABELS)[:2])
+    together = model.classify(*series.batch(found[:5], LABELS)[:2])
     for k in range(5):
-        alone = model.classify(*timeseries.batch([found[k]], LABELS)[:2])
+        alone = model.classify(*series.batch([found[k]], LABELS)[:2])
         torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -181,12 +183,12 @@ def test_training_learns_and_regression_does_too(trained):
     model, test, before = trained
     assert timeseries.accuracy(model, test, LABELS) > max(before, 0.5) + 0.25
     simple = timeseries.regression(drawn(80, seed=3))
-    assert 0 <= simple.score(timeseries.summaries(test), [x.label for x in test]) <= 1
+    assert 0 <= simple.score(series.summaries(test), [x.label for x in test]) <= 1
 
 
 def test_steps_across_a_gap_are_enough(trained, monkeypatch):
     model, test, _ = trained
-    gaps, values, _ = timeseries.batch(test, LABELS)
+    gaps, values, _ = series.batch(test, LABELS)
     few = model.classify(gaps, values).softmax(1)
     monkeypatch.setattr(timeseries, "STEPS", 4 * timeseries.STEPS)
     torch.testing.assert_close(few, model.classify(gaps, values).softmax(1), rtol=0, atol=0.02)
@@ -194,7 +196,7 @@ def test_steps_across_a_gap_are_enough(trained, monkeypatch):
 
 def test_the_exported_cell_follows_a_sensor_to_the_same_classes(trained, tmp_path):
     model, test, _ = trained
-    gaps, values, _ = timeseries.batch(test[:6], LABELS)
+    gaps, values, _ = series.batch(test[:6], LABELS)
     hidden = 0.1 * torch.randn(6, 16)
     ns.to_onnx(model, (hidden, gaps[:, 1:2], values[:, 1]), tmp_path / "cell.onnx")
     cell = onnxruntime.InferenceSession(tmp_path / "cell.onnx")
