@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nodeshape._ode.odeint import odeint as odeint
     from nodeshape._ode.odeint import odeint_adjoint as odeint_adjoint
     from nodeshape._ode.odeint_event import odeint_event as odeint_event
+    from nodeshape._ode.sde_fused import fuse_sde as fuse_sde
     from nodeshape._ode.sdeint import sdeint as sdeint
     from nodeshape._ode.stats import SolverStats as SolverStats
     from nodeshape._training.checkpoint import load_classifier as load_classifier
@@ -48,6 +49,7 @@ _HOME = {
     "odeint": "_ode.odeint",
     "odeint_event": "_ode.odeint_event",
     "sdeint": "_ode.sdeint",
+    "fuse_sde": "_ode.sde_fused",
     "BrownianPath": "_ode.brownian",
     "DenseSolution": "_ode.interpolation",
     "odeint_adjoint": "_ode.odeint",

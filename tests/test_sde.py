@@ -7,6 +7,7 @@ from collections.abc import Callable
 from math import exp, log2
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,13 @@ def test_a_path_outlives_pickling_and_in_place_use_of_its_values() -> None:
     path(0.25, 0.5).zero_()
     assert torch.equal(path(0.25, 0.5), before)
     assert torch.equal(pickle.loads(pickle.dumps(path))(0.25, 0.5), before)
+
+
+def test_the_random_numbers_are_those_of_numpys_counter_based_generator() -> None:
+    path = ns.BrownianPath((5,), 0.0, 1.0, seed=2**62 + 3, dtype=F64)
+    for node in (0, 1, 2**40, 7):
+        words = np.random.Philox(key=path.seed, counter=node << 128)
+        assert path._normal(node).tolist() == np.random.Generator(words).standard_normal(5).tolist()
 
 
 def test_a_path_kept_in_inference_mode_serves_autograd() -> None:
@@ -116,18 +124,20 @@ def test_steps_in_order_draw_one_number_each(monkeypatch: pytest.MonkeyPatch) ->
 # ---- orders ----------------------------------------------------------------------------------------------------------
 
 
-def geometric(method: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+def geometric(
+    method: str, mu: float = MU, sigma: float = SIGMA
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[[Tensor], Tensor]]:
     """f, g and the exact solution at t = 1, of W(1), of geometric Brownian motion from 1."""
-    correction = 0.5 * SIGMA**2 if method in ITO else 0.0
-    return lambda t, y: MU * y, lambda t, y: SIGMA * y, lambda w: torch.exp((MU - correction) + SIGMA * w)
+    correction = 0.5 * sigma**2 if method in ITO else 0.0
+    return lambda t, y: mu * y, lambda t, y: sigma * y, lambda w: torch.exp((mu - correction) + sigma * w)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_strong_order_of_geometric_brownian_motion(method: str) -> None:
     f, g, exact = geometric(method)
-    path = path_of((4000, 1), 1024)
-    y0, errors = torch.ones(4000, 1, dtype=F64), []
-    for steps in (32, 64, 128, 256, 512, 1024):
+    path = path_of((2000, 1), 256)
+    y0, errors = torch.ones(2000, 1, dtype=F64), []
+    for steps in (16, 32, 64, 128, 256):
         y = ns.sdeint(f, g, y0, [0.0, 1.0], method=method, steps=steps, path=path)[-1]
         errors.append(float((y - exact(path(1.0))).abs().mean()))
     assert slope(errors) == pytest.approx(0.5 if method in ITO else 1.0, abs=0.1)
@@ -135,19 +145,18 @@ def test_strong_order_of_geometric_brownian_motion(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weak_order_of_geometric_brownian_motion(method: str) -> None:
-    f, g, _ = geometric(method)
-    half = path_of((20_000, 1), 64)
+    f, g, exact = geometric(method, mu=1.5, sigma=0.3)
+    half = path_of((8000, 1), 64)
 
     def path(s: float, t: float) -> Tensor:  # and its mirror image, so that fewer will do
         change = half(s, t)
         return torch.cat([change, -change])
 
-    _, _, exact = geometric(method)
-    y0, errors = torch.ones(40_000, 1, dtype=F64), []
+    y0, errors = torch.ones(16_000, 1, dtype=F64), []
     for steps in (8, 16, 32, 64):
         y = ns.sdeint(f, g, y0, [0.0, 1.0], method=method, steps=steps, path=path)[-1]
         errors.append(abs(float((y - exact(path(0.0, 1.0))).mean())))
-    assert slope(errors) == pytest.approx(1.0, abs=0.15)
+    assert slope(errors) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("commutes", [True, False])
@@ -201,8 +210,8 @@ def test_the_drift_implicit_methods_stay_where_euler_maruyama_blows_up() -> None
     y0, path = torch.ones(500, 2), ns.BrownianPath((500, 2), 0.0, 1.0, seed=0)
     t = torch.linspace(0, 1, 21)
     solved = {m: ns.sdeint(f, g, y0, t, method=m, steps=1, path=path) for m in METHODS}
-    assert float(solved["euler_maruyama"][-1].abs().max()) > 1e10
-    assert float(solved["heun"][-1].abs().max()) > 1e10
+    for method in ("euler_maruyama", "heun", "midpoint"):
+        assert float(solved[method][5].abs().max()) > 1e5
     for method in ("implicit_euler_maruyama", "implicit_midpoint"):
         assert float((solved[method] - torch.cos(t)[:, None, None]).abs().max()) < 2.0
     # Of the law the step cannot resolve implicit Euler keeps the mean.
@@ -222,11 +231,11 @@ def test_ito_with_the_corrected_drift_is_stratonovich(drift_ito: float) -> None:
 
 @pytest.mark.parametrize("method", STRATONOVICH)
 def test_stratonovich_methods_run_back_along_the_same_path(method: str) -> None:
-    path, y0 = path_of((50, 2), 512), torch.rand(50, 2, dtype=F64) + 0.5
+    path, y0 = path_of((50, 2), 256), torch.rand(50, 2, dtype=F64) + 0.5
     f, g = lambda t, y: torch.sin(y + t), lambda t, y: 0.5 * torch.cos(y)
-    there = ns.sdeint(f, g, y0, [0.0, 1.0], method=method, steps=512, path=path)[-1]
-    back = ns.sdeint(f, g, there, [1.0, 0.0], method=method, steps=512, path=path)[-1]
-    torch.testing.assert_close(back, y0, rtol=0, atol=5e-3)
+    there = ns.sdeint(f, g, y0, [0.0, 1.0], method=method, steps=256, path=path)[-1]
+    back = ns.sdeint(f, g, there, [1.0, 0.0], method=method, steps=256, path=path)[-1]
+    torch.testing.assert_close(back, y0, rtol=0, atol=1e-2)
     assert float((there - y0).abs().max()) > 0.3
 
 
@@ -419,6 +428,68 @@ def test_torch_compile_leaves_sdeint_as_it_is() -> None:
         return ns.sdeint(lambda t, y: -y, lambda t, y: 0.3 * y, 2 * y, [0.0, 1.0], steps=4, path=path) + 1
 
     torch.testing.assert_close(torch.compile(solved, backend="eager")(y0), solved(y0))
+
+
+# ---- fused -----------------------------------------------------------------------------------------------------------
+
+
+class Terms(nn.Module):
+    def __init__(self, noise: str) -> None:
+        super().__init__()
+        self.drift, self.diffusion = nn.Linear(3, 3), nn.Linear(3, 3 if noise == "diagonal" else 6)
+        self.noise = noise
+
+    def f(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(self.drift(y)) * (1 + t)
+
+    def g(self, t: Tensor, y: Tensor) -> Tensor:
+        g = torch.sigmoid(self.diffusion(y))
+        return g if self.noise == "diagonal" else g.reshape(-1, 3, 2)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "general"])
+@pytest.mark.parametrize("method", ["euler_maruyama", "midpoint"])
+def test_fused_terms_take_the_same_steps_and_give_the_same_gradients(method: str, noise: str) -> None:
+    torch.manual_seed(0)
+    terms, y0 = Terms(noise).double(), torch.rand(5, 3, dtype=F64, requires_grad=True)
+    f, g = ns.fuse_sde(terms.f, terms.g, y0, noise=noise)
+    path = ns.BrownianPath((5, 3 if noise == "diagonal" else 2), 0.0, 2.0, seed=0, dtype=F64)
+    how: dict[str, Any] = {"method": method, "noise": noise, "steps": 20, "path": path}
+    plain = ns.sdeint(terms.f, terms.g, y0, [0.0, 0.3, 2.0], **how)
+    f.func = g.func = None  # not called in the kernel
+    fused = ns.sdeint(f, g, y0, [0.0, 0.3, 2.0], **how)
+    torch.testing.assert_close(fused, plain)
+    wanted = (y0, *terms.parameters())
+    grads = (torch.autograd.grad(ys[1:].square().sum(), wanted) for ys in (fused, plain))
+    for ours, exact in zip(*grads):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_fused_terms_of_other_solves_take_the_loop() -> None:
+    terms, y0 = Terms("diagonal"), torch.rand(5, 3)
+    f, g = ns.fuse_sde(terms.f, terms.g, y0)
+    path = ns.BrownianPath((5, 3), 0.0, 1.0, seed=0)
+    changes: list[dict[str, Any]] = [{"method": "heun"}, {"options": {"recompute": True}}, {"y0": y0[0], "path": None}]
+    for change in changes:
+        how: dict[str, Any] = {"y0": y0, "t": [0.0, 1.0], "steps": 4, "path": path, **change}
+        torch.manual_seed(0)
+        fused = ns.sdeint(f, g, **how)
+        torch.manual_seed(0)
+        torch.testing.assert_close(fused, ns.sdeint(terms.f, terms.g, **how))
+    with torch.no_grad():  # weights may change
+        terms.drift.weight.mul_(2.0)
+    how = {"y0": y0[:2], "t": [0.0, 1.0], "steps": 4, "path": ns.BrownianPath((2, 3), 0.0, 1.0, seed=0)}
+    torch.testing.assert_close(ns.sdeint(f, g, **how), ns.sdeint(terms.f, terms.g, **how))
+
+
+def test_fuse_sde_says_what_it_does_not_take() -> None:
+    terms, y0 = Terms("diagonal"), torch.rand(5, 3)
+    with pytest.raises(ValueError, match=r"one tensor \[batch, ...\]"):
+        ns.fuse_sde(terms.f, terms.g, y0[0])
+    with pytest.raises(ValueError, match="noise must be"):
+        ns.fuse_sde(terms.f, terms.g, y0, noise="scalar")
+    with pytest.raises(ns.FuseError):
+        ns.fuse_sde(terms.f, lambda t, y: y.sort(dim=1).values, y0)
 
 
 # ---- beside torchsde -------------------------------------------------------------------------------------------------

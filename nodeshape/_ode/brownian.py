@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from math import isfinite, prod, sqrt
+from threading import local
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,46 @@ RESOLUTION = 2.0**-20
 SNAP = 0.125
 #: Types a path may have.
 DTYPES = (torch.float32, torch.float64)
+
+
+class _Words(local):
+    """A counter-based generator of each thread, to be set to any key and counter, which is quicker than a new one."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(0)
+        self.generator = np.random.Generator(self.bits)
+        self.state: Any = self.bits.state
+
+    def normal(self, seed: int, node: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The first normal numbers of ``np.random.Philox(key=seed, counter=node << 128)``."""
+        self.state["state"]["key"][:] = seed, 0
+        self.state["state"]["counter"][:] = 0, 0, node & 2**64 - 1, node >> 64
+        self.state["buffer_pos"], self.state["has_uint32"] = 4, 0
+        self.bits.state = self.state
+        return self.generator.standard_normal(count)
+
+
+_words = _Words()
+
+
+@dataclass
+class _Node:
+    """An interval of time, and W's change over it.
+
+    Attributes:
+        number: 1 for the root, 2n and 2n + 1 for the halves of n.
+        first, last: the points of the grid that it lies between.
+        start, end: its times.
+        halves: known where the latest question went through it.
+    """
+
+    number: int
+    first: int
+    last: int
+    start: float
+    end: float
+    change: Tensor
+    halves: tuple[_Node, _Node] | None = None
 
 
 class BrownianPath:
@@ -97,7 +139,7 @@ class BrownianPath:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed!r}")
         self.seed = int(seed)
         self.portable = portable
-        self._kept: dict[int, tuple[int, Tensor, Tensor]] = {}
+        self._trail: tuple[_Node, ...] = ()
 
     def __call__(self, s: Any, t: Any = None) -> Tensor:
         """W(t) − W(s), or with one argument W(s).
@@ -127,84 +169,75 @@ class BrownianPath:
         for time in (s, t):
             if not self.t0 - self._snap <= time <= self.t1 + self._snap:
                 raise ValueError(f"time {time:g} is outside of the path's [{self.t0:g}, {self.t1:g}]")
-        with torch.inference_mode(False), torch.no_grad():  # what is kept serves any mode
-            whole = self._kept.get(-1)
-            if whole is None:
-                change = self._normal(0).mul_(sqrt(self.t1 - self.t0))
-                self._kept[-1] = whole = (0, change, change)
-            return self._within(1, 0, (0, len(self._grid) - 1), (self.t0, self.t1), whole[1], s, t)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # what is kept serves any mode
+                return self.increment(s, t)
+        trail = list(self._trail)
+        if not trail:
+            change = self._normal(0).mul_(sqrt(self.t1 - self.t0))
+            trail.append(_Node(1, 0, len(self._grid) - 1, self.t0, self.t1, change))
+        change = self._between(trail, s, t)
+        self._trail = tuple(trail)
+        return change
 
-    def _within(
-        self,
-        node: int,
-        level: int,
-        cells: tuple[int, int],
-        ends: tuple[float, float],
-        change: Tensor,
-        s: float,
-        t: float,
-    ) -> Tensor:
-        """W(t) − W(s) for s ≤ t within a node.
+    def _between(self, trail: list[_Node], s: float, t: float) -> Tensor:
+        """W(t) − W(s) for s ≤ t.
 
         Args:
-            node, level: its number, 1 for the root, 2n and 2n + 1 for the halves of n; how far it is from the root.
-            cells: the points of the grid it goes from and to.
-            ends: the times it goes from and to.
-            change: of W over the node.
+            trail: the nodes from the root to where the question before ended; then, to where this one ends.
         """
+        snap = self._snap
+        while len(trail) > 1 and not (trail[-1].start - snap <= s and t <= trail[-1].end + snap):
+            trail.pop().halves = None
         while True:
-            start, end = ends
-            if s - start <= self._snap and end - t <= self._snap:
-                return change
-            if t - s <= 0.0:
-                return torch.zeros_like(change)
-            whole = cells[1] - cells[0] == 1
-            if whole and end - start <= self.resolution:
-                return self._bridge(node, ends, change, s, t)
-            cut = (cells[0] + cells[1]) // 2
-            middle = 0.5 * (start + end) if whole else self._grid[cut]
-            left, right = self._halves(node, level, start, middle, end, change)
-            s, t = (middle if abs(x - middle) <= self._snap else x for x in (s, t))
-            first, second = (cells, cells) if whole else ((cells[0], cut), (cut, cells[1]))
-            level += 1
+            node = trail[-1]
+            if s - node.start <= snap and node.end - t <= snap:
+                return node.change
+            if t <= s:
+                return torch.zeros_like(node.change)
+            if node.last - node.first == 1 and node.end - node.start <= self.resolution:
+                return self._bridge(node, s, t)
+            left, right = node.halves = node.halves or self._halved(node)
+            middle = left.end
+            s = middle if abs(s - middle) <= snap else s
+            t = middle if abs(t - middle) <= snap else t
             if t <= middle:
-                node, cells, ends, change = 2 * node, first, (start, middle), left
+                trail.append(left)
             elif s >= middle:
-                node, cells, ends, change = 2 * node + 1, second, (middle, end), right
+                trail.append(right)
             else:
-                part = self._within(2 * node, level, first, (start, middle), left, s, middle)
-                return part + self._within(2 * node + 1, level, second, (middle, end), right, middle, t)
+                return self._between(trail, s, middle) + self._between(trail, middle, t)
 
-    def _halves(
-        self, node: int, level: int, start: float, middle: float, end: float, change: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """W's changes before and after ``middle``; those of the latest node of each level are kept."""
-        kept = self._kept.get(level)
-        if kept is None or kept[0] != node:
-            part = (middle - start) / (end - start)
-            left = self._normal(node).mul_(sqrt((middle - start) * (1.0 - part))).add_(change, alpha=part)
-            self._kept[level] = kept = (node, left, change - left)
-        return kept[1], kept[2]
+    def _halved(self, node: _Node) -> tuple[_Node, _Node]:
+        start, end, number, first, last = node.start, node.end, node.number, node.first, node.last
+        if last - first == 1:
+            cuts, middle = (first, last), 0.5 * (start + end)
+        else:
+            cut = (first + last) // 2
+            cuts, middle = (cut, cut), self._grid[cut]
+        part = (middle - start) / (end - start)
+        change = self._normal(number).mul_(sqrt((middle - start) * (1.0 - part))).add_(node.change, alpha=part)
+        left = _Node(2 * number, first, cuts[1], start, middle, change)
+        return left, _Node(2 * number + 1, cuts[0], last, middle, end, node.change - change)
 
-    def _bridge(self, node: int, ends: tuple[float, float], change: Tensor, s: float, t: float) -> Tensor:
+    def _bridge(self, node: _Node, s: float, t: float) -> Tensor:
         """W(t) − W(s) within a leaf, where one number is W's distance from its chord; each value is exact in law."""
-        start, end = ends
-        parts = [min(max((x - start) / (end - start), 0.0), 1.0) for x in (s, t)]
-        low, high = (sqrt((end - start) * x * (1.0 - x)) for x in parts)
-        return self._normal(node).mul_(high - low).add_(change, alpha=parts[1] - parts[0])
+        length = node.end - node.start
+        parts = [min(max((x - node.start) / length, 0.0), 1.0) for x in (s, t)]
+        low, high = (sqrt(length * x * (1.0 - x)) for x in parts)
+        return self._normal(node.number).mul_(high - low).add_(node.change, alpha=parts[1] - parts[0])
 
     def _normal(self, node: int) -> Tensor:
         """Standard normal numbers that belong to a node."""
         if self.device.type == "cpu" or self.portable:
-            words = np.random.Philox(key=self.seed, counter=node << 128)
-            numbers = torch.from_numpy(np.random.Generator(words).standard_normal(prod(self.shape)))
+            numbers = torch.from_numpy(_words.normal(self.seed, node, prod(self.shape)))
             return numbers.reshape(self.shape).to(self.device, self.dtype)
         seed = int.from_bytes(blake2b(f"{self.seed} {node}".encode(), digest_size=8).digest(), "big") >> 1
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(self.shape, generator=generator, dtype=self.dtype, device=self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_trail": ()}
 
     def __repr__(self) -> str:
         return f"BrownianPath({list(self.shape)}, {self.t0:g}, {self.t1:g}, seed={self.seed}, dtype={self.dtype})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import isqrt
 from typing import Any, TypeVar
 
@@ -18,10 +18,11 @@ from nodeshape._ode.loop import BLOCK, under_vmap
 from nodeshape._ode.odeint import Dynamics, Times, check_resolution, tensors_of, times_of
 from nodeshape._ode.options import check_steps, read_options, steps_of
 from nodeshape._ode.root import StageEquations
+from nodeshape._ode.sde_fused import driven_steps, program_of
 from nodeshape._ode.sde_method import SDE_METHODS, SDEMethod, sde_step
 from nodeshape._ode.stage import COARSE_TOLERANCE, MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.surroundings import Surroundings
-from nodeshape._ode.unrolled import is_tracing
+from nodeshape._ode.unrolled import is_exporting
 
 #: What ``options`` may hold.
 OPTIONS = ("recompute", "stage_solver", "stage_tolerance", "max_stage_iterations")
@@ -99,6 +100,10 @@ def sdeint(
         StageSolveError: the stage of an implicit method was not solved.
         RuntimeError: with ``recompute``, f or g is another in the backward pass than in the forward pass.
     """
+    if torch.compiler.is_compiling() and not is_exporting():  # it stays as it is, between what is compiled
+        how: Any = {"method": method, "noise": noise, "steps": steps, "step_size": step_size, "path": path}
+        outside: Y = torch.compiler.disable(sdeint)(f, g, y0, t, **how, calculus=calculus, options=options)
+        return outside
     scheme = _method_of(method, calculus, noise)
     settings = read_options(options)
     for name in settings:
@@ -108,9 +113,9 @@ def sdeint(
     first = tensors_of(y0)[0]
     if first.is_complex():
         raise ValueError(f"sdeint solves for real states, got {first.dtype}: give real and imaginary part as a tuple")
-    if is_tracing():
+    if is_exporting():
         raise ValueError(
-            "sdeint draws random numbers, which no exported or compiled record holds: export the drift alone, by"
+            "sdeint draws random numbers, which no exported file holds: export the drift alone, by"
             " odeint(f, y0, t, steps=...)"
         )
     t, times = times_of(t)
@@ -126,7 +131,8 @@ def sdeint(
         )
     check_resolution(first, times, steps, step_size, False)
     counts = [steps if step_size is None else steps_of(b - a, step_size) for a, b in pairwise(times)]
-    return _Solve(scheme, f, g, noise, y0, times, [int(n or 1) for n in counts], path, settings).run()
+    solution: Y = _Solve(scheme, f, g, noise, y0, times, [int(n or 1) for n in counts], path, settings).run()
+    return solution
 
 
 sdeint.__module__ = "nodeshape"
@@ -236,9 +242,13 @@ class _Solve:
         self.solve = None if method.explicit else self._equations()
         self.increment = self._increments(path)
         self.surroundings = Surroundings(lambda: (f, g), self.drift.device) if settings.get("recompute") else None
+        self.program = program_of(f, g, method.name, noise, y0) if self.surroundings is None else None
 
     def run(self) -> Any:
         """The states at all times, as the caller sees them."""
+        if self.program is not None and len(self.times) > 1:
+            every = driven_steps(self.program, self.method.name, self.y0, self.grid, self.increment)
+            return every[list(accumulate(self.counts, initial=0))]
         y = self.drift.pack(self.y0)
         states, first = [y if len(self.times) > 1 else y.clone()], 0
         block = BLOCK if self.surroundings is None else isqrt(max(len(self.grid) - 2, 0)) + 1
