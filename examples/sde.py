@@ -146,23 +146,29 @@ class Block(nn.Module):
     def __init__(self, kind: str, scale: float) -> None:
         super().__init__()
         self.dynamics, self.kind, self.scale, self.noisy = ns.ConvDynamics(CHANNELS), kind, scale, True
+        self.terms: tuple[Any, Any] | None = None
         self.latest: tuple[Any, Any] = (None, None)
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
-        self.latest = y, self.dynamics(t, y)
-        return self.latest[1]
+        slope = self.dynamics(t, y)
+        if self.kind == "clock":
+            self.latest = y, slope
+        return slope
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         if self.kind == "features":
             return self.scale * y
-        slope = self.latest[1] if y is self.latest[0] else self.dynamics(t, y)  # of f, just before
+        slope = self.latest[1] if y is self.latest[0] else self.dynamics(t, y)  # f is called just before
         return self.scale * slope[..., None]
 
     def forward(self, y: Tensor) -> Tensor:
         if self.kind == "none" or not self.noisy:
             return ns.odeint(self.dynamics, y, (0.0, 1.0), method="midpoint", steps=BLOCK_STEPS)[-1]
         noise = "diagonal" if self.kind == "features" else "general"
-        return ns.sdeint(self.f, self.g, y, (0.0, 1.0), method="midpoint", noise=noise, steps=BLOCK_STEPS)[-1]
+        if self.kind == "features":
+            self.terms = self.terms or ns.fuse_sde(self.f, self.g, y)
+        terms = self.terms or (self.f, self.g)
+        return ns.sdeint(*terms, y, (0.0, 1.0), method="midpoint", noise=noise, steps=BLOCK_STEPS)[-1]
 
 
 class Classifier(nn.Module):
@@ -232,10 +238,11 @@ def classify(seed: int, quick: bool) -> tuple[dict[str, float], Any]:
     for kind in KINDS:
         model = fit_classifier(kind, seed, quick)
         curves[kind] = {}
+        figures[f"clean, {kind}"] = accuracy(model, images, labels)
         for what, strengths in STRENGTHS.items():
             random = torch.Generator().manual_seed(seed)
-            curves[kind][what] = [accuracy(model, corrupted(images, what, s, random), labels) for s in strengths]
-        figures[f"clean, {kind}"] = curves[kind]["noise"][0]
+            found = [accuracy(model, corrupted(images, what, s, random), labels) for s in strengths[1:]]
+            curves[kind][what] = [figures[f"clean, {kind}"], *found]
         for what, values in curves[kind].items():
             figures[f"{what}, {kind}"] = sum(values[1:]) / 3
         figures[f"corrupted, {kind}"] = sum(sum(values[1:]) for values in curves[kind].values()) / 9
@@ -356,6 +363,7 @@ EXAMPLE = Example(
     draw=draw,
     speed=speed,
     verdict=verdict,
+    rival="torchsde",
 )
 
 if __name__ == "__main__":

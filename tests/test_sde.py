@@ -530,6 +530,27 @@ def test_the_numbers_are_torchsdes_on_the_same_path(method: str, noise: str) -> 
     torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["euler", "milstein", "srk", "heun", "midpoint", "reversible_heun"])
+def test_torchsde_has_no_method_for_a_stiff_drift(name: str) -> None:
+    torchsde = pytest.importorskip("torchsde")
+    y0, t, rate = torch.ones(20, 2), torch.tensor([0.0, 0.5]), 1000.0  # rate × step = 50
+
+    class Equation:
+        noise_type, sde_type = "diagonal", "ito" if name in ("euler", "milstein", "srk") else "stratonovich"
+
+        def f(self, t: Tensor, y: Tensor) -> Tensor:
+            return -rate * (y - torch.cos(t))
+
+        def g(self, t: Tensor, y: Tensor) -> Tensor:
+            return torch.ones_like(y)
+
+    sde = Equation()
+    theirs = torchsde.sdeint(sde, y0, t, method=name, dt=0.05)[-1]
+    ours = ns.sdeint(sde.f, sde.g, y0, t, method="implicit_euler_maruyama", step_size=0.05)[-1]
+    assert not float(theirs.abs().max()) < 1e5
+    assert float((ours - torch.cos(t[-1])).abs().max()) < 0.2
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 ONES = torch.ones(2, 3)
