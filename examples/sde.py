@@ -133,7 +133,7 @@ SIZE, CHANNELS, BLOCK_STEPS, PATHS = 24, 16, 4, 8
 #: What the ODE block is, how much noise it has, and how much is added to the images it is trained on.
 KINDS = {
     "deterministic": ("none", 0.0, 0.0),
-    "noise on features": ("features", 0.4, 0.0),
+    "noise on features": ("features", 1.0, 0.0),
     "random clock": ("clock", 0.4, 0.0),
     "deterministic, noisy images": ("none", 0.0, 0.15),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import exp, log2
 from typing import Any
 
@@ -61,6 +62,15 @@ def test_the_random_numbers_are_those_of_numpys_counter_based_generator() -> Non
     for node in (0, 1, 2**40, 7):
         words = np.random.Philox(key=path.seed, counter=node << 128)
         assert path._normal(node).tolist() == np.random.Generator(words).standard_normal(5).tolist()
+
+
+def test_threads_may_ask_one_path() -> None:
+    times = [k / 97 for k in range(1, 97)]
+    alone, shared = path_of((3,), 10), path_of((3,), 10)
+    expected = [alone(t) for t in times]
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: [shared(t) for t in times], range(8)):
+            assert all(map(torch.equal, found, expected))
 
 
 def test_a_path_kept_in_inference_mode_serves_autograd() -> None:
@@ -470,7 +480,12 @@ def test_fused_terms_of_other_solves_take_the_loop() -> None:
     terms, y0 = Terms("diagonal"), torch.rand(5, 3)
     f, g = ns.fuse_sde(terms.f, terms.g, y0)
     path = ns.BrownianPath((5, 3), 0.0, 1.0, seed=0)
-    changes: list[dict[str, Any]] = [{"method": "heun"}, {"options": {"recompute": True}}, {"y0": y0[0], "path": None}]
+    changes: list[dict[str, Any]] = [
+        {"method": "heun"},
+        {"method": "midpoint", "t": [1.0, 0.0]},
+        {"options": {"recompute": True}},
+        {"y0": y0[0], "path": None},
+    ]
     for change in changes:
         how: dict[str, Any] = {"y0": y0, "t": [0.0, 1.0], "steps": 4, "path": path, **change}
         torch.manual_seed(0)

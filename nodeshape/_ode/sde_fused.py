@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from threading import RLock
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from nodeshape._ode.surroundings import modules_of
 MOST_STEPS, MOST_NUMBERS = 16, 64
 #: Methods that take f and g at the same places, before the step's end, and their names for the driven ODE.
 DRIVEN_METHODS = {"euler_maruyama": "euler", "midpoint": "midpoint"}
+
+#: Held while a thread's steps are those of a program.
+_edges = RLock()
 
 
 class _Driven(nn.Module):
@@ -60,8 +64,6 @@ class FusedTerm:
         general: whether the noise is.
         like: shape of a sample and dtype that it was made for.
     """
-
-    __module__ = "nodeshape"
 
     def __init__(self, func: Callable[..., Any], program: Fused, general: bool, y0: Tensor) -> None:
         self.func, self.program, self.general = func, program, general
@@ -110,7 +112,7 @@ fuse_sde.__module__ = "nodeshape"
 
 
 def program_of(f: Any, g: Any, method: str, noise: str, y0: Any) -> Fused | None:
-    """The program that takes a solve's steps, if there is one."""
+    """The program that takes a solve's steps, forward in time, if there is one."""
     if not isinstance(f, FusedTerm) or not isinstance(g, FusedTerm) or f.program is not g.program:
         return None
     fits = isinstance(y0, Tensor) and y0.dim() >= 2 and (y0.shape[1:], y0.dtype) == f.like
@@ -120,7 +122,7 @@ def program_of(f: Any, g: Any, method: str, noise: str, y0: Any) -> Fused | None
 def driven_steps(
     program: Fused, method: str, y: Tensor, grid: Sequence[float], increment: Callable[[float, float], Tensor]
 ) -> Tensor:
-    """The states at all points of a grid, ``[points, *y.shape]``."""
+    """The states at all points of an increasing grid, ``[points, *y.shape]``."""
     states = [y[None]]
     driven: Any = program.func
     most = len(driven.edges) - 1
@@ -132,8 +134,9 @@ def driven_steps(
         rates = nn.functional.pad(rates, (0, 0, 0, most - len(sizes)))
         before = [points[0] - sizes[0], *(b - 0.25 * (b - a) for a, b in pairwise(points[:-1])), points[-1]]
         marks = before + [before[-1]] * (most + 1 - len(before))
-        driven.edges = torch.tensor(marks, dtype=y.dtype, device=y.device)  # a new one: the backward pass has the old
-        found, _ = odeint(program, (y, rates), points, method=DRIVEN_METHODS[method], steps=1)
+        with _edges:
+            driven.edges = torch.tensor(marks, dtype=y.dtype, device=y.device)  # the backward pass has the old one
+            found, _ = odeint(program, (y, rates), points, method=DRIVEN_METHODS[method], steps=1)
         states.append(found[1:])
         y = found[-1]
     return torch.cat(states)

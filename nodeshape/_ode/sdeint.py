@@ -67,6 +67,8 @@ def sdeint(
     same element of y. The implicit methods are so in the drift alone, which lifts the bound that a stiff drift puts on
     the step, and not one that large noise does.
 
+    :func:`fuse_sde` makes f and g of small networks a program that takes the steps in the C++ kernel.
+
     Gradients with respect to y0 and whatever f and g depend on are exact, those of the very steps on the very path, of
     any order. Autograd stores every step; ``options={"recompute": True}`` stores every √n-th of n states and takes the
     steps between anew along the same path, at the price of one more forward pass.
@@ -242,11 +244,12 @@ class _Solve:
         self.solve = None if method.explicit else self._equations()
         self.increment = self._increments(path)
         self.surroundings = Surroundings(lambda: (f, g), self.drift.device) if settings.get("recompute") else None
-        self.program = program_of(f, g, method.name, noise, y0) if self.surroundings is None else None
+        forwards = self.surroundings is None and self.grid[-1] > self.grid[0]
+        self.program = program_of(f, g, method.name, noise, y0) if forwards else None
 
     def run(self) -> Any:
         """The states at all times, as the caller sees them."""
-        if self.program is not None and len(self.times) > 1:
+        if self.program is not None:
             every = driven_steps(self.program, self.method.name, self.y0, self.grid, self.increment)
             return every[list(accumulate(self.counts, initial=0))]
         y = self.drift.pack(self.y0)
