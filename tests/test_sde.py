@@ -64,6 +64,22 @@ def test_the_random_numbers_are_those_of_numpys_counter_based_generator() -> Non
         assert path._normal(node).tolist() == np.random.Generator(words).standard_normal(5).tolist()
 
 
+@pytest.mark.cuda
+def test_a_portable_path_is_the_same_on_the_gpu_and_any_path_there_is_repeatable() -> None:
+    portable = ns.BrownianPath((3,), 0.0, 1.0, seed=1, dtype=F64, device="cuda", portable=True)
+    torch.testing.assert_close(portable(0.2, 0.7).cpu(), ns.BrownianPath((3,), 0.0, 1.0, seed=1, dtype=F64)(0.2, 0.7))
+    own = [ns.BrownianPath((3,), 0.0, 1.0, seed=1, device="cuda") for _ in range(2)]
+    assert torch.equal(own[0](0.2, 0.7), own[1](0.2, 0.7))
+    y0 = torch.rand(4, 3, device="cuda", dtype=F64)
+    path = ns.BrownianPath(y0, 0.0, 1.0, seed=1, portable=True)
+    for method in METHODS:
+        f, g = lambda t, y: -y, lambda t, y: torch.cos(y)
+        there = ns.sdeint(f, g, y0, [0.0, 1.0], method=method, steps=4, path=path)
+        host = ns.BrownianPath(y0.cpu(), 0.0, 1.0, seed=1)
+        here = ns.sdeint(f, g, y0.cpu(), [0.0, 1.0], method=method, steps=4, path=host)
+        torch.testing.assert_close(there.cpu(), here)
+
+
 def test_threads_may_ask_one_path() -> None:
     times = [k / 97 for k in range(1, 97)]
     alone, shared = path_of((3,), 10), path_of((3,), 10)
