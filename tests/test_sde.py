@@ -424,14 +424,30 @@ def test_recompute_stores_less_and_gives_the_same_gradient() -> None:
     assert kept[1] < kept[0] / 10
 
 
-def test_recompute_refuses_weights_that_have_changed() -> None:
-    g = nn.Linear(2, 2)
+@pytest.mark.parametrize("what", ["weight", "attribute", "path"])
+def test_recompute_refuses_what_has_changed(what: str) -> None:
+    g, scale = nn.Linear(2, 2), [1.0]
+    random = torch.Generator().manual_seed(0)
+
+    def path(s: float, t: float) -> Tensor:
+        return torch.randn(2, 2, generator=random)
+
+    y0, options = torch.ones(2, 2), {"recompute": True}
     y = ns.sdeint(
-        lambda t, y: -y, lambda t, y: g(y), torch.ones(2, 2), [0.0, 1.0], steps=4, options={"recompute": True}
+        lambda t, y: -y,
+        lambda t, y: scale[0] * g(y),
+        y0,
+        [0.0, 1.0],
+        steps=4,
+        path=path if what == "path" else None,
+        options=options,
     )
-    with torch.no_grad():
-        g.weight.add_(1.0)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    if what == "weight":
+        with torch.no_grad():
+            g.weight.add_(1e-6)
+    elif what == "attribute":
+        scale[0] = 1.1
+    with pytest.raises(RuntimeError, match="not what it was in the forward pass"):
         y.sum().backward()
 
 
@@ -520,6 +536,10 @@ def test_fuse_sde_says_what_it_does_not_take() -> None:
         ns.fuse_sde(terms.f, terms.g, y0[0])
     with pytest.raises(ValueError, match="noise must be"):
         ns.fuse_sde(terms.f, terms.g, y0, noise="scalar")
+    general = Terms("general")
+    f, g = ns.fuse_sde(general.f, general.g, y0, noise="general")
+    with pytest.raises(ValueError, match="2 columns, but the path is of 1"):
+        ns.sdeint(f, g, y0, [0.0, 1.0], noise="general", steps=2, path=ns.BrownianPath((5, 1), 0.0, 1.0))
     with pytest.raises(ns.FuseError):
         ns.fuse_sde(terms.f, lambda t, y: y.sort(dim=1).values, y0)
 

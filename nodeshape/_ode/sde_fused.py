@@ -30,6 +30,7 @@ class _Driven(nn.Module):
     they are.
 
     Attributes:
+        numbers: of ΔW in each step.
         edges: between the steps, a little before each begins, ``[steps + 1]``.
     """
 
@@ -38,7 +39,7 @@ class _Driven(nn.Module):
     def __init__(self, f: Any, g: Any, general: bool, rates: Tensor) -> None:
         super().__init__()
         self.owners = nn.ModuleList(modules_of((f, g)))  # whose weights are trained
-        self.f, self.g, self.general = f, g, general
+        self.f, self.g, self.general, self.numbers = f, g, general, rates.shape[2]
         self.register_buffer("edges", torch.arange(rates.shape[1] + 1, dtype=rates.dtype, device=rates.device))
 
     def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,8 @@ def driven_steps(
         points = grid[first : first + most + 1]
         sizes = [b - a for a, b in pairwise(points)]
         changes = torch.stack([increment(a, b) for a, b in pairwise(points)], dim=1).flatten(2)
+        if changes.shape[2] != driven.numbers:
+            raise ValueError(f"g returns {driven.numbers} columns, but the path is of {changes.shape[2]}")
         rates = changes / torch.tensor(sizes, dtype=y.dtype, device=y.device)[:, None]
         rates = nn.functional.pad(rates, (0, 0, 0, most - len(sizes)))
         before = [points[0] - sizes[0], *(b - 0.25 * (b - a) for a, b in pairwise(points[:-1])), points[-1]]

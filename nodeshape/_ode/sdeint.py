@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from nodeshape._ode.brownian import BrownianPath
-from nodeshape._ode.field import Field
+from nodeshape._ode.field import SAME, Field
 from nodeshape._ode.graph import leaves
 from nodeshape._ode.loop import BLOCK, under_vmap
 from nodeshape._ode.odeint import Dynamics, Times, check_resolution, tensors_of, times_of
@@ -100,7 +100,7 @@ def sdeint(
         TypeError: ``y0`` is not made of tensors.
         ValueError: an argument is out of its range, or f, g or the path returns another shape than it should.
         StageSolveError: the stage of an implicit method was not solved.
-        RuntimeError: with ``recompute``, f or g is another in the backward pass than in the forward pass.
+        RuntimeError: with ``recompute``, f, g or the path is another in the backward pass than in the forward pass.
     """
     if torch.compiler.is_compiling() and not is_exporting():  # it stays as it is, between what is compiled
         how: Any = {"method": method, "noise": noise, "steps": steps, "step_size": step_size, "path": path}
@@ -283,25 +283,29 @@ class _Solve:
         """:meth:`_steps`, of which autograd keeps the start; the backward pass takes them again."""
         assert self.surroundings is not None
         around, before = self.surroundings, self.surroundings.snapshot()
-        watched: list[tuple[Tensor, int]] = []
-        again = False
+        weights: list[tuple[Tensor, int]] = []
+        reached: Tensor | None = None
 
         def steps(y: Tensor) -> Tensor:
-            if not again:
+            if reached is None:
                 return self._steps(y, first, last)
-            if any(x._version != version for x, version in watched):
-                raise RuntimeError(
-                    "a weight of f or g has been changed in place since the forward pass, so the gradient would be"
-                    " wrong: call backward() before changing it, or leave out options={'recompute': True}"
-                )
             around.check_weights()
             with around.restored() as restore:
                 restore(before)
-                return self._steps(y, first, last)
+                again = self._steps(y, first, last)
+            rtol = SAME[self.drift.time_dtype]
+            same = torch.allclose(again.detach(), reached, rtol, rtol, equal_nan=True)
+            if not same or any(x._version != version for x, version in weights):
+                raise RuntimeError(
+                    "f, g or the path is not what it was in the forward pass, so the gradient would be wrong: call"
+                    " backward() before changing a weight or an attribute, or leave out options={'recompute': True}"
+                )
+            return again
 
-        after: Tensor = checkpoint(steps, y, use_reentrant=False, preserve_rng_state=False)
-        again = True
-        watched += [(x, x._version) for x in leaves(after, y)]
+        with set_checkpoint_early_stop(False):  # so that the end is reached, and compared
+            after: Tensor = checkpoint(steps, y, use_reentrant=False, preserve_rng_state=False)
+        weights += [(x, x._version) for x in leaves(after, y)]
+        reached = after.detach()
         return after
 
     def _equations(self) -> StageEquations:
