@@ -173,13 +173,13 @@ def test_strong_order_of_geometric_brownian_motion(method: str) -> None:
 def test_weak_order_of_geometric_brownian_motion(method: str) -> None:
     # Numbers of which the error is not a difference of two, and far above what chance makes of so many paths.
     f, g, exact = geometric(method, 1.5, 0.3) if method in ITO else geometric(method, 0.5, 0.8)
-    half = path_of((8000, 1), 128)
+    half = path_of((5000, 1), 128)
 
     def path(s: float, t: float) -> Tensor:  # and its mirror image, so that fewer will do
         change = half(s, t)
         return torch.cat([change, -change])
 
-    y0, errors = torch.ones(16_000, 1, dtype=F64), []
+    y0, errors = torch.ones(10_000, 1, dtype=F64), []
     for steps in (16, 32, 64, 128) if method in ITO else (8, 16, 32, 64):
         y = ns.sdeint(f, g, y0, [0.0, 1.0], method=method, steps=steps, path=path)[-1]
         errors.append(abs(float((y - exact(path(0.0, 1.0))).mean())))
@@ -234,7 +234,7 @@ def test_ornstein_uhlenbeck_has_its_mean_and_variance(method: str) -> None:
 def test_the_drift_implicit_methods_stay_where_euler_maruyama_blows_up() -> None:
     rate, sigma = 1000.0, 1.0  # rate × step = 50
     f, g = lambda t, y: -rate * (y - torch.cos(t)), lambda t, y: sigma * torch.ones_like(y)
-    y0, path = torch.ones(500, 2), ns.BrownianPath((500, 2), 0.0, 1.0, seed=0)
+    y0, path = torch.ones(200, 2), ns.BrownianPath((200, 2), 0.0, 1.0, seed=0)
     t = torch.linspace(0, 1, 21)
     solved = {m: ns.sdeint(f, g, y0, t, method=m, steps=1, path=path) for m in METHODS}
     for method in ("euler_maruyama", "heun", "midpoint"):
@@ -243,7 +243,7 @@ def test_the_drift_implicit_methods_stay_where_euler_maruyama_blows_up() -> None
         assert float((solved[method] - torch.cos(t)[:, None, None]).abs().max()) < 2.0
     # Of the law the step cannot resolve implicit Euler keeps the mean.
     mean = solved["implicit_euler_maruyama"][-1].mean()
-    assert float(mean) == pytest.approx(float(torch.cos(torch.ones(()))), abs=0.01)
+    assert float(mean) == pytest.approx(float(torch.cos(torch.ones(()))), abs=0.02)
 
 
 @pytest.mark.parametrize("drift_ito", [0.5 * SIGMA**2, 0.0])
