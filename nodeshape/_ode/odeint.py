@@ -180,7 +180,7 @@ def odeint(
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
     settings = read_options(options) if options else {}
-    tensors = _tensors(y0)
+    tensors = tensors_of(y0)
     if isinstance(t, Tensor) and t.dim() == 2:
         return _own_times(
             func,
@@ -218,7 +218,7 @@ def odeint(
         times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
     else:
         symbolic = False
-        t, times = _times(t)
+        t, times = times_of(t)
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
     unrolled = current()
@@ -237,7 +237,7 @@ def odeint(
     one_each = not how.adaptive and how.steps is None and how.step_size is None
     steps = 1 if one_each and "grid_constructor" not in how.options else how.steps
     if not symbolic:
-        _check_resolution(tensors[0], times, steps, how.step_size, how.adaptive)
+        check_resolution(tensors[0], times, steps, how.step_size, how.adaptive)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     if not is_exporting():  # which would record it
         _check_tolerances(rtol, atol)
@@ -538,7 +538,7 @@ def _fused_adaptive(
     func: Fused, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
 ) -> Any:
     start = func.pack(y0)
-    _check_resolution(start, times, None, None, True)
+    check_resolution(start, times, None, None, True)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     _check_tolerances(rtol, atol)
     control = controller_of(how.method, how.options, float(rtol), float(atol), rms)
@@ -629,7 +629,7 @@ def _along(states: Any, slopes: list[Tensor], moves: Tensor, lead: int) -> Any:
     return tuple(map(moved, states, slopes))
 
 
-def _check_resolution(
+def check_resolution(
     y0: Tensor, times: list[float], steps: int | None, step_size: float | None, adaptive: bool
 ) -> None:
     """Raise ValueError where times in the state's type, which is what func sees, are too coarse for the steps."""
@@ -647,7 +647,7 @@ def _check_resolution(
             )
 
 
-def _tensors(y0: State) -> tuple[Tensor, ...]:
+def tensors_of(y0: State) -> tuple[Tensor, ...]:
     if isinstance(y0, Tensor) and y0.dtype in DTYPES:
         return (y0,)
     tensors = y0 if isinstance(y0, tuple) else (y0,)
@@ -663,7 +663,7 @@ def _tensors(y0: State) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
+def times_of(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     if isinstance(t, Tensor):
         if t.dim() != 1:
             raise ValueError(f"t must have one dimension, [times], got shape {list(t.shape)}")
