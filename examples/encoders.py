@@ -1,4 +1,4 @@
-"""What turns observed points into an initial state: a GRU that reads them backwards in time."""
+"""What turns observed points into a state: a GRU that reads them in order, with the time to the next."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-class BackwardGRU(nn.Module):
-    """Points at each sample's own times to ``[batch, out]``, as the recognition network of Chen et al. 2018, section 5.
+class PointEncoder(nn.Module):
+    """Points at each sample's own times to ``[batch, out]``, as the recognition network of Chen et al. 2018.
 
     Args:
         dim: numbers per point.
@@ -20,11 +20,10 @@ class BackwardGRU(nn.Module):
         self.gru = nn.GRU(dim + 1, hidden)
         self.head = nn.Linear(hidden, out)
 
-    def forward(self, t: Tensor, points: Tensor) -> Tensor:
-        """Read points ``[times, batch, dim]`` at times ``t`` ``[times, batch]`` that increase from 0, the state's."""
-        return self.head(self.gru(torch.cat([points, gaps(t)[..., None]], dim=-1).flip(0))[1][0])
+    def forward(self, t: Tensor, points: Tensor, end: Tensor) -> Tensor:
+        """Read points ``[times, batch, dim]`` at times ``t`` ``[times, batch]`` towards the time ``end`` ``[batch]``.
 
-
-def gaps(t: Tensor) -> Tensor:
-    """The time since the point before, ``[times, batch]``; of the first one since the time 0."""
-    return t.diff(dim=0, prepend=torch.zeros_like(t[:1]))
+        Times may increase or decrease; ``end``, the state's, is behind the last one or is it.
+        """
+        to_next = torch.cat([t[1:], end[None]]) - t
+        return self.head(self.gru(torch.cat([points, to_next[..., None]], dim=-1))[1][0])

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchdiffeq
 from common import Example, alternate, progress
-from encoders import BackwardGRU, gaps
+from encoders import PointEncoder
 from torch import Tensor, nn
 
 import nodeshape as ns
@@ -78,10 +77,17 @@ def on_ours(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
 
 def on_torchdiffeq(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
     """The same there, as quick as it can be: a common grid, off which each sample's own times are read."""
+    import torchdiffeq
+
     grid = torch.arange(math.ceil(float(t.max()) / STEP) + 1) * STEP
     states, samples = torchdiffeq.odeint(f, y0, grid, method="rk4"), torch.arange(t.shape[1])
     before = (t / STEP).long().clamp(max=len(grid) - 2)
     return torch.lerp(states[before, samples], states[before + 1, samples], (t / STEP - before)[..., None])
+
+
+def start(encoder: PointEncoder, seen_at: Tensor, seen: Tensor) -> Tensor:
+    """The state at time 0, ``[batch, ...]``: points are read backwards."""
+    return encoder(10 * seen_at.flip(0), seen.flip(0), torch.zeros_like(seen_at[0]))
 
 
 class NeuralODE(nn.Module):
@@ -89,13 +95,13 @@ class NeuralODE(nn.Module):
 
     def __init__(self, f: nn.Module | None = None, solve: Solve = on_ours) -> None:
         super().__init__()
-        self.encoder = BackwardGRU(2, 32, STATE)
+        self.encoder = PointEncoder(2, 32, STATE)
         self.f = ns.fuse(Field(), torch.zeros(1, STATE)) if f is None else f
         self.solve = solve
 
     def forward(self, seen_at: Tensor, seen: Tensor, t: Tensor) -> Tensor:
         from_0 = torch.cat([torch.zeros_like(t[:1]), t])
-        return self.solve(self.f, self.encoder(seen_at, seen), from_0)[1:, :, :2]
+        return self.solve(self.f, start(self.encoder, seen_at, seen), from_0)[1:, :, :2]
 
 
 class Rival(nn.Module):
@@ -103,11 +109,12 @@ class Rival(nn.Module):
 
     def __init__(self, hidden: int = 20) -> None:
         super().__init__()
-        self.encoder = BackwardGRU(2, 32, hidden)
+        self.encoder = PointEncoder(2, 32, hidden)
         self.gru, self.head = nn.GRU(1, hidden), nn.Linear(hidden, 2)
 
     def forward(self, seen_at: Tensor, seen: Tensor, t: Tensor) -> Tensor:
-        return self.head(self.gru(gaps(t)[..., None], self.encoder(seen_at, seen)[None])[0])
+        waits = 10 * t.diff(dim=0, prepend=torch.zeros_like(t[:1]))
+        return self.head(self.gru(waits[..., None], start(self.encoder, seen_at, seen)[None])[0])
 
 
 class Curve(nn.Module):
@@ -131,14 +138,20 @@ def fit(model: nn.Module, spirals: Spirals, iterations: int, random: torch.Gener
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in progress(range(iterations), name):
         batch = torch.randint(t.shape[1], (64,), generator=random)
-        step(model, optimizer, t[:, batch], seen[:, batch])
+        step(
+            model,
+            optimizer,
+            t[:, batch],
+            seen[:, batch],
+            int(torch.randint(POINTS // 4, POINTS + 1, (), generator=random)),
+        )
         schedule.step()
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, t: Tensor, seen: Tensor) -> None:
-    """One training iteration."""
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, t: Tensor, seen: Tensor, first: int) -> None:
+    """One training iteration: all points from the ``first`` ones."""
     optimizer.zero_grad()
-    (model(t, seen, t) - seen).square().mean().backward()
+    (model(t[:first], seen[:first], t) - seen).square().mean().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
@@ -180,8 +193,8 @@ def draw(drawn: Any, path: Path) -> None:
     seen_at = times(samples, 0.0, WINDOW, random)
     seen = spirals.at(seen_at)
     seen += NOISE * torch.randn(seen.shape, generator=random)
-    t = torch.linspace(0.0, 2 * WINDOW, 162)[1:, None].expand(-1, samples)
-    true, half = spirals.at(t), len(t) // 2
+    t = torch.cat([times(samples, 0.0, WINDOW, random), times(samples, WINDOW, 2 * WINDOW, random)])
+    dense = torch.linspace(0.0, 2 * WINDOW, 200)[:, None].expand(-1, samples)
     chosen = [int(k) for way in (spirals.speed > 0, spirals.speed < 0) for k in way.nonzero()[:2]]
     figure = Figure(figsize=(12.5, 6), layout="constrained")
     panels = figure.subplots(2, 5, width_ratios=[1, 1, 1, 1, 1.25])
@@ -214,7 +227,7 @@ def speed() -> dict[str, float]:
 
     def iteration(model: nn.Module) -> Callable[[], None]:
         optimizer = torch.optim.Adam(model.parameters())
-        return lambda: step(model, optimizer, t, seen)
+        return lambda: step(model, optimizer, t, seen, POINTS // 2)
 
     return {"training iteration": alternate(iteration(NeuralODE()), iteration(NeuralODE(Field(), on_torchdiffeq)))}
 
