@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--native",
         action="store_true",
         help="also write files that run nodeshape's own kernels, for Python and C++: TorchScript, a package of"
-        " AOTInductor, and the library they need",
+        " AOTInductor, ONNX where its library was built, and the libraries they need",
     )
     args = parser.parse_args(argv)
 
@@ -139,6 +139,8 @@ def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
             + (f"{figures['latency_ms']:>9.2f} ms" if "latency_ms" in figures else "")
         )
     say(f"{'PyTorch':<18}{'':>50}{report['pytorch_latency_ms']:>9.2f} ms")
+    for name, reason in report["left_out"].items():
+        say(f"{name} is left out: {reason}")
     ties = max(figures["ties"] for figures in report["files"].values())
     if ties:
         say(f"{ties} images are ties: their two largest logits are closer than the files differ")

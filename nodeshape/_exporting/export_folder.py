@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nodeshape import __version__
 from nodeshape._cli import picture
 from nodeshape._errors import StageSolveError, UserError
+from nodeshape._exporting import custom_ops
 from nodeshape._exporting import native as native_files
 from nodeshape._exporting.module import (
     OPSET,
@@ -63,6 +64,15 @@ PREPROCESSING = (
     "Scale the picture to fit a square of image_size pixels, aspect kept, centred on its border's median colour; grey"
     " or RGB values as float32 in [0, 1], [batch, channels, image_size, image_size]. Normalisation is in the model."
 )
+#: What a classifier's ONNX files call their output, and say of it and others.
+NAMED: dict[str, Any] = {
+    "output": "logits",
+    "docs": {
+        "image": PREPROCESSING,
+        "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
+        "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
+    },
+}
 
 
 def write_export_folder(
@@ -193,10 +203,11 @@ def _write(
         files[name] |= {"nodes": written.nodes, "stage_iterations": written.stage_iterations}
     if native:
         start = perf_counter()
-        readers = native_files.write_native(folder, model, images, metadata, tolerance)
+        readers = native_files.write_native(folder, model, images, metadata, tolerance, NAMED)
         seconds["writing"] += perf_counter() - start
         for name, load in readers:
             prove(name, load(folder / name))
+    reason = custom_ops.why_missing() if native else None
     return {
         **{key: metadata[key] for key in ("nodeshape_version", "channels", "method")},
         "classes": classes,
@@ -207,6 +218,7 @@ def _write(
         "tolerance": tolerance,
         "images": {"count": len(images), "source": source},
         "files": files,
+        "left_out": {native_files.ONNX: reason} if reason else {},
         "pytorch_latency_ms": milliseconds(model, images[:1]),
         "opset": OPSET,
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
@@ -268,13 +280,8 @@ def write_classifier_onnx(
     subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
     """ONNX, ``image`` to ``logits``; ``subject`` is one of the model and these images, where files share it."""
-    docs = {
-        "image": metadata.get("preprocessing", PREPROCESSING),
-        "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
-        "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
-    }
     settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
-    return write_onnx(model, images, path, output="logits", metadata=metadata, docs=docs, **settings)
+    return write_onnx(model, images, path, metadata=metadata, **settings, **NAMED)
 
 
 def _with_texts(write: Writer) -> Writer:

@@ -182,6 +182,7 @@ def write_onnx(
     metadata: Mapping[str, str] | None = None,
     docs: Mapping[str, str] | None = None,
     subject: Subject | None = None,
+    native: bool = False,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_onnx`.
 
@@ -190,6 +191,7 @@ def write_onnx(
         metadata: the file's ``metadata_props``.
         docs: of inputs and outputs, by name.
         subject: of these arguments, where several files share one.
+        native: keep the ops of the kernels, which the library of :mod:`custom_ops` runs.
 
     Returns:
         its report, and the file as a function.
@@ -197,10 +199,11 @@ def write_onnx(
     outputs = {"output": output}
     import onnx
 
+    from nodeshape._exporting import custom_ops
     from nodeshape._exporting.graph import nodes, simplify, tidy
 
     with Progress(Path(path).name) as progress:
-        subject = subject or Subject(module, example_inputs, tolerance, trajectory, loop)
+        subject = subject or Subject(module, example_inputs, tolerance, trajectory, loop, native)
         with _written(path) as partial:
             progress("recording")
             with subject.recorded():
@@ -211,6 +214,7 @@ def write_onnx(
                     input_names=[*subject.input_names, *([STEPS] if subject.default_steps else [])],
                     output_names=[outputs.get(name, name) for name in subject.output_names],
                     verbose=False,
+                    custom_translation_table=custom_ops.translations() if native else None,
                 )
             assert program is not None
             progress("writing")
@@ -223,7 +227,7 @@ def write_onnx(
             _describe(proto, metadata or {}, docs or {})
             onnx.checker.check_model(proto)
             onnx.save(proto, partial)
-            session = open_onnx(partial)
+            session = open_onnx(partial, library=custom_ops.LIBRARY if native else None)
             taken = {x.name for x in session.get_inputs()}
 
             def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -235,11 +239,13 @@ def write_onnx(
             return subject.report(Path(path), partial, sum(1 for _ in nodes(proto.graph)), run), run
 
 
-def open_onnx(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Read an ONNX file, to run in so many threads; 0 for as many as there are cores."""
+def open_onnx(path: Path, threads: int = 0, library: Path | None = None) -> onnxruntime.InferenceSession:
+    """Read an ONNX file, to run in so many threads (0 for as many as there are cores); a library has ops of its own."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # it warns of inputs that may be left out, and of constants that it cannot compute
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
