@@ -54,15 +54,17 @@ class Example:
         draw: draws what ``train`` of the first seed returned into a picture file.
         speed: figures by name: how many times as fast as on the rival a training iteration is (:func:`alternate`).
         verdict: says in a sentence or two what the mean figures of all seeds show.
+        arguments: adds arguments of the example's own to the command line; ``train`` then takes, third, what they were.
         rival: whose time ``speed`` compares with.
     """
 
     name: str
     claim: str
-    train: Callable[[int, bool], tuple[dict[str, float], Any]]
+    train: Callable[..., tuple[dict[str, float], Any]]
     draw: Callable[[Any, Path], None]
     speed: Callable[[], dict[str, float]] | None
     verdict: Callable[[dict[str, float]], str]
+    arguments: Callable[[Parser], None] | None = None
     rival: str = "torchdiffeq"
 
     def main(self) -> None:
@@ -85,6 +87,8 @@ class Example:
             parser.add_argument(
                 "--speed", action="store_true", help=f"time an iteration beside {self.rival}, and no more"
             )
+        if self.arguments is not None:
+            self.arguments(parser)
         args = parser.parse_args()
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -100,7 +104,8 @@ class Example:
         runs: list[dict[str, float]] = []
         shown = None
         for k in range(args.seeds):
-            figures, drawn = self.train(args.seed + k, args.quick)
+            own = () if self.arguments is None else (args,)
+            figures, drawn = self.train(args.seed + k, args.quick, *own)
             runs.append(figures)
             shown = drawn if k == 0 else shown
         means = {name: mean(values) for name, values in _by_name(runs).items()}

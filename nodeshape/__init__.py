@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nodeshape._exporting.native import to_native as to_native
     from nodeshape._models.block import ODEBlock as ODEBlock
     from nodeshape._models.classifier import ShapeClassifier as ShapeClassifier
+    from nodeshape._models.divergence import WithDivergence as WithDivergence
     from nodeshape._models.dynamics import ConvDynamics as ConvDynamics
     from nodeshape._models.dynamics import MLPDynamics as MLPDynamics
     from nodeshape._models.fewest_steps import FewestSteps as FewestSteps
@@ -56,6 +57,7 @@ _HOME = {
     "ODEBlock": "_models.block",
     "FewestSteps": "_models.fewest_steps",
     "fewest_steps": "_models.fewest_steps",
+    "WithDivergence": "_models.divergence",
     "ConvDynamics": "_models.dynamics",
     "MLPDynamics": "_models.dynamics",
     "ShapeClassifier": "_models.classifier",

@@ -224,11 +224,11 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "time as a number": ((lambda f, t, y: y * float(t), VECTOR), "does not look at their values"),
     "autograd": (
         (lambda f, t, y: torch.autograd.grad(y.sin().sum(), y, create_graph=True)[0], VECTOR),
-        "torch.autograd.grad: write its derivatives out",
+        "does not require grad.*torch.func.vjp, which can be traced",
     ),
     "torch.func": (
         (lambda f, t, y: torch.func.vmap(torch.func.jacrev(torch.sin))(y).sum(1), VECTOR),
-        "write its derivatives out",
+        "diagonal_scatter does not lower",
     ),
     "no derivative": ((lambda f, t, y: torch.heaviside(y, torch.zeros(())), VECTOR), "cannot be differentiated"),
 }

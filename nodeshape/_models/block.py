@@ -28,14 +28,16 @@ class ODEBlock(nn.Module):
         rtol, atol: choose steps by error control instead.
         eval_rtol, eval_atol: other tolerances for evaluation mode.
         options: of :func:`nodeshape.odeint`.
+        augment: features, or channels, of zeros that are appended to dimension 1 before the solve, so that trajectories
+            have room to pass each other (Dupont et al., arXiv:1904.01681); the result keeps them.
 
     Attributes:
         stats: of the latest forward pass, with its backward pass once that has run; None before.
 
-    Shapes: features ``[batch, ...]``, as ``dynamics`` takes them, to features of the same shape.
+    Shapes: features ``[batch, n, ...]`` to ``[batch, n + augment, ...]``, which ``dynamics`` takes.
 
     Raises:
-        ValueError: a setting of the solver is out of its range.
+        ValueError: a setting of the solver is out of its range, or features of one dimension are to be augmented.
 
     A forward pass raises what :func:`nodeshape.odeint` raises.
     """
@@ -57,8 +59,11 @@ class ODEBlock(nn.Module):
         eval_rtol: float | None = None,
         eval_atol: float | None = None,
         options: Mapping[str, Any] | None = None,
+        augment: int = 0,
     ) -> None:
         super().__init__()
+        if augment < 0:
+            raise ValueError(f"augment must be a number of features, 0 or more, got {augment}")
         given = (
             step_size,
             steps,
@@ -78,17 +83,22 @@ class ODEBlock(nn.Module):
         self.rtol, self.atol = rtol, atol
         self.eval_rtol, self.eval_atol = eval_rtol, eval_atol
         self.options = dict(options or {})
+        self.augment = augment
         self.stats: SolverStats | None = None
         self._check()
 
     def forward(self, y: Tensor) -> Tensor:
-        """Map features ``y`` at t=0 to features of the same shape at t=1.
+        """Map features ``y`` at t=0, with zeros for those to augment, to features at t=1.
 
         Under autocast the solve stays in float32: rounding to 16 bits in every step would add up over the steps.
         """
         if torch.is_autocast_enabled(y.device.type):
             with torch.autocast(y.device.type, enabled=False):
                 return self.forward(y.float())
+        if self.augment:
+            if y.dim() < 2:
+                raise ValueError(f"augment takes features [batch, n, ...], got shape {list(y.shape)}")
+            y = torch.cat([y, y.new_zeros(y.shape[0], self.augment, *y.shape[2:])], dim=1)
         rtol, atol = self.rtol, self.atol
         if not self.training:
             rtol = rtol if self.eval_rtol is None else self.eval_rtol
@@ -134,7 +144,8 @@ class ODEBlock(nn.Module):
     def extra_repr(self) -> str:
         """The solver, for ``print(model)``."""
         size = f"steps={self.steps}" if self.steps is not None else f"step_size={self.step_size}"
-        return f"method={self.method!r}, {size}, adjoint={self.adjoint!r}"
+        augment = f", augment={self.augment}" if self.augment else ""
+        return f"method={self.method!r}, {size}, adjoint={self.adjoint!r}{augment}"
 
     def _check(self) -> None:
         """Let odeint judge the settings now rather than in the first forward pass."""

@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -24,16 +29,14 @@ from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower
 from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 from nodeshape._ode.reads import MISSING, Reads, difference, recorded
+from nodeshape._ode.unrolled import is_exporting, is_recording
 
 State = Tensor | tuple[Tensor, ...]
 #: Largest relative difference from f, in float64, of values and of gradients (torch has hardsigmoid's 1/6 in float32).
 SAME_VALUES, SAME_GRADIENTS = 1e-11, 1e-7
 #: Of values in float32 from those in float64: no more than that it is the same function.
 SAME_IN_FLOAT32 = 0.05
-DERIVATIVES = (
-    "write its derivatives out, as the trace of the Jacobian of torch.tanh(y @ W) @ U is"
-    " (1 - h * h) @ (W.T * U).sum(1), h = torch.tanh(y @ W)"
-)
+DERIVATIVES = "take them by torch.func.vjp, which can be traced, or ns.WithDivergence, or write them out"
 CHANGED = "a module of f was replaced by one of another class, or has other hooks or another forward, since fuse"
 #: Layers whose f depends on whether they are trained or evaluated.
 MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
@@ -72,6 +75,7 @@ class Fused(nn.Module):
         #: Names of attributes that f reads, by the path of their module, and what they and what is outside were.
         self._reads: dict[str, tuple[str, ...]] = {}
         self._values = Reads(self, self._reads).values
+        self._weight_shapes = [own[name].shape for own, name in self._walk()]
         self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
     @property
@@ -81,7 +85,27 @@ class Fused(nn.Module):
 
     def forward(self, t: Tensor, y: Any) -> Any:
         """f itself."""
+        if self._lowered.differentiates and is_exporting():
+            written = self._written(y[0] if self._tuple else y)
+            if written is not None:
+                out = written(t, tuple(y) if self._tuple else (y,))
+                return tuple(out) if self._tuple else out
         return self.func(t, y)
+
+    def _written(self, like: Tensor) -> _Written | None:
+        """f with the derivatives it takes as plain operations, which exporters can record, where it is as it was."""
+        known: dict[Any, Any] = self.__dict__.setdefault("_plain", {})
+        key = like.dtype, like.device
+        if not is_recording():  # an exporter runs it before it records it
+            places = self._found()
+            if isinstance(places, str):
+                known.pop(key, None)
+            elif key not in known or known[key][0] is not places:
+                lead = (3,) if self._batched else ()
+                examples = tuple(torch.zeros(*lead, *shape, dtype=key[0], device=key[1]) for shape in self._shapes)
+                time = torch.zeros((), dtype=key[0], device=key[1])
+                known[key] = places, _Written(_Called(self.func, self._tuple), time, examples, self._batched)
+        return known[key][1] if key in known else None
 
     def __repr__(self) -> str:
         name = type(self.func).__name__ if isinstance(self.func, nn.Module) else "function"
@@ -130,20 +154,23 @@ class Fused(nn.Module):
             return places
         try:
             weights = self._weights(places, dtype, device)
-        except KeyError:
+        except (KeyError, AttributeError):  # removed, or None
             return "a weight of f is gone"
+        if weights is None:
+            return "a weight of f has another shape than when f was fused"
         for x in weights:
-            if x is None:
-                return "a weight of f is gone"
             if x.dtype is not dtype or x.device != device:
                 return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {device}"
         return weights
 
     def _weights(
         self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype, device: torch.device
-    ) -> list[Tensor]:
+    ) -> list[Tensor] | None:
+        """The program's weights; None where a shape is another, which may be read otherwise and need not fail."""
         lowered = self._lowered
         tensors = [own[name] for own, name in places]
+        if [x.shape for x in tensors] != self._weight_shapes:
+            return None
         if lowered.prelude is None and not lowered.constants:
             return tensors  # which _walk() found in the order of the program
         named = dict(zip(lowered.paths, tensors))
@@ -217,6 +244,7 @@ class Fused(nn.Module):
         state = self.__dict__.copy()
         state.pop("_known", None)
         state.pop("_placed", None)
+        state.pop("_plain", None)
         return state
 
     def pack(self, y0: State) -> Tensor:
@@ -305,13 +333,27 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
     batch = torch.export.Dim("batch", min=2)
     shapes = tuple({0: batch} if batched else {} for _ in examples)
     quiet = logging.getLogger("torch").level
+    differentiates = False
+
+    def exported_program() -> torch.export.ExportedProgram:
+        program = torch.export.export(called, (time, examples), dynamic_shapes=({}, shapes), strict=False)
+        decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
+        return decomposed
+
     try:
         logging.getLogger("torch").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), _computing_in_float64():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                called, (time, examples), dynamic_shapes=({}, shapes), strict=False
-            ).run_decompositions(_decompositions())
+            try:
+                with _computing_in_float64(), _NoDerivatives():
+                    exported = exported_program()
+            except Exception as error:  # whatever torch.export raises where torch.func is used
+                if not isinstance(error, _Differentiates) and not _uses_torch_func(error):
+                    raise
+                differentiates = True
+                with _computing_in_float64():
+                    called = _Written(called, time, examples, batched, keeps_places=True)
+                    exported = exported_program()
     except Exception as error:  # whatever f, or PyTorch's tracer of it, raises
         if isinstance(error, FuseError):
             raise
@@ -323,8 +365,8 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
             advice = (
                 "the size of the batch became a number: take it as y.shape[0], not len(y), and einsum of two at a time"
             )
-        if _uses_torch_func(error):
-            advice = f"f uses torch.func: {DERIVATIVES}"
+        if differentiates:
+            advice = f"f takes derivatives of itself: {DERIVATIVES}"
         raise FuseError(f"f cannot be traced: {type(error).__name__}: {first}; {advice}") from error
     finally:
         logging.getLogger("torch").setLevel(quiet)
@@ -345,7 +387,7 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
     }
     user = [name for name in signature.user_inputs if isinstance(name, str)]
     lowered = lower(exported.graph, {*paths}, constants, user[1:], user[0])
-    lowered.paths, lowered.constants = paths, constants
+    lowered.paths, lowered.constants, lowered.differentiates = paths, constants, differentiates
     return lowered
 
 
@@ -376,12 +418,86 @@ def _uses_torch_func(error: BaseException) -> bool:
     return any(name.startswith(folder) and Path(name).stem in ("apis", "eager_transforms", "vmap") for name in names)
 
 
+class _Differentiates(Exception):
+    """f calls torch.autograd.grad, which torch.export leaves out of its record."""
+
+
+class _NoDerivatives(TorchFunctionMode):
+    """Raises where f takes a derivative."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.autograd.grad:
+            raise _Differentiates
+        return function(*args, **(kwargs or {}))
+
+
+class _Written(nn.Module):
+    """f as the operations that it and the derivatives it takes are made of, which torch.export then can trace.
+
+    torch.export knows no derivatives within f, but make_fx records what autograd does, with the batch left open.
+
+    Args:
+        called: to be evaluated once, at the examples.
+        keeps_places: whether what records it is told where in f an operation stands.
+    """
+
+    def __init__(
+        self,
+        called: nn.Module,
+        time: Tensor,
+        examples: tuple[Tensor, ...],
+        batched: bool,
+        keeps_places: bool = False,
+    ) -> None:
+        super().__init__()
+        self.keeps_places = keeps_places
+        for name, child in called.named_children():
+            self.add_module(name, child)
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+        def fake(x: Tensor, open_batch: bool = False) -> Tensor:
+            sizes = [DimDynamic.STATIC] * x.dim()
+            if open_batch:
+                sizes[0] = DimDynamic.DUCK  # the same for all that have it
+            return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+        def call(tensors: dict[str, Tensor], t: Tensor, y: tuple[Tensor, ...]) -> Any:
+            return torch.func.functional_call(called, tensors, (t, y))
+
+        tensors = {name: fake(x) for name, x in self._tensors().items()}
+        with mode:
+            graph = make_fx(call, _allow_non_fake_inputs=True, record_stack_traces=True)(
+                tensors, fake(time), tuple(fake(x, batched) for x in examples)
+            )
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.ones_like.default):
+            value = node.meta["val"]
+            if all(isinstance(size, int) for size in value.shape):  # of a sum whose derivative f takes
+                with graph.graph.inserting_before(node):
+                    ones = graph.graph.call_function(
+                        torch.ops.aten.ones.default,
+                        (list(value.shape),),
+                        {"dtype": value.dtype, "device": value.device},
+                    )
+                node.replace_all_uses_with(ones)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        self.__dict__["_graph"] = graph  # whose constants are no buffers
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def forward(self, t: Tensor, y: tuple[Tensor, ...]) -> Any:
+        graph = self.__dict__["_graph"]
+        if not self.keeps_places:
+            return graph(self._tensors(), t, y)
+        with preserve_node_meta():
+            return Interpreter(graph).run(self._tensors(), t, y)
+
+
 class _Widened(TorchFunctionMode):
     """Where float64 meets float32, such as a constant that f finds elsewhere, that becomes float64 too."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.autograd.grad:
-            raise FuseError(f"f calls torch.autograd.grad: {DERIVATIVES}")
         kinds = {x.dtype for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
         name = getattr(function, "__name__", "")
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))

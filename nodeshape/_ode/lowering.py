@@ -154,6 +154,7 @@ class Lowered:
         weights: for each of the program's weights the name of an input of the trace, or the number of a result of
             ``prelude``.
         paths, constants: where to find the inputs of the trace: from the module, or as they were.
+        differentiates: whether f takes derivatives of itself.
         prelude: computes weights on a device from inputs of the trace, named by ``prelude_inputs``; None where none is
             computed.
     """
@@ -164,6 +165,7 @@ class Lowered:
     prelude_inputs: tuple[str, ...]
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    differentiates: bool = False
 
 
 def lower(
