@@ -5,8 +5,9 @@ spirals than the typical RNN". Here both see 40 noisy points of a spiral, each s
 curve: at other times of the window that was seen, and beyond it, for as long again. Nothing beyond the window is in the
 training data.
 
-A GRU reads the points backwards in time and gives the state at time 0. Then
-- the Neural ODE solves dy/dt = f(y); two numbers of y are the position in the plane, the others say which spiral it is;
+A GRU reads the points and gives a state. Then
+- the Neural ODE solves dy/dt = f(y) from the last point on, forwards and backwards; two numbers of y are the position
+  in the plane, the others say which spiral it is. In training it also reads only the first points and predicts others;
 - its rival is another GRU that is told the time to the next point, with as many weights as f.
 """
 
@@ -29,27 +30,23 @@ WINDOW = 4.0  # of time that is observed; as much again is asked for
 POINTS, NOISE = 40, 0.05
 STATE, STEP = 6, 0.1
 
-Solve = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Spirals:
-    """Archimedean spirals, both ways round: radius and angle are linear in time. All parameters ``[samples]``."""
+    """Archimedean spirals that grow by 0.08 and turn by 1.5 radians per unit of time. All parameters ``[samples]``."""
 
     radius: Tensor
-    growth: Tensor
     angle: Tensor
-    speed: Tensor
+    way: Tensor
 
     @classmethod
     def drawn(cls, samples: int, random: torch.Generator) -> Spirals:
-        u = torch.rand(5, samples, generator=random)
-        way = torch.where(u[4] < 0.5, -1.0, 1.0)
-        return cls(0.3 + 1.0 * u[0], 0.05 + 0.1 * u[1], 2 * math.pi * u[2], way * (1.2 + 0.6 * u[3]))
+        u = torch.rand(3, samples, generator=random)
+        return cls(0.2 + 1.4 * u[0], 2 * math.pi * u[1], torch.where(u[2] < 0.5, -1.0, 1.0))
 
     def at(self, t: Tensor) -> Tensor:
         """Points ``[times, samples, 2]`` at times ``[times, samples]``."""
-        radius, angle = self.radius + self.growth * t, self.angle + self.speed * t
+        radius, angle = self.radius + 0.08 * t, self.angle + 1.5 * self.way * t
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
 
 
@@ -58,6 +55,18 @@ def times(samples: int, start: float, end: float, random: torch.Generator) -> Te
     gaps = 0.1 - torch.log1p(-torch.rand(POINTS + 1, samples, generator=random))
     ends = gaps.cumsum(dim=0)
     return start + (end - start) * ends[:-1] / ends[-1]
+
+
+def observed(spirals: Spirals, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Times in the window, and noisy points there."""
+    t = times(len(spirals.radius), 0.0, WINDOW, random)
+    points = spirals.at(t)
+    return t, points + NOISE * torch.randn(points.shape, generator=random)
+
+
+def held_out(samples: int, random: torch.Generator) -> Tensor:
+    """Other times, ``[2 * POINTS, samples]``: half of them inside the window, half beyond."""
+    return torch.cat([times(samples, 0.0, WINDOW, random), times(samples, WINDOW, 2 * WINDOW, random)])
 
 
 class Field(nn.Module):
@@ -71,41 +80,35 @@ class Field(nn.Module):
         return self.net(y)
 
 
-def on_ours(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
-    return ns.odeint(f, y0, t, method="rk4", options={"step_size": STEP})
-
-
-def on_torchdiffeq(f: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
-    """The same there, as quick as it can be: a common grid, off which each sample's own times are read."""
-    import torchdiffeq
-
-    grid = torch.arange(math.ceil(float(t.max()) / STEP) + 1) * STEP
-    states, samples = torchdiffeq.odeint(f, y0, grid, method="rk4"), torch.arange(t.shape[1])
-    before = (t / STEP).long().clamp(max=len(grid) - 2)
-    return torch.lerp(states[before, samples], states[before + 1, samples], (t / STEP - before)[..., None])
-
-
-def start(encoder: PointEncoder, seen_at: Tensor, seen: Tensor) -> Tensor:
-    """The state at time 0, ``[batch, ...]``: points are read backwards."""
-    return encoder(10 * seen_at.flip(0), seen.flip(0), torch.zeros_like(seen_at[0]))
-
-
 class NeuralODE(nn.Module):
-    """Points ``[times, batch, 2]`` seen at ``seen_at`` to points at ``t``, both ``[times, batch]``."""
+    """Points ``[times, batch, 2]`` seen at ``seen_at`` to points at ``t``, both ``[times, batch]``.
 
-    def __init__(self, f: nn.Module | None = None, solve: Solve = on_ours) -> None:
+    Args:
+        f: of the ODE.
+        odeint: ours, or torchdiffeq's; a method without an error estimate takes one step from time to time in both.
+    """
+
+    def __init__(self, f: nn.Module | None = None, odeint: Callable[..., Tensor] = ns.odeint) -> None:
         super().__init__()
         self.encoder = PointEncoder(2, 32, STATE)
         self.f = ns.fuse(Field(), torch.zeros(1, STATE)) if f is None else f
-        self.solve = solve
+        self.odeint = odeint
 
     def forward(self, seen_at: Tensor, seen: Tensor, t: Tensor) -> Tensor:
-        from_0 = torch.cat([torch.zeros_like(t[:1]), t])
-        return self.solve(self.f, start(self.encoder, seen_at, seen), from_0)[1:, :, :2]
+        y = self.encoder(10 * seen_at, seen, 10 * seen_at[-1])
+        steps = (t - seen_at[-1]) / STEP
+        past, future = (max(1, math.ceil(float(x))) for x in (-steps.min(), steps.max()))
+        before, after = (
+            self.odeint(self.f, y, torch.arange(count + 1) * size, method="rk4")[..., :2]
+            for count, size in ((past, -STEP), (future, STEP))
+        )
+        states, samples = torch.cat([before[1:].flip(0), after]), torch.arange(t.shape[1])
+        low = (steps + past).long().clamp(max=len(states) - 2)  # each sample's own times are between two of the grid
+        return torch.lerp(states[low, samples], states[low + 1, samples], (steps + past - low)[..., None])
 
 
 class Rival(nn.Module):
-    """The same with a GRU in place of the ODE."""
+    """The same with a GRU in place of the ODE, from time 0 on, as it runs one way only."""
 
     def __init__(self, hidden: int = 20) -> None:
         super().__init__()
@@ -113,38 +116,35 @@ class Rival(nn.Module):
         self.gru, self.head = nn.GRU(1, hidden), nn.Linear(hidden, 2)
 
     def forward(self, seen_at: Tensor, seen: Tensor, t: Tensor) -> Tensor:
+        h = self.encoder(10 * seen_at.flip(0), seen.flip(0), torch.zeros_like(t[0]))
         waits = 10 * t.diff(dim=0, prepend=torch.zeros_like(t[:1]))
-        return self.head(self.gru(waits[..., None], start(self.encoder, seen_at, seen)[None])[0])
+        return self.head(self.gru(waits[..., None], h[None])[0])
 
 
 class Curve(nn.Module):
-    """What is exported: a state at time 0, ``[batch, 6]``, to the curve over both windows, ``[batch, times, 2]``."""
+    """What is exported: a state, ``[batch, 6]``, to the curve from there on, ``[batch, times, 2]``."""
 
     def __init__(self, f: nn.Module) -> None:
         super().__init__()
-        self.f, self.steps = f, round(2 * WINDOW / STEP)
+        self.f = f
 
-    def forward(self, y0: Tensor) -> Tensor:
-        t = [k * STEP for k in range(self.steps + 1)]
-        return ns.odeint(self.f, y0, t, method="rk4", steps=1)[..., :2].transpose(0, 1)
+    def forward(self, y: Tensor) -> Tensor:
+        t = [k * STEP for k in range(round(WINDOW / STEP) + 1)]
+        return ns.odeint(self.f, y, t, method="rk4")[..., :2].transpose(0, 1)
 
 
 def fit(model: nn.Module, spirals: Spirals, iterations: int, random: torch.Generator, name: str) -> None:
-    """Fit the points seen of each spiral, which are noisy, by least squares."""
-    t = times(len(spirals.radius), 0.0, WINDOW, random)
-    seen = spirals.at(t)
-    seen += NOISE * torch.randn(seen.shape, generator=random)
+    """Fit the points seen of each spiral, which are noisy, by least squares.
+
+    The Neural ODE predicts those behind a random cut; the rival, which does worse with cuts, sees all.
+    """
+    t, seen = observed(spirals, random)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for _ in progress(range(iterations), name):
         batch = torch.randint(t.shape[1], (64,), generator=random)
-        step(
-            model,
-            optimizer,
-            t[:, batch],
-            seen[:, batch],
-            int(torch.randint(POINTS // 4, POINTS + 1, (), generator=random)),
-        )
+        cut = int(torch.randint(POINTS // 4, POINTS + 1, (), generator=random))
+        step(model, optimizer, t[:, batch], seen[:, batch], cut if isinstance(model, NeuralODE) else POINTS)
         schedule.step()
 
 
@@ -159,11 +159,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, t: Tensor, seen: Te
 @torch.no_grad()
 def errors(model: nn.Module, spirals: Spirals, random: torch.Generator) -> tuple[float, float]:
     """Root-mean-square distance from the true spirals, which training has not seen, at other times: inside, beyond."""
-    samples = len(spirals.radius)
-    seen_at, inside = times(samples, 0.0, WINDOW, random), times(samples, 0.0, WINDOW, random)
-    seen = spirals.at(seen_at)
-    seen += NOISE * torch.randn(seen.shape, generator=random)
-    t = torch.cat([inside, times(samples, WINDOW, 2 * WINDOW, random)])
+    seen_at, seen = observed(spirals, random)
+    t = held_out(len(spirals.radius), random)
     squares = (model(seen_at, seen, t) - spirals.at(t)).square().sum(-1)
     return math.sqrt(squares[:POINTS].mean()), math.sqrt(squares[POINTS:].mean())
 
@@ -175,7 +172,7 @@ def train(seed: int, quick: bool) -> tuple[dict[str, float], Any]:
     models = {"Neural ODE": NeuralODE(), "GRU": Rival()}
     figures: dict[str, float] = {}
     for name, model in models.items():
-        fit(model, known, 150 if quick else 3000, torch.Generator().manual_seed(seed), name)
+        fit(model, known, 200 if quick else 2000, torch.Generator().manual_seed(seed), name)
         inside, beyond = errors(model, new, torch.Generator().manual_seed(seed + 1))
         figures |= {f"{name}: error inside": inside, f"{name}: error beyond": beyond}
     figures["GRU's error beyond over the Neural ODE's"] = (
@@ -189,38 +186,38 @@ def draw(drawn: Any, path: Path) -> None:
 
     models, spirals = drawn
     random = torch.Generator().manual_seed(1)
-    samples = len(spirals.radius)
-    seen_at = times(samples, 0.0, WINDOW, random)
-    seen = spirals.at(seen_at)
-    seen += NOISE * torch.randn(seen.shape, generator=random)
-    t = torch.cat([times(samples, 0.0, WINDOW, random), times(samples, WINDOW, 2 * WINDOW, random)])
-    dense = torch.linspace(0.0, 2 * WINDOW, 200)[:, None].expand(-1, samples)
-    chosen = [int(k) for way in (spirals.speed > 0, spirals.speed < 0) for k in way.nonzero()[:2]]
-    figure = Figure(figsize=(12.5, 6), layout="constrained")
-    panels = figure.subplots(2, 5, width_ratios=[1, 1, 1, 1, 1.25])
-    for row, (name, model), color in zip(panels, models.items(), ("C0", "C3")):
+    seen_at, seen = observed(spirals, random)
+    t = held_out(len(spirals.radius), random)
+    true = spirals.at(t)
+    chosen = [int(k) for way in (spirals.way > 0, spirals.way < 0) for k in way.nonzero()[:2]]
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    grid = figure.add_gridspec(2, 5, width_ratios=[1, 1, 1, 1, 1.6])
+    along = figure.add_subplot(grid[:, 4])
+    for row, ((name, model), color) in enumerate(zip(models.items(), ("C0", "C3"))):
         with torch.no_grad():
             found = model(seen_at, seen, t)
-        for axes, k in zip(row, chosen):
-            axes.plot(*true[:, k].T, color="0.75", linewidth=4, label="true spiral")
-            axes.plot(*seen[:, k].T, ".", color="0.35", markersize=4, label=f"the {POINTS} points seen")
-            axes.plot(*found[:half, k].T, color=color, label=f"{name}, inside the window")
-            axes.plot(*found[half - 1 :, k].T, color=color, linestyle=(0, (2, 1)), label=f"{name}, beyond")
-            axes.set(aspect="equal", xticks=[], yticks=[], xlim=(-2.6, 2.6), ylim=(-2.6, 2.6))
-        row[0].set_ylabel(name)
-        row[0].legend(loc="upper left", fontsize=6.5)
-        error = (found - true).square().sum(-1).mean(1).sqrt()
-        for axes in panels[:, 4]:
-            axes.plot(t[:, 0], error, color=color, label=name)
-    for axes in panels[:, 4]:
-        axes.axvline(WINDOW, color="0.6", linestyle=":")
-        axes.set(xlabel="time (the window seen ends at the line)", ylabel="root-mean-square error")
-        axes.legend()
-    panels[1, 4].set_yscale("log")
-    figure.savefig(path, dpi=110)
+        for column, k in enumerate(chosen):
+            axes = figure.add_subplot(grid[row, column])
+            axes.plot(*true[:, k].T, color="0.8", linewidth=5, label="true spiral")
+            axes.plot(*seen[:, k].T, ".", color="0.3", markersize=4, label=f"{POINTS} points seen")
+            axes.plot(*found[:POINTS, k].T, color=color, label="inside the window")
+            axes.plot(*found[POINTS - 1 :, k].T, color=color, linestyle=(0, (2, 1)), label="beyond")
+            axes.set(aspect="equal", xticks=[], yticks=[], xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), title=name)
+            if column == 0:
+                axes.legend(fontsize=6, loc="upper left")
+        squares = (found - true).square().sum(-1)
+        slots = (t / (2 * WINDOW) * 32).long()
+        mean = torch.stack([squares[slots == k].mean() for k in range(32)])
+        along.plot((torch.arange(32) + 0.5) * 2 * WINDOW / 32, mean.sqrt(), color=color, label=name)
+    along.axvspan(0, WINDOW, color="0.93", label="window seen")
+    along.set(xlabel="time", yscale="log", title="root-mean-square error", xlim=(0, 2 * WINDOW))
+    along.legend()
+    figure.savefig(path, dpi=100)
 
 
 def speed() -> dict[str, float]:
+    import torchdiffeq
+
     random = torch.Generator().manual_seed(0)
     t = times(64, 0.0, WINDOW, random)
     seen = Spirals.drawn(64, random).at(t)
@@ -229,7 +226,7 @@ def speed() -> dict[str, float]:
         optimizer = torch.optim.Adam(model.parameters())
         return lambda: step(model, optimizer, t, seen, POINTS // 2)
 
-    return {"training iteration": alternate(iteration(NeuralODE()), iteration(NeuralODE(Field(), on_torchdiffeq)))}
+    return {"training iteration": alternate(iteration(NeuralODE()), iteration(NeuralODE(Field(), torchdiffeq.odeint)))}
 
 
 def verdict(figures: dict[str, float]) -> str:
