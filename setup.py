@@ -1,10 +1,13 @@
-"""Builds the fused solver as plain shared libraries: libnodeshape_cpu.so and, for CUDA, libnodeshape_cuda.so.
+"""Builds the fused solver as plain shared libraries: libnodeshape_cpu.so, for CUDA libnodeshape_cuda.so, and for
+onnxruntime without torch libnodeshape_onnxruntime.so.
 
 The libraries speak to torch through its stable C++ ABI and to Python not at all, so one build serves every Python and
 every torch from 2.10 on. The CPU kernels are compiled once per instruction set and dtype; the machine that runs them
 chooses.
 The CUDA library is built where torch has CUDA and nvcc is found; FORCE_CUDA=1 builds it for any torch and fails without
 nvcc, NODESHAPE_CUDA=0 leaves it out, TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") says for which GPUs.
+The library for onnxruntime is built where NODESHAPE_ONNXRUNTIME names the folder of onnxruntime_c_api.h (docs/export.md
+says where to get it).
 NODESHAPE_CXXFLAGS appends compiler and linker flags (sanitizers, for example) to the CPU library's;
 NODESHAPE_PORTABLE=1 leaves out the kernels for wider vectors, for a quick build.
 """
@@ -15,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +28,11 @@ from setuptools.command.build_ext import build_ext
 
 #: The package that the libraries lie in, as a folder.
 PACKAGE_FOLDER = "nodeshape/_ode"
-CPU_NAME, CUDA_NAME = (f"{PACKAGE_FOLDER.replace('/', '.')}.{name}" for name in ("_cpu", "_cuda"))
+CPU_NAME, CUDA_NAME, ONNXRUNTIME_NAME = (
+    f"{PACKAGE_FOLDER.replace('/', '.')}.{name}" for name in ("_cpu", "_cuda", "_onnxruntime")
+)
 REPOSITORY = "https://github.com/nodeshape/nodeshape"
-CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
+CPU, CUDA, ONNXRUNTIME = Path("csrc/cpu"), Path("csrc/cuda"), Path("csrc/onnxruntime")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 #: Files in csrc/cpu that are compiled for each instruction set and dtype.
 KERNELS = ("program", "adaptive", "kernels")
@@ -63,6 +69,14 @@ def find_nvcc() -> str | None:
     return found
 
 
+def find_onnxruntime() -> str | None:
+    """The folder of onnxruntime's headers, if the library for it is to be built."""
+    folder = os.environ.get("NODESHAPE_ONNXRUNTIME")
+    if folder and not Path(folder, "onnxruntime_c_api.h").is_file():
+        sys.exit(f"NODESHAPE_ONNXRUNTIME={folder} holds no onnxruntime_c_api.h: name the folder that does, or unset it")
+    return folder or None
+
+
 def gencode_flags(architectures: str) -> list[str]:
     """Nvcc's flags for a list like torch's, "8.0;9.0+PTX"."""
     flags = []
@@ -77,13 +91,15 @@ class BuildLibrary(build_ext):
     """Compile a library's sources side by side, and link them."""
 
     def finalize_options(self) -> None:
-        self.nvcc = find_nvcc()
+        self.nvcc, self.onnxruntime = find_nvcc(), find_onnxruntime()
         extensions = self.distribution.ext_modules
         # An editable install comes here twice.
         if self.nvcc is not None and all(ext.name != CUDA_NAME for ext in extensions):
             sources = [str(path) for path in sorted(CUDA.glob("*.c*")) if path.suffix != ".cuh"]
             # Unless it is asked for, one that does not compile is left out, and setuptools says so.
             extensions.append(Extension(CUDA_NAME, sources, optional=os.environ.get("FORCE_CUDA") != "1"))
+        if self.onnxruntime is not None and all(ext.name != ONNXRUNTIME_NAME for ext in extensions):
+            extensions.append(Extension(ONNXRUNTIME_NAME, [str(ONNXRUNTIME / "ops.cpp")]))
         super().finalize_options()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -109,15 +125,20 @@ class BuildLibrary(build_ext):
             ]
             self.build_library(command, units, link, target)
             return
-        names = ", ".join(sorted(INSTRUCTION_SETS))
-        print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
         command = [*shlex.split(find_compiler()), *FLAGS]
         extra = [
             *shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", "")),
             *(["-DNODESHAPE_PORTABLE"] if PORTABLE else []),
         ]
+        if ext.name == ONNXRUNTIME_NAME:  # from the kernels of libnodeshape_cpu.so, which has been built
+            flags = ["-isystem", self.onnxruntime, "-DNODESHAPE_ONNXRUNTIME", *extra]
+            units = [(path, "onnxruntime", flags) for path in ext.sources]
+            self.build_library(command, units, extra, target, self.kernels)
+            return
+        names = ", ".join(sorted(INSTRUCTION_SETS))
+        print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
         units = [(CPU / f"{name}.cpp", name, [*torch_flags, *extra]) for name in ("ops", "program_ops")]
-        units.append((CPU / "isa.cpp", "isa", extra))
+        kernels = [(CPU / "isa.cpp", "isa", extra)]
         for name, flags in INSTRUCTION_SETS.items():
             for scalar in ("float", "double"):
                 kernel_flags = [
@@ -127,13 +148,19 @@ class BuildLibrary(build_ext):
                     *flags,
                     *extra,
                 ]
-                units += [(CPU / f"{kind}.cpp", f"{kind}_{name}_{scalar}", kernel_flags) for kind in KERNELS]
-        self.build_library(command, units, [*link, *extra], target)
+                kernels += [(CPU / f"{kind}.cpp", f"{kind}_{name}_{scalar}", kernel_flags) for kind in KERNELS]
+        objects = self.build_library(command, [*units, *kernels], [*link, *extra], target)
+        self.kernels = objects[len(units) :]
 
     def build_library(
-        self, command: list[str], units: list[tuple[Path | str, str, list[str]]], link: list[str], target: Path
-    ) -> None:
-        """Compile units (source, name of the object, flags) and link them into ``target``."""
+        self,
+        command: list[str],
+        units: list[tuple[Path | str, str, list[str]]],
+        link: list[str],
+        target: Path,
+        others: Sequence[str] = (),
+    ) -> list[str]:
+        """Compile units (source, name of the object, flags) and link them, and other objects, into ``target``."""
         objects = Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
 
@@ -145,7 +172,8 @@ class BuildLibrary(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(compile, units))
-        self.spawn([*command, "-shared", *compiled, *link, "-o", str(target)])
+        self.spawn([*command, "-shared", *compiled, *others, *link, "-o", str(target)])
+        return compiled
 
 
 def find_compiler() -> str:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "export/README.md"]
 REFERENCE = ROOT / "docs/reference.rst"
 #: A file or folder of the repository as text names it, `csrc/cpu/simd.h`; no patterns and no placeholders.
-FILE = r"`((?:\.ci|\.github|benchmarks|csrc|docs|export|nodeshape|tests)/[\w./-]*)`"
+FILE = r"`((?:\.ci|\.github|benchmarks|csrc|docs|examples|export|nodeshape|tests)/[\w./-]*)`"
 
 
 def broken_links(text: str, folder: Path) -> list[str]:

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <memory>
 
-#include "ops.h"
+#include "arguments.h"
 #include "program_plan.h"
 
 namespace nodeshape {

@@ -52,16 +52,20 @@ class Example:
         claim: what it tests, in one sentence.
         train: trains with a seed, only a little if told ``quick``; returns figures by name, and what ``draw`` draws.
         draw: draws what ``train`` of the first seed returned into a picture file.
-        speed: figures by name: how many times as fast as on torchdiffeq a training iteration is (:func:`alternate`).
+        speed: figures by name: how many times as fast as on the rival a training iteration is (:func:`alternate`).
         verdict: says in a sentence or two what the mean figures of all seeds show.
+        arguments: adds arguments of the example's own to the command line; ``train`` then takes, third, what they were.
+        rival: whose time ``speed`` compares with.
     """
 
     name: str
     claim: str
-    train: Callable[[int, bool], tuple[dict[str, float], Any]]
+    train: Callable[..., tuple[dict[str, float], Any]]
     draw: Callable[[Any, Path], None]
     speed: Callable[[], dict[str, float]] | None
     verdict: Callable[[dict[str, float]], str]
+    arguments: Callable[[Parser], None] | None = None
+    rival: str = "torchdiffeq"
 
     def main(self) -> None:
         """Run the command line and exit."""
@@ -81,8 +85,10 @@ class Example:
         parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="folder of the picture and figures")
         if self.speed is not None:
             parser.add_argument(
-                "--speed", action="store_true", help="time an iteration beside torchdiffeq, and no more"
+                "--speed", action="store_true", help=f"time an iteration beside {self.rival}, and no more"
             )
+        if self.arguments is not None:
+            self.arguments(parser)
         args = parser.parse_args()
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -91,14 +97,15 @@ class Example:
         if self.speed is not None and args.speed:
             ratios = self.speed()
             for name, ratio in ratios.items():
-                say(f"  {name}: {ratio:.1f} times as fast as torchdiffeq")
+                say(f"  {name}: {ratio:.1f} times as fast as {self.rival}")
             self._write(args.out / f"{self.name}.speed.json", {"figures": ratios})
             return
         begin = time.perf_counter()
         runs: list[dict[str, float]] = []
         shown = None
         for k in range(args.seeds):
-            figures, drawn = self.train(args.seed + k, args.quick)
+            own = () if self.arguments is None else (args,)
+            figures, drawn = self.train(args.seed + k, args.quick, *own)
             runs.append(figures)
             shown = drawn if k == 0 else shown
         means = {name: mean(values) for name, values in _by_name(runs).items()}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nodeshape._models.fewest_steps import fewest_steps as fewest_steps
     from nodeshape._ode.backend import Backend as Backend
     from nodeshape._ode.backend import backend as backend
+    from nodeshape._ode.brownian import BrownianPath as BrownianPath
     from nodeshape._ode.fuse import Fused as Fused
     from nodeshape._ode.fuse import fuse as fuse
     from nodeshape._ode.interpolation import DenseSolution as DenseSolution
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from nodeshape._ode.odeint import odeint as odeint
     from nodeshape._ode.odeint import odeint_adjoint as odeint_adjoint
     from nodeshape._ode.odeint_event import odeint_event as odeint_event
+    from nodeshape._ode.sde_fused import fuse_sde as fuse_sde
+    from nodeshape._ode.sdeint import sdeint as sdeint
     from nodeshape._ode.stats import SolverStats as SolverStats
     from nodeshape._training.checkpoint import load_classifier as load_classifier
 
@@ -46,6 +49,9 @@ _HOME = {
     "FuseError": "_ode.lowering",
     "odeint": "_ode.odeint",
     "odeint_event": "_ode.odeint_event",
+    "sdeint": "_ode.sdeint",
+    "fuse_sde": "_ode.sde_fused",
+    "BrownianPath": "_ode.brownian",
     "DenseSolution": "_ode.interpolation",
     "odeint_adjoint": "_ode.odeint",
     "ODEBlock": "_models.block",

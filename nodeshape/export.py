@@ -9,6 +9,7 @@ from typing import Any
 from nodeshape._cli import Parser, positive_float, positive_int, run, say, shell_word, user_input
 from nodeshape._errors import UserError
 from nodeshape._exporting.export_folder import EXAMPLE, ONNX, TOLERANCE, write_export_folder
+from nodeshape._exporting.verify import IMAGES
 from nodeshape._ode.method import SOURCE_METHODS, get_method
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="largest allowed difference of a logit from PyTorch's (default: %(default)g)",
     )
     parser.add_argument(
+        "--images", type=positive_int, default=IMAGES, metavar="N", help="compare on so many (default: %(default)d)"
+    )
+    parser.add_argument(
         "--tolerance",
         type=positive_float,
         metavar="T",
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--native",
         action="store_true",
         help="also write files that run nodeshape's own kernels, for Python and C++: TorchScript, a package of"
-        " AOTInductor, and the library they need",
+        " AOTInductor, ONNX where its library was built, and the libraries they need",
     )
     args = parser.parse_args(argv)
 
@@ -62,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         half=args.half,
         native=args.native,
         tolerance=args.tolerance,
+        images=args.images,
     )
     _print(report, args.checkpoint, out)
 
@@ -78,13 +83,15 @@ def export(
     half: bool = False,
     native: bool = False,
     tolerance: float | None = None,
+    images: int | None = None,
 ) -> dict[str, Any]:
     """Export a checkpoint, ``best.pt`` or ``last.pt`` of a run folder, as :func:`write_export_folder` does.
 
     Args:
         method, steps: solve the ODE otherwise than in training.
         tolerance: take the quickest solver whose logits are within it of a converged solve's instead.
-        max_difference, trajectory, quantize, half: as there.
+        max_difference, trajectory, quantize, half, native: as there.
+        images: its ``image_count``.
 
     Raises:
         UserError: the checkpoint or ``out`` cannot be used, or an exported file disagrees with PyTorch.
@@ -106,6 +113,7 @@ def export(
         half=half,
         native=native,
         solver_tolerance=tolerance,
+        image_count=images,
     )
 
 
@@ -131,6 +139,8 @@ def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
             + (f"{figures['latency_ms']:>9.2f} ms" if "latency_ms" in figures else "")
         )
     say(f"{'PyTorch':<18}{'':>50}{report['pytorch_latency_ms']:>9.2f} ms")
+    for name, reason in report["left_out"].items():
+        say(f"{name} is left out: {reason}")
     ties = max(figures["ties"] for figures in report["files"].values())
     if ties:
         say(f"{ties} images are ties: their two largest logits are closer than the files differ")

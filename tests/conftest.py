@@ -17,7 +17,10 @@ import torch
 #: Why a run with --strict-skips may skip a test, by the reason that the skip gives (a regular expression).
 ALLOWED_SKIPS = {
     r"needs a GPU: ": "machines of CI have none; the same kernels run in tests/test_cuda_kernels.py, on the CPU",
+    r"no onnxruntime of that age": "a Python newer than the test knows has none of the time of opset 18",
     r"needs glibc's mallinfo2": "older systems, and others than Linux, do not say how much malloc has given out",
+    r"could not import 'torchsde'": "a rival whose last release is of 2023; the orders are measured without it",
+    r"needs libnodeshape_onnxruntime\.so": "few have onnxruntime's headers; CI builds it at night and tests it then",
     r"run by tests/test_cuda_kernels\.py": "and is run there, in a process of its own",
 }
 

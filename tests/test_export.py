@@ -118,7 +118,7 @@ def test_the_report_holds_the_verification(exported):
         assert figures["max_difference"] <= 1e-4
         assert figures["same_class"] == figures["images"] == count
         assert list(figures["by_batch_size"]) == ["1", "7", "300"]
-    parts = ["reference", "writing", "proof"]
+    parts = ["reference", "choice", "writing", "proof"]
     assert list(report["seconds"]) == [*parts, "total"]
     assert 0 < sum(report["seconds"][part] for part in parts) <= report["seconds"]["total"]
 
@@ -202,6 +202,29 @@ def test_a_disagreement_leaves_nothing_behind(tmp_path, few_images, monkeypatch)
     with pytest.raises(UserError, match=r"model\.onnx disagrees with PyTorch at batch size 1: logits differ by up to"):
         export.export(path, tmp_path / "deep" / "out")
     assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_stages_are_solved_as_in_the_module_where_the_images_need_it(tmp_path, few_images, monkeypatch):
+    """A tolerance chosen on some images may be too large for others: then the files are written again."""
+    path, _ = checkpoint(tmp_path, method="implicit_midpoint")
+    tolerances = []
+
+    def compare(logits, reference):
+        tolerances.append(subjects[-1]._how.tolerance)
+        wrong = tolerances[-1] > 0.0
+        return Agreement(len(logits), 0.5 if wrong else 0.0, len(logits), 0)
+
+    subjects, write = [], export_folder.write_onnx
+
+    def written(*arguments, subject, **settings):
+        subjects.append(subject)
+        return write(*arguments, subject=subject, **settings)
+
+    monkeypatch.setattr(export_folder, "write_onnx", written)
+    monkeypatch.setattr(export_folder, "compare", compare)
+    export.export(path, tmp_path / "out")
+    assert len(subjects) == 2 and tolerances[0] > 0.0 and set(tolerances[1:]) == {0.0}
+    assert subjects[1].exact() is None
 
 
 def test_an_earlier_export_survives_a_failure_and_yields_to_a_success(tmp_path, few_images, monkeypatch):

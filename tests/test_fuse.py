@@ -655,6 +655,63 @@ def test_hooks_that_were_there_before_fuse_are_part_of_f() -> None:
         assert ns.backend(other, y0, method="euler", steps=2).name == "plain"
 
 
+@pytest.mark.parametrize("way", [1.0, -1.0])
+@pytest.mark.parametrize("own", [False, True], ids=["shared times", "own times"])
+@pytest.mark.parametrize("method", ["rk4", "implicit_midpoint"])
+def test_times_between_the_points_of_a_grid_are_read_off_the_kernels_states(method: str, own: bool, way: float) -> None:
+    torch.manual_seed(0)
+    f = TimeMLP().double()
+    y0 = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    gaps = torch.rand(7, 5, dtype=torch.float64) * 0.2 + 0.01
+    t = way * torch.cat([torch.zeros(1, 5, dtype=torch.float64), gaps.cumsum(0)])
+    t[3, 1] = way * 0.2  # on the grid
+    t = t.sort(0, descending=way < 0).values
+    t = t if own else t[:, 0]
+    fused = ns.fuse(f, y0.detach())
+    how: Any = {"method": method, "options": {"step_size": 0.1}}
+    assert ns.backend(fused, y0, t, **how).name == "fused"
+    (ys, stats), (expected, theirs) = (ns.odeint(g, y0, t, **how, return_stats=True) for g in (fused, f))
+    assert relative_error([ys], [expected]) < 1e-9
+    assert int(stats.accepted[0]) == int(theirs.accepted[0])
+    inputs = (y0, *f.parameters())
+    cotangent = torch.randn_like(ys)
+    found, wanted = (torch.autograd.grad((x * cotangent).sum(), inputs) for x in (ys, expected))
+    assert relative_error(found, wanted) < 1e-8
+
+
+def test_tuple_states_have_own_times_between_the_points_of_a_grid() -> None:
+    torch.manual_seed(0)
+    y0 = (torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
+
+    class Pair(nn.Module):
+        def forward(self, t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return torch.sin(y[0]) * t, y[1] * y[0].sum(dim=1, keepdim=True)
+
+    t = torch.cat([torch.zeros(1, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64).sort(0).values])
+    how: Any = {"method": "rk4", "options": {"step_size": 0.15}}
+    assert relative_error(ns.odeint(ns.fuse(Pair(), y0), y0, t, **how), ns.odeint(Pair(), y0, t, **how)) < 1e-12
+
+
+def test_grids_that_the_kernel_does_not_interpolate_take_the_plain_loop() -> None:
+    y0, t = torch.randn(4, 8), torch.tensor([0.0, 0.23, 0.5])
+    fused, size = ns.fuse(MLP(), y0), {"step_size": 0.1}
+    for more, times, why in (
+        ({"options": {**size, "interp": "cubic"}}, t, "cubic interpolation"),
+        ({"options": size, "adjoint": "continuous"}, t, "plain loop"),
+        ({"options": size}, t.clone().requires_grad_(), "differentiated times"),
+        ({"options": {"grid_constructor": lambda f, y, t: t}}, t, "'grid_constructor' takes the plain loop"),
+    ):
+        found = ns.backend(fused, y0, times, method="rk4", **more)
+        assert found.name == "plain" and why in found.reason, found
+
+
+def test_times_of_samples_that_nearly_meet_are_no_trouble_on_a_grid() -> None:
+    y0, t = torch.randn(2, 8), torch.tensor([[0.0, 0.0], [0.5, 0.50000006]])
+    f = MLP()
+    how: Any = {"method": "rk4", "options": {"step_size": 0.2}}
+    assert relative_error([ns.odeint(ns.fuse(f, y0), y0, t, **how)], [ns.odeint(f, y0, t, **how)]) < 1e-5
+
+
 def test_what_the_kernel_does_not_do_takes_the_plain_loop() -> None:
     fused, f = fused_problem("mlp")
     y0 = problem("mlp")[1]
@@ -826,6 +883,34 @@ def test_a_layer_that_is_another_takes_the_plain_loop() -> None:
 def assert_equal_solutions(fused: Any, f: Any, y0: Tensor) -> None:
     found, expected = (ns.odeint(g, y0, [0.0, 1.0], method="euler", steps=1).detach() for g in (fused, f))
     assert torch.equal(found, expected)
+
+
+class TwoProducts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 4))
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(y @ self.into) @ self.out * self.scale
+
+
+@pytest.mark.parametrize("way", ["replaced", "data"])
+def test_a_weight_of_as_many_elements_in_another_shape_is_not_read_as_before(way: str) -> None:
+    f, y0, t = TwoProducts(), torch.randn(4, 4), torch.tensor([0.0, 1.0])
+    fused_f = ns.fuse(f, y0)
+    ns.odeint(fused_f, y0, t, method="rk4", steps=3)
+    column = f.scale.detach()[:, None]  # of the batch now
+    if way == "replaced":
+        f.scale = nn.Parameter(column)
+    else:
+        f.scale.data = column
+    ys, expected = (ns.odeint(g, y0, t, method="rk4", steps=3) for g in (fused_f, f))
+    assert torch.equal(ys, expected)
+    assert "another shape" in str(ns.backend(fused_f, y0, method="rk4", steps=3))
+    f.into.data = f.into.data.T.contiguous()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        ns.odeint(fused_f, y0, t, method="rk4", steps=3)
 
 
 def test_frozen_weights_have_no_gradient_and_shared_ones_one() -> None:

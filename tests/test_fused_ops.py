@@ -155,19 +155,38 @@ def test_memory_layout_does_not_change_the_numbers():
         assert torch.equal(ns.odeint(f, y, TIMES, steps=3), expected)
 
 
-def test_threads_may_solve_at_the_same_time():
-    f, y0 = random_conv(8), torch.randn(4, 8, 8, 8)
-    expected = ns.odeint(f, y0, TIMES, steps=5)
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(ns.odeint(f, y0, TIMES, steps=5).detach())) for _ in range(4)
-    ]
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 5))
+
+    def forward(self, t, y):
+        return self.net(y) * t.cos()
+
+
+@pytest.mark.parametrize("name", ["conv", "mlp", "program"])
+def test_eight_threads_on_one_model_get_the_same_bits(name):
+    if name == "conv":
+        f, y0 = random_conv(8), torch.randn(4, 8, 8, 8)
+    elif name == "mlp":
+        f, y0 = ns.MLPDynamics(3, (16,)), torch.randn(70, 3)
+    else:
+        f, y0 = ns.fuse(Own(), torch.randn(2, 5)), torch.randn(70, 5)
+
+    def solve():
+        start = y0.clone().requires_grad_()
+        ys = ns.odeint(f, start, TIMES, steps=5, method="implicit_midpoint")
+        weights = [x for x in f.parameters() if x.requires_grad]
+        return [ys.detach(), *torch.autograd.grad(ys.square().sum(), [start, *weights])]
+
+    expected, results = solve(), []
+    threads = [threading.Thread(target=lambda: results.append(solve())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(results) == 4
-    assert all(torch.equal(x, expected) for x in results)
+    assert len(results) == 8
+    assert all(torch.equal(x, y) for found in results for x, y in zip(found, expected))
 
 
 def _solve_in_child(queue, f, y0):

@@ -62,8 +62,7 @@ GradientResult run_backward(const Common& common, const Owner<Model>& owner, Bac
 }
 
 struct Cpu {
-  /// Kernels take less than 2^20 bytes of working memory for each element of a sample.
-  static constexpr int64_t kLargestSample = int64_t(1) << 40;
+  static constexpr int64_t kLargestSample = nodeshape::kLargestSample;
 
   static void check(const Common& common, const Tensor& y0) {
     NODESHAPE_CHECK(y0.is_cpu(), common.op, "y0 must be on the CPU");

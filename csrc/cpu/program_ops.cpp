@@ -9,7 +9,6 @@
 namespace nodeshape {
 namespace {
 
-constexpr int64_t kLargestSample = int64_t(1) << 36;  // elements
 constexpr double kUnknownWork = 1e300;
 
 /// Stores the state of each step, or if the caller leaves it to the kernels their tapes, in one dimension.
@@ -75,7 +74,7 @@ SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor progr
   const Common common = common_of("solve", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
                                   checkpoint_every, drift_tolerance);
   NODESHAPE_CHECK(y0.is_cpu(), common.op, "y0 must be on the CPU");
-  common.check_arguments(y0, kLargestSample);
+  common.check_arguments(y0, kLargestProgramSample);
   const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
   return y0.scalar_type() == ScalarType::Float
              ? run<float>(common, owner, program_kernels().float32, y0, kept_per_step)
@@ -90,7 +89,7 @@ GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t
                                   checkpoint_every, drift_tolerance);
   const Tensor y0 = first(common.op, ys);
   NODESHAPE_CHECK(y0.is_cpu(), common.op, "ys must be on the CPU");
-  common.check_arguments(y0, kLargestSample);
+  common.check_arguments(y0, kLargestProgramSample);
   const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
   const BackwardArguments arguments{grad_ys, ys, stages};
   return y0.scalar_type() == ScalarType::Float

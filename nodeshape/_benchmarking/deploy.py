@@ -28,9 +28,16 @@ from nodeshape._models.classifier import ShapeClassifier
 METHODS = ("euler", "implicit_midpoint", "implicit_euler")
 BATCHES, QUICK_BATCHES = (1, 7, 120), (1, 3)
 NODESHAPE, PLAIN, BASELINE = "PyTorch, fused", "PyTorch, plain", "torch.onnx.export"
-ONNX, SCRIPT, PACKAGE = "ONNX", "native TorchScript", "native AOTInductor"
+ONNX, SCRIPT, PACKAGE, FUSED_ONNX = "ONNX", "native TorchScript", "native AOTInductor", "ONNX, fused op"
+NATIVE = (SCRIPT, PACKAGE, FUSED_ONNX)
 #: Files of an export folder by name; other ONNX files there are called by what stands before their suffix.
-NAMES = {"model.onnx": ONNX, "model.ts": "TorchScript", "model.fused.ts": SCRIPT, "model.fused.pt2": PACKAGE}
+NAMES = {
+    "model.onnx": ONNX,
+    "model.ts": "TorchScript",
+    "model.fused.ts": SCRIPT,
+    "model.fused.pt2": PACKAGE,
+    "model.fused.onnx": FUSED_ONNX,
+}
 #: Files that round, so that their logits are not compared: the export has judged them.
 ROUNDED = ("int8", "half")
 #: Calls, one of each contender in turn, that give the percentiles, and the seconds after which they are enough.
@@ -44,14 +51,8 @@ def section(method: str) -> str:
 
 PLOTS = {section(method): "batch" for method in METHODS}
 TARGETS: list[Target] = [
-    *(
-        AtLeast(f"euler, batch 120: {ONNX} / {name}", 2.5, section("euler"), "batch 120", ONNX, name)
-        for name in (SCRIPT, PACKAGE)
-    ),
-    *(
-        AtMost(f"euler, batch 1: {name} / {ONNX}", 1.0, section("euler"), "batch 1", name, ONNX)
-        for name in (SCRIPT, PACKAGE)
-    ),
+    *(AtLeast(f"euler, batch 120: {ONNX} / {name}", 2.5, section("euler"), "batch 120", ONNX, name) for name in NATIVE),
+    *(AtMost(f"euler, batch 1: {name} / {ONNX}", 1.0, section("euler"), "batch 1", name, ONNX) for name in NATIVE),
     AtLeast(f"euler, batch 1: {BASELINE} / {ONNX}", 1.3, section("euler"), "batch 1", BASELINE, ONNX),
     AtLeast(f"euler, batch 120: {BASELINE} / {ONNX}", 1.3, section("euler"), "batch 120", BASELINE, ONNX),
 ]
@@ -100,7 +101,7 @@ class Variant:
 
             return load_classifier(self.path)[0].with_solver(self.method)
         if self.path.suffix == ".onnx":
-            return _load_onnx(self.path)
+            return _load_onnx(self.path, self.name == FUSED_ONNX)
         if self.name in (SCRIPT, PACKAGE):
             import nodeshape._ode.fused  # noqa: F401  (whose library has the ops)
         if self.path.suffix == ".ts":
@@ -114,10 +115,11 @@ class Variant:
         return torch.export.load(self.path).module()
 
 
-def _load_onnx(path: Path) -> Callable[[Tensor], Any]:
+def _load_onnx(path: Path, native: bool) -> Callable[[Tensor], Any]:
+    from nodeshape._exporting.custom_ops import LIBRARY
     from nodeshape._exporting.module import open_onnx
 
-    session = open_onnx(path, torch.get_num_threads())
+    session = open_onnx(path, torch.get_num_threads(), LIBRARY if native else None)
     name, kind = session.get_inputs()[0].name, session.get_inputs()[0].type
 
     def classify(images: Tensor) -> Any:
@@ -214,9 +216,9 @@ def _variants(method: str, quick: bool) -> list[Variant]:
 
 def _plain_export(model: ShapeClassifier, images: Tensor, path: Path) -> None:
     """What torch's exporter makes of the module by itself."""
-    from nodeshape._exporting.module import _Progress
+    from nodeshape._exporting.module import Progress
 
-    with _Progress(path.name), torch.no_grad():
+    with Progress(path.name), torch.no_grad():
         dimensions = ({0: torch.export.Dim("batch")},)
         torch.onnx.export(model, (images,), path, dynamo=True, dynamic_shapes=dimensions, verbose=False)
 

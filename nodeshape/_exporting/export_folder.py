@@ -19,8 +19,18 @@ from tqdm import tqdm
 from nodeshape import __version__
 from nodeshape._cli import picture
 from nodeshape._errors import StageSolveError, UserError
+from nodeshape._exporting import custom_ops
 from nodeshape._exporting import native as native_files
-from nodeshape._exporting.module import OPSET, ExportReport, Run, write_onnx, write_pt2, write_torchscript
+from nodeshape._exporting.module import (
+    OPSET,
+    ExportReport,
+    Progress,
+    Run,
+    Subject,
+    write_onnx,
+    write_pt2,
+    write_torchscript,
+)
 from nodeshape._exporting.smaller import judge, logits_of, write_half, write_int8
 from nodeshape._exporting.solvers import plot_solvers, try_solvers
 from nodeshape._exporting.verify import (
@@ -54,6 +64,15 @@ PREPROCESSING = (
     "Scale the picture to fit a square of image_size pixels, aspect kept, centred on its border's median colour; grey"
     " or RGB values as float32 in [0, 1], [batch, channels, image_size, image_size]. Normalisation is in the model."
 )
+#: What a classifier's ONNX files call their output, and say of it and others.
+NAMED: dict[str, Any] = {
+    "output": "logits",
+    "docs": {
+        "image": PREPROCESSING,
+        "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
+        "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
+    },
+}
 
 
 def write_export_folder(
@@ -68,6 +87,7 @@ def write_export_folder(
     half: bool = False,
     native: bool = False,
     solver_tolerance: float | None = None,
+    image_count: int | None = None,
 ) -> dict[str, Any]:
     """Write ``FILES`` to the folder ``out``: all, or nothing.
 
@@ -81,6 +101,7 @@ def write_export_folder(
         quantize, half: write the ONNX file in 8-bit integers, or 16-bit floating point, too.
         solver_tolerance: take the quickest solver whose logits are within it of a converged solve's.
         native: also write the files of :func:`nodeshape.to_native`, which give the logits alone.
+        image_count: images to compare the files on; None for 1,000.
 
     Returns:
         the report.
@@ -102,9 +123,9 @@ def write_export_folder(
                     plot_solvers(tried, solver_tolerance, partial / SOLVERS)
                 model = model.with_solver(best.method, best.steps)
                 chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
-            report = _write(partial, model, list(classes), state, tolerance, trajectory, native) | chosen
+            report = _write(partial, model, list(classes), state, tolerance, trajectory, native, image_count) | chosen
             if quantize or half:
-                report["files"] |= _smaller(partial, model, state, quantize, half)
+                report["files"] |= _smaller(partial, model, state, quantize, half, image_count)
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -121,9 +142,10 @@ def _write(
     tolerance: float,
     trajectory: bool,
     native: bool,
+    image_count: int | None,
 ) -> dict[str, Any]:
     metadata = metadata_of(model, classes)
-    images, source = check_images(model, state)
+    images, source = check_images(model, state, image_count)
     seconds = {}
     with tqdm(total=len(images), desc="PyTorch's logits", unit=" images", delay=2, disable=None) as progress:
         start = perf_counter()
@@ -134,7 +156,7 @@ def _write(
     Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
 
     files: dict[str, dict[str, Any]] = {}
-    seconds["writing"] = seconds["proof"] = 0.0
+    seconds |= {"choice": 0.0, "writing": 0.0, "proof": 0.0}
 
     def prove(name: str, classify: Classify) -> None:
         start = perf_counter()
@@ -156,22 +178,36 @@ def _write(
         }
         seconds["proof"] += perf_counter() - start
 
+    start = perf_counter()
+    trials = images[:TRIAL_IMAGES]
+    with Progress("files"):
+        subject = Subject(model, trials, tolerance, trajectory)
+    seconds["choice"] = perf_counter() - start
     for name, write in WRITERS.items():
-        start = perf_counter()
-        written, run = write(model, images[:TRIAL_IMAGES], folder / name, metadata, trajectory, tolerance)
-        seconds["writing"] += perf_counter() - start
+        while True:
+            start = perf_counter()
+            written, run = write(model, trials, folder / name, metadata, trajectory, tolerance, subject)
+            seconds["writing"] += perf_counter() - start
 
-        def classify(batch: Tensor, run: Run = run) -> Tensor:
-            return run([batch])[0]
+            def classify(batch: Tensor, run: Run = run) -> Tensor:
+                return run([batch])[0]
 
-        prove(name, classify)
+            try:
+                prove(name, classify)
+            except _Disagreement:  # on images that are harder than those that the stages' tolerance was chosen on
+                if (exact := subject.exact()) is None:
+                    raise
+                subject = exact
+            else:
+                break
         files[name] |= {"nodes": written.nodes, "stage_iterations": written.stage_iterations}
     if native:
         start = perf_counter()
-        readers = native_files.write_native(folder, model, images, metadata, tolerance)
+        readers = native_files.write_native(folder, model, images, metadata, tolerance, NAMED)
         seconds["writing"] += perf_counter() - start
         for name, load in readers:
             prove(name, load(folder / name))
+    reason = custom_ops.why_missing() if native else None
     return {
         **{key: metadata[key] for key in ("nodeshape_version", "channels", "method")},
         "classes": classes,
@@ -182,6 +218,7 @@ def _write(
         "tolerance": tolerance,
         "images": {"count": len(images), "source": source},
         "files": files,
+        "left_out": {native_files.ONNX: reason} if reason else {},
         "pytorch_latency_ms": milliseconds(model, images[:1]),
         "opset": OPSET,
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
@@ -190,10 +227,15 @@ def _write(
 
 
 def _smaller(
-    folder: Path, model: ShapeClassifier, state: Mapping[str, Any], quantize: bool, half: bool
+    folder: Path,
+    model: ShapeClassifier,
+    state: Mapping[str, Any],
+    quantize: bool,
+    half: bool,
+    image_count: int | None,
 ) -> dict[str, Any]:
     """Write the ONNX file in smaller numbers; figures for the report."""
-    images, _ = check_images(model, state)
+    images, _ = check_images(model, state, image_count)
     reference = logits_of(folder / ONNX, images)
     files = {}
     if quantize:
@@ -235,15 +277,11 @@ def write_classifier_onnx(
     metadata: Mapping[str, str],
     trajectory: bool = False,
     tolerance: float = TOLERANCE,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
-    """ONNX, ``image`` to ``logits``."""
-    docs = {
-        "image": metadata.get("preprocessing", PREPROCESSING),
-        "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
-        "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
-    }
-    settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance}
-    return write_onnx(model, images, path, output="logits", metadata=metadata, docs=docs, **settings)
+    """ONNX, ``image`` to ``logits``; ``subject`` is one of the model and these images, where files share it."""
+    settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
+    return write_onnx(model, images, path, metadata=metadata, **settings, **NAMED)
 
 
 def _with_texts(write: Writer) -> Writer:
@@ -256,9 +294,11 @@ def _with_texts(write: Writer) -> Writer:
         metadata: Mapping[str, str],
         trajectory: bool = False,
         tolerance: float = TOLERANCE,
+        subject: Subject | None = None,
     ) -> tuple[ExportReport, Run]:
         files = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
-        return write(model, images, path, trajectory=trajectory, tolerance=tolerance, files=files)
+        settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
+        return write(model, images, path, files=files, **settings)
 
     return written
 
@@ -273,11 +313,15 @@ WRITERS: dict[str, Writer] = {
 }
 
 
+class _Disagreement(UserError):
+    """A file whose logits are not PyTorch's."""
+
+
 def _judge(name: str, batch_size: int, agreement: Agreement, tolerance: float) -> None:
     if agreement.holds(tolerance):
         return
     different = agreement.images - agreement.same_class - agreement.ties
-    raise UserError(
+    raise _Disagreement(
         f"{name} disagrees with PyTorch at batch size {batch_size}: logits differ by up to"
         f" {agreement.max_difference:.1e} (--max-difference {tolerance:g}), the class of {different} of"
         f" {agreement.images} images differs; nothing was written: take more --steps, another --method or a larger"

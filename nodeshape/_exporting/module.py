@@ -9,7 +9,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,8 @@ def write_onnx(
     output: str = "output",
     metadata: Mapping[str, str] | None = None,
     docs: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
+    native: bool = False,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_onnx`.
 
@@ -187,6 +190,8 @@ def write_onnx(
         output: the name of a lone output.
         metadata: the file's ``metadata_props``.
         docs: of inputs and outputs, by name.
+        subject: of these arguments, where several files share one.
+        native: keep the ops of the kernels, which the library of :mod:`custom_ops` runs.
 
     Returns:
         its report, and the file as a function.
@@ -194,10 +199,11 @@ def write_onnx(
     outputs = {"output": output}
     import onnx
 
+    from nodeshape._exporting import custom_ops
     from nodeshape._exporting.graph import nodes, simplify, tidy
 
-    with _Progress(Path(path).name) as progress:
-        subject = _Subject(module, example_inputs, tolerance, trajectory, "loop" if loop else "scan", stops=True)
+    with Progress(Path(path).name) as progress:
+        subject = subject or Subject(module, example_inputs, tolerance, trajectory, loop, native)
         with _written(path) as partial:
             progress("recording")
             with subject.recorded():
@@ -208,6 +214,7 @@ def write_onnx(
                     input_names=[*subject.input_names, *([STEPS] if subject.default_steps else [])],
                     output_names=[outputs.get(name, name) for name in subject.output_names],
                     verbose=False,
+                    custom_translation_table=custom_ops.translations() if native else None,
                 )
             assert program is not None
             progress("writing")
@@ -220,7 +227,7 @@ def write_onnx(
             _describe(proto, metadata or {}, docs or {})
             onnx.checker.check_model(proto)
             onnx.save(proto, partial)
-            session = open_onnx(partial)
+            session = open_onnx(partial, library=custom_ops.LIBRARY if native else None)
             taken = {x.name for x in session.get_inputs()}
 
             def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -232,11 +239,13 @@ def write_onnx(
             return subject.report(Path(path), partial, sum(1 for _ in nodes(proto.graph)), run), run
 
 
-def open_onnx(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """Read an ONNX file, to run in so many threads; 0 for as many as there are cores."""
+def open_onnx(path: Path, threads: int = 0, library: Path | None = None) -> onnxruntime.InferenceSession:
+    """Read an ONNX file, to run in so many threads (0 for as many as there are cores); a library has ops of its own."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # it warns of inputs that may be left out, and of constants that it cannot compute
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -261,10 +270,11 @@ def write_torchscript(
     trajectory: bool | nn.Module = False,
     tolerance: float = TOLERANCE,
     files: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_torchscript`, with further ``files`` in the file; its report, and the file as a function."""
-    with _Progress(Path(path).name) as progress:
-        subject = _Subject(module, example_inputs, tolerance, trajectory, "steps", stops=False)
+    with Progress(Path(path).name) as progress:
+        subject = (subject or Subject(module, example_inputs, tolerance, trajectory)).in_steps()
         with _written(path) as partial:
             progress("recording")
             traced = subject.traced()
@@ -298,10 +308,11 @@ def write_pt2(
     trajectory: bool | nn.Module = False,
     tolerance: float = TOLERANCE,
     files: Mapping[str, str] | None = None,
+    subject: Subject | None = None,
 ) -> tuple[ExportReport, Run]:
     """Do as :func:`to_pt2`, with further ``files`` in the file; its report, and the file as a function."""
-    with _Progress(Path(path).name) as progress:
-        subject = _Subject(module, example_inputs, tolerance, trajectory, "scan", stops=True)
+    with Progress(Path(path).name) as progress:
+        subject = subject or Subject(module, example_inputs, tolerance, trajectory)
         with _written(path) as partial:
             progress("recording")
             program = subject.program()
@@ -316,8 +327,10 @@ def write_pt2(
             return subject.report(Path(path), partial, count, run), run
 
 
-class _Subject:
+class Subject:
     """A module under export: its inputs, its outputs at several batch sizes, and what its solves take.
+
+    It is recorded with steps in a scan, or in a loop, and with implicit stages that stop when they are solved.
 
     Attributes:
         module: in evaluation mode.
@@ -335,11 +348,9 @@ class _Subject:
         example_inputs: Any,
         tolerance: float,
         trajectory: bool | nn.Module = False,
-        form: str = "steps",
-        stops: bool = False,
+        loop: bool = False,
         native: bool = False,
     ) -> None:
-        loop = form == "loop"
         if not isinstance(module, nn.Module):
             raise ValueError(
                 f"module must be an nn.Module, got {type(module).__name__}: put the call of odeint in one's forward"
@@ -371,7 +382,9 @@ class _Subject:
         self.output_names: list[str] = []
         self.dimensions: set[str] = set()
         self.recordable: nn.Module = module
-        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, form=form, stops=stops, native=native)
+        form = "loop" if loop else "scan"
+        self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, form=form, stops=True, native=native)
+        self._program: torch.export.ExportedProgram | None = None
         self.batch_sizes = (1,) if self._batch is None else tuple(sorted({1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
             self._expected = [self._outputs(self._sized(size if wide else None)) for size in self.batch_sizes]
@@ -391,6 +404,34 @@ class _Subject:
         self.default_steps = max(counts) if loop and len(counts) == 1 else None
         if loop:
             self.recordable = _Looped(module, self._how, self.default_steps is not None)
+
+    def in_steps(self) -> Subject:
+        """The same with steps one after the other and stages of as many evaluations each: what a trace can hold."""
+        other = self._with(form="steps", stops=False)
+        how = other._how
+        if how.implicit:
+            how.iterations = max(how.most, 2)
+            with _evaluating(self.module), self._thinned(), unrolled(how):
+                while other._difference() > self._allowed and how.iterations < MAX_ITERATIONS:
+                    how.iterations += 1
+        return other
+
+    def exact(self) -> Subject | None:
+        """The same with implicit stages solved to the solve's own tolerance; None where nothing is to be gained."""
+        if not self._how.implicit or self._how.tolerance == 0.0:
+            return None
+        other = self._with(tolerance=0.0, memory=ANDERSON_MEMORY)
+        with _evaluating(self.module), self._thinned(), unrolled(other._how):
+            other._allowed = other._difference()
+        return other
+
+    def _with(self, **changes: Any) -> Subject:
+        other = copy(self)
+        other._how = replace(self._how, counts=set(), **changes)
+        other._program = None
+        if isinstance(self.recordable, _WithTrajectory):
+            other.recordable = _WithTrajectory(self.module, other._how, self.recordable.head)
+        return other
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -419,6 +460,11 @@ class _Subject:
 
     def program(self) -> torch.export.ExportedProgram:
         """The module recorded by torch.export, with the batch size left open."""
+        if self._program is None:
+            self._program = self._recorded_program()
+        return self._program
+
+    def _recorded_program(self) -> torch.export.ExportedProgram:
         batch = torch.export.Dim("batch")
         shapes = pytree.tree_unflatten([{0: batch} if wide else None for wide in self._open], self._spec)
         arguments = self.traced_with
@@ -496,22 +542,16 @@ class _Subject:
             return
         with unrolled(how):
             allowed = max(self._difference(), MARGIN * self.tolerance)
-            stops, how.stops = how.stops, True
             for tolerance in (*STAGE_TOLERANCES, 0.0):
                 # Whether a stage that is nearly solved is improved once more may differ in the file: so half of it.
                 how.tolerance = tolerance
                 if self._difference() <= allowed:
                     break
             how.tolerance = tolerance / 2
-            allowed = max(self._difference(), allowed)
+            self._allowed = allowed = max(self._difference(), allowed)
             evaluations, most, how.memory = how.evaluations, how.most, FEW_DIFFERENCES
             if self._difference() > allowed or how.evaluations > evaluations:
                 how.memory, how.most = ANDERSON_MEMORY, most
-            how.stops = stops
-            if not stops:
-                how.iterations = max(how.most, 2)
-                while self._difference() > allowed and how.iterations < MAX_ITERATIONS:
-                    how.iterations += 1
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), unrolled(self._how) if self.recordable is not self.module else nullcontext():
@@ -674,7 +714,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
 
-class _Progress:
+class Progress:
     """A bar of what is being done, shown once it takes two seconds; without what tracers say about others' code."""
 
     def __init__(self, name: str) -> None:
@@ -685,7 +725,7 @@ class _Progress:
         self._name, self._log = name, logging.getLogger("torch.onnx")
         self._quiet = warnings.catch_warnings()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         self._level = self._log.level
         self._log.setLevel(logging.ERROR)  # it warns of torchvision's absence
         self._quiet.__enter__()

@@ -1,4 +1,4 @@
-"""A module as files whose solves stay the fused ops, TorchScript and AOTInductor, beside the library of these ops."""
+"""A module as files whose solves stay the fused ops, beside the libraries of these: TorchScript, AOTInductor, ONNX."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from tqdm import tqdm
 
 from nodeshape._cli import user_input
 from nodeshape._errors import UserError
-from nodeshape._exporting.module import TOLERANCE, ExportReport, _Progress, _Subject, _written, save_torchscript
+from nodeshape._exporting import custom_ops
+from nodeshape._exporting.module import (
+    TOLERANCE,
+    ExportReport,
+    Progress,
+    Subject,
+    _written,
+    open_onnx,
+    save_torchscript,
+    write_onnx,
+)
 from nodeshape._exporting.verify import Classify
 from nodeshape._files import write_atomically
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._ode.fused import _LIBRARY
 
-TORCHSCRIPT, PACKAGE = "model.fused.ts", "model.fused.pt2"
-FILES = {TORCHSCRIPT, PACKAGE, _LIBRARY.name}
+TORCHSCRIPT, PACKAGE, ONNX = "model.fused.ts", "model.fused.pt2", "model.fused.onnx"
+FILES = {TORCHSCRIPT, PACKAGE, ONNX, _LIBRARY.name, custom_ops.LIBRARY.name}
 
 
 def to_native(
@@ -31,6 +41,7 @@ def to_native(
     *,
     metadata: Mapping[str, str] | None = None,
     package: bool = True,
+    onnx: bool = True,
     tolerance: float = TOLERANCE,
 ) -> list[ExportReport]:
     """Write a module with solves in it as files that run them by nodeshape's kernels, in Python and C++.
@@ -42,6 +53,13 @@ def to_native(
         torch.ops.load_library("libnodeshape_cpu.so")
         model = torch.jit.load("model.fused.ts")  # or torch._inductor.aoti_load_package("model.fused.pt2")
 
+    ``model.fused.onnx`` runs in onnxruntime by ``libnodeshape_onnxruntime.so``, without torch; it is written where that
+    library was built, as docs/export.md says::
+
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library("libnodeshape_onnxruntime.so")
+        session = onnxruntime.InferenceSession("model.fused.onnx", options)
+
     Implicit stages are solved as in the module, to its tolerance; solves that have no kernel become plain operations,
     as in :func:`nodeshape.to_torchscript`. Each file is run beside the module at several batch sizes.
 
@@ -49,7 +67,8 @@ def to_native(
         module, example_inputs, tolerance: as in :func:`nodeshape.to_onnx`.
         folder: an existing one; files in it that have these names are replaced once the new ones are proven.
         package: whether to compile one, which needs a C++ compiler.
-        metadata: texts to keep in the files: as extra files of the TorchScript, in the metadata of the package.
+        onnx: whether to write the ONNX file where its library was built.
+        metadata: texts to keep in the files: as extra files of the TorchScript, in the metadata of the others.
 
     Returns:
         what was written and how it compares, for each file.
@@ -57,9 +76,25 @@ def to_native(
     Raises:
         ValueError: no solve of the module has a kernel here, or what :func:`nodeshape.to_onnx` raises.
     """
-    folder, texts = Path(folder), dict(metadata or {})
-    subject = _Subject(module, example_inputs, tolerance, native=True)
-    with _Progress(TORCHSCRIPT) as progress, _written(folder / TORCHSCRIPT) as partial, torch.no_grad():
+    onnx = onnx and custom_ops.why_missing() is None
+    return _write(module, example_inputs, Path(folder), dict(metadata or {}), package, {} if onnx else None, tolerance)
+
+
+to_native.__module__ = "nodeshape"
+
+
+def _write(
+    module: nn.Module,
+    example_inputs: Any,
+    folder: Path,
+    texts: dict[str, str],
+    package: bool,
+    onnx: Mapping[str, Any] | None,
+    tolerance: float,
+) -> list[ExportReport]:
+    """Do as :func:`to_native`; ``onnx`` are further arguments of :func:`write_onnx`, None for no such file."""
+    subject = Subject(module, example_inputs, tolerance, native=True).in_steps()
+    with Progress(TORCHSCRIPT) as progress, _written(folder / TORCHSCRIPT) as partial, torch.no_grad():
         progress("recording")
         traced = subject.traced()
         if not any(node.kind().startswith("nodeshape::") for node in traced.inlined_graph.nodes()):
@@ -72,13 +107,17 @@ def to_native(
         if package:
             reports.append(_compile(subject, folder / PACKAGE, texts))
         write_atomically(folder / _LIBRARY.name, _LIBRARY.read_bytes())
+    if onnx is not None:
+        how = {"metadata": texts, "tolerance": tolerance, **onnx}
+        try:
+            reports.append(write_onnx(module, example_inputs, folder / ONNX, native=True, **how)[0])
+        except UserError as error:
+            raise UserError(f"{error}; to_native(..., onnx=False) leaves {ONNX} out") from error
+        write_atomically(folder / custom_ops.LIBRARY.name, custom_ops.LIBRARY.read_bytes())
     return reports
 
 
-to_native.__module__ = "nodeshape"
-
-
-def _compile(subject: _Subject, path: Path, texts: dict[str, str]) -> ExportReport:
+def _compile(subject: Subject, path: Path, texts: dict[str, str]) -> ExportReport:
     bar = tqdm(desc=f"compiling {path.name}, about half a minute", bar_format="{desc}", leave=False, disable=None)
     with bar, _written(path) as partial:
         program = subject.program()
@@ -106,19 +145,34 @@ def load_package(path: Path) -> Callable[..., Any]:
     return loaded
 
 
+def load_onnx(path: Path) -> Classify:
+    """Read an ONNX file, beside which the library of its ops lies, as a function of images."""
+    session = open_onnx(path, library=path.with_name(custom_ops.LIBRARY.name))
+    name = session.get_inputs()[0].name
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+
+
 def write_native(
-    folder: Path, model: ShapeClassifier, images: Tensor, metadata: Mapping[str, str], tolerance: float
+    folder: Path,
+    model: ShapeClassifier,
+    images: Tensor,
+    metadata: Mapping[str, str],
+    tolerance: float,
+    named: Mapping[str, Any],
 ) -> list[tuple[str, Callable[[Path], Classify]]]:
     """Write a classifier's native files to a folder; their names, and what reads each as a function of images.
 
     Args:
         images: float32 ``[batch, channels, height, width]``, of which some are tried.
         metadata: as that of the ONNX file; ``classes`` is a JSON list.
+        named: what the ONNX file calls its output and says of it and others; it is written where its library was built.
 
     Raises:
         UserError: as :func:`to_native`.
     """
     texts = {**metadata, "classes.txt": "\n".join(json.loads(metadata["classes"]))}
     with user_input():
-        to_native(model, images[:7], folder, metadata=texts, tolerance=tolerance)
-    return [(TORCHSCRIPT, load_torchscript), (PACKAGE, load_package)]
+        onnx = {"metadata": metadata, **named} if custom_ops.why_missing() is None else None
+        written = _write(model, images[:7], folder, texts, True, onnx, tolerance)
+    readers = {TORCHSCRIPT: load_torchscript, PACKAGE: load_package, ONNX: load_onnx}
+    return [(report.path.name, readers[report.path.name]) for report in written]

@@ -14,7 +14,7 @@ from torch import Tensor
 from nodeshape._ode import fused
 from nodeshape._ode.fuse import Fused
 from nodeshape._ode.method import Method, get_method
-from nodeshape._ode.options import CALLBACKS, check_steps, read_options, steps_of, uniform_grid
+from nodeshape._ode.options import CALLBACKS, UniformGrid, check_steps, read_options, steps_of
 from nodeshape._ode.program_op import MOST_STAGES
 from nodeshape._ode.unrolled import is_tracing, keeps_ops
 
@@ -184,7 +184,7 @@ class Request:
                 raise ValueError("give steps, step_size or grid_constructor, not two of them")
         if given is not None and adjoint != "reversible" and not event and not _on_grid(times, given):
             del options["step_size"]
-            size, options["grid_constructor"] = None, uniform_grid(given)
+            size, options["grid_constructor"] = None, UniformGrid(given)
         made = cls(scheme, steps, size, options, adjoint_params, adjoint, tolerances)
         if key is not None and not torch.compiler.is_compiling():
             if len(_requests) == MOST_REQUESTS:
@@ -252,6 +252,11 @@ def fused_weights(
         if options.get("stage_solver", "anderson") != "anderson":
             return f"the stage solver is {options['stage_solver']}"
         taken = FUSED_OPTIONS | ADAPTIVE_OPTIONS if how.adaptive else FUSED_OPTIONS
+        if isinstance(options.get("grid_constructor"), UniformGrid):
+            reason = _why_not_between(how, t)
+            if reason:
+                return reason
+            taken = taken | {"grid_constructor", "interp"}
         if not options.keys() <= taken:
             return f"option {min(options.keys() - taken)!r} takes the plain loop"
     if how.adjoint_params is not None:
@@ -259,6 +264,17 @@ def fused_weights(
     if isinstance(func, Fused):
         return func.weights_for(y0, method, how.adjoint)
     return fused.weights_for(func, y0)
+
+
+def _why_not_between(how: Request, t: Any) -> str | None:
+    """Why observations between the points of a grid are not read off the kernel's states at these points."""
+    if how.options.get("interp", "linear") != "linear":
+        return "cubic interpolation between the points of a grid takes the plain loop"
+    if how.adjoint != "discrete" or how.options.get("recompute", False):
+        return "gradients of a grid without a record take the plain loop"
+    if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
+        return "differentiated times between the points of a grid take the plain loop"
+    return None
 
 
 def _why_not_adaptive(how: Request, y0: Any, t: Any) -> str | None:

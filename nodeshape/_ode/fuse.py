@@ -75,6 +75,7 @@ class Fused(nn.Module):
         #: Names of attributes that f reads, by the path of their module, and what they and what is outside were.
         self._reads: dict[str, tuple[str, ...]] = {}
         self._values = Reads(self, self._reads).values
+        self._weight_shapes = [own[name].shape for own, name in self._walk()]
         self.training = getattr(func, "training", True)  # its own flag: train() would set those inside f
 
     @property
@@ -155,20 +156,23 @@ class Fused(nn.Module):
             return places
         try:
             weights = self._weights(places, dtype, device)
-        except KeyError:
+        except (KeyError, AttributeError):  # removed, or None
             return "a weight of f is gone"
+        if weights is None:
+            return "a weight of f has another shape than when f was fused"
         for x in weights:
-            if x is None:
-                return "a weight of f is gone"
             if x.dtype is not dtype or x.device != device:
                 return f"a weight is {x.dtype} on {x.device}, the state {dtype} on {device}"
         return weights
 
     def _weights(
         self, places: list[tuple[dict[str, Any], str]], dtype: torch.dtype, device: torch.device
-    ) -> list[Tensor]:
+    ) -> list[Tensor] | None:
+        """The program's weights; None where a shape is another, which may be read otherwise and need not fail."""
         lowered = self._lowered
         tensors = [own[name] for own, name in places]
+        if [x.shape for x in tensors] != self._weight_shapes:
+            return None
         if lowered.prelude is None and not lowered.constants:
             return tensors  # which _walk() found in the order of the program
         named = dict(zip(lowered.paths, tensors))

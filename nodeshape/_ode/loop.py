@@ -315,7 +315,7 @@ class Loop:
         t = self.times[0]
         if t == last:
             return
-        if _under_vmap():
+        if under_vmap():
             raise RuntimeError(
                 "error control cannot be mapped by torch.func.vmap, which has no number to decide by: solve the batch"
                 " as one state, or give steps"
@@ -524,6 +524,6 @@ class Loop:
         return torch.tensor(t, dtype=self.field.time_dtype, device=self.field.device)
 
 
-def _under_vmap() -> bool:
+def under_vmap() -> bool:
     active = torch._C._functorch.peek_interpreter_stack()
     return active is not None and active.key() == torch._C._functorch.TransformType.Vmap

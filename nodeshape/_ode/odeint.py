@@ -25,6 +25,7 @@ from nodeshape._ode.options import (
     ADJOINTS,
     CALLBACKS,
     DRIFT_PER_STAGE_TOLERANCE,
+    UniformGrid,
     read_options,
     steps_of,
 )
@@ -180,7 +181,7 @@ def odeint(
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
     settings = read_options(options) if options else {}
-    tensors = _tensors(y0)
+    tensors = tensors_of(y0)
     if isinstance(t, Tensor) and t.dim() == 2:
         return _own_times(
             func,
@@ -218,7 +219,7 @@ def odeint(
         times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
     else:
         symbolic = False
-        t, times = _times(t)
+        t, times = times_of(t)
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
     unrolled = current()
@@ -237,7 +238,9 @@ def odeint(
     one_each = not how.adaptive and how.steps is None and how.step_size is None
     steps = 1 if one_each and "grid_constructor" not in how.options else how.steps
     if not symbolic:
-        _check_resolution(tensors[0], times, steps, how.step_size, how.adaptive)
+        grid = how.options.get("grid_constructor")
+        points = grid.points(times) if isinstance(grid, UniformGrid) and len(times) > 1 else times
+        check_resolution(tensors[0], points, steps, how.step_size, how.adaptive)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     if not is_exporting():  # which would record it
         _check_tolerances(rtol, atol)
@@ -507,6 +510,10 @@ def _fused(
     func: Any, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
 ) -> Any:
     scheme, settings = how.method, how.options
+    grid, observed = settings.get("grid_constructor"), times
+    if grid is not None and len(times) > 1:
+        times = grid.points(observed)
+        t = torch.tensor(times, dtype=torch.float64)
     if how.step_size is None:
         counts = [int(how.steps or 1)] * (len(times) - 1)
     else:
@@ -528,17 +535,37 @@ def _fused(
         settings.get("checkpoint_every"),
         settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
     )
-    solution: Any = ys if program is None else program.unpack(ys)
+    seen = ys if times is observed else _between(ys, times, torch.tensor(observed, dtype=torch.float64))
+    solution: Any = seen if program is None else program.unpack(seen)
     if not return_stats:
         return solution
     return solution, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
+
+
+def _between(states: Tensor, grid: list[float], t: Tensor) -> Tensor:
+    """States at times ``t`` ``[times]``, or each sample's ``[times, batch]``, by linear interpolation on a grid.
+
+    Args:
+        states: at the points of the grid, ``[points, batch, ...]``.
+        grid: from the first to the last time, one way.
+    """
+    points, t = torch.tensor(grid, dtype=torch.float64), t.detach().to("cpu", torch.float64)
+    sign = 1.0 if grid[-1] > grid[0] else -1.0
+    after = torch.searchsorted(sign * points, sign * t).clamp(min=1)
+    part = (t - points[after - 1]) / (points[after] - points[after - 1])
+    weight = part.to(states.device, states.dtype).reshape(*t.shape, *(1,) * (states.dim() - t.dim()))
+    after = after.to(states.device)
+    if t.dim() == 1:
+        return torch.lerp(states[after - 1], states[after], weight)
+    samples = torch.arange(t.shape[1], device=states.device)
+    return torch.lerp(states[after - 1, samples], states[after, samples], weight)
 
 
 def _fused_adaptive(
     func: Fused, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
 ) -> Any:
     start = func.pack(y0)
-    _check_resolution(start, times, None, None, True)
+    check_resolution(start, times, None, None, True)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     _check_tolerances(rtol, atol)
     control = controller_of(how.method, how.options, float(rtol), float(atol), rms)
@@ -580,6 +607,14 @@ def _own_times(func: Dynamics, y0: State, t: Tensor, tensors: tuple[Tensor, ...]
         raise ValueError(
             "steps counts those between two times, which differ by sample in t [times, batch]: give step_size"
         )
+    grid = _kernel_grid(func, y0, every.tolist(), t, arguments)
+    if grid is not None:  # each sample reads its own times off the states there
+        own = {name: value for name, value in arguments["options"].items() if name not in ("step_size", "interp")}
+        there: Any = odeint(func, y0, grid, **{**arguments, "steps": 1, "options": own})
+        states, *stats = there if arguments["return_stats"] else (there,)
+        seen: Any = tuple(_between(x, grid, t) for x in ((states,) if isinstance(states, Tensor) else states))
+        seen = seen[0] if isinstance(states, Tensor) else seen
+        return (seen, *stats) if stats else seen
     moves = t - t.detach() if torch.is_grad_enabled() and t.requires_grad else None
     if moves is not None:
         # To start later by a little is to start from that much further back along the slope.
@@ -596,6 +631,22 @@ def _own_times(func: Dynamics, y0: State, t: Tensor, tensors: tuple[Tensor, ...]
     if moves is not None:
         picked = _along(picked, [pick(f) for f in _slopes(func, every, _rows_of(solution))], moves, 1)
     return (picked, *stats) if stats else picked
+
+
+def _kernel_grid(
+    func: Dynamics, y0: State, times: list[float], t: Tensor, arguments: dict[str, Any]
+) -> list[float] | None:
+    """The points that a kernel steps on, where the option ``step_size`` makes a grid that ``times`` are not on."""
+    settings = read_options(arguments["options"])
+    if "step_size" not in settings:
+        return None
+    tolerances = (arguments["rtol"], arguments["atol"])
+    size, params = arguments["step_size"], arguments["adjoint_params"]
+    how = Request.of(arguments["method"], None, size, tolerances, arguments["adjoint"], settings, params, times)
+    grid = how.options.get("grid_constructor")
+    if not isinstance(grid, UniformGrid) or isinstance(fused_weights(func, y0, how, True, t), str):
+        return None
+    return grid.points(times)
 
 
 def _rows_of(states: Any, lead: bool = False) -> list[Tensor] | Tensor:
@@ -629,7 +680,7 @@ def _along(states: Any, slopes: list[Tensor], moves: Tensor, lead: int) -> Any:
     return tuple(map(moved, states, slopes))
 
 
-def _check_resolution(
+def check_resolution(
     y0: Tensor, times: list[float], steps: int | None, step_size: float | None, adaptive: bool
 ) -> None:
     """Raise ValueError where times in the state's type, which is what func sees, are too coarse for the steps."""
@@ -647,7 +698,7 @@ def _check_resolution(
             )
 
 
-def _tensors(y0: State) -> tuple[Tensor, ...]:
+def tensors_of(y0: State) -> tuple[Tensor, ...]:
     if isinstance(y0, Tensor) and y0.dtype in DTYPES:
         return (y0,)
     tensors = y0 if isinstance(y0, tuple) else (y0,)
@@ -663,7 +714,7 @@ def _tensors(y0: State) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _times(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
+def times_of(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     if isinstance(t, Tensor):
         if t.dim() != 1:
             raise ValueError(f"t must have one dimension, [times], got shape {list(t.shape)}")

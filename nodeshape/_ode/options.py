@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil, isfinite, isnan
 from typing import Any
 
@@ -150,14 +151,22 @@ def steps_of(length: float, step_size: float) -> int:
     return max(1, ceil(count))
 
 
-def uniform_grid(step_size: float) -> Callable[[Any, Any, Tensor], Tensor]:
-    """Steps of ``step_size`` from the first time on, the last one shorter; as in torchdiffeq."""
+@dataclass(frozen=True)
+class UniformGrid:
+    """A grid: steps of ``step_size`` from the first time on, the last one shorter, as in torchdiffeq."""
 
-    def constructor(func: Any, y0: Any, t: Tensor) -> Tensor:
+    step_size: float
+
+    def __call__(self, func: Any, y0: Any, t: Tensor) -> Tensor:
         start, end = t[0], t[-1]
-        count = steps_of(float(end.detach()) - float(start.detach()), step_size)
-        size = step_size if float(end.detach()) > float(start.detach()) else -step_size
+        count, size = self._steps(float(start.detach()), float(end.detach()))
         inner = torch.arange(count, dtype=t.dtype, device=t.device) * size + start
         return torch.cat([inner, end[None]])
 
-    return constructor
+    def points(self, times: Sequence[float]) -> list[float]:
+        """The same for times that are numbers."""
+        count, size = self._steps(times[0], times[-1])
+        return [*(k * size + times[0] for k in range(count)), times[-1]]
+
+    def _steps(self, start: float, end: float) -> tuple[int, float]:
+        return steps_of(end - start, self.step_size), self.step_size if end > start else -self.step_size
