@@ -231,32 +231,33 @@ def one_of_each(pieces: Pieces) -> Pieces:
 def draw(drawn: Any, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
-    panels = figure.subplots(2, len(drawn) + 1)
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    grid = figure.add_gridspec(2, len(drawn) + 1, width_ratios=[*(1 for _ in drawn), 1.3])
     found_errors: dict[str, list[float]] = {"latent ODE": [], "GRU": []}
-    for column, (points, ode, rival, pieces) in zip(panels.T, drawn):
+    colors = ("C0", "C3")
+    for column, (points, ode, rival, pieces) in enumerate(drawn):
         some = one_of_each(pieces)
-        for axes, name, model, color in zip(column, found_errors, (ode, rival), ("C0", "C3")):
+        for row, (name, model, color) in enumerate(zip(found_errors, (ode, rival), colors)):
             found_errors[name].append(errors(model, pieces)[1])
             with torch.no_grad():
                 found = model.predicted(some)
+            axes = figure.add_subplot(grid[row, column])
             for k, hidden in enumerate(("", "_")):  # a label that begins so is not in the legend
-                axes.plot(*some.true[:, k].T, color="0.75", linewidth=4, label=f"{hidden}true spiral")
-                axes.plot(*some.seen[:, k].T, ".", color="0.35", markersize=3, label=f"{hidden}the points seen")
-                axes.plot(*found[:WINDOW, k].T, color=color, label=f"{hidden}{name}")
-                axes.plot(*found[WINDOW - 1 :, k].T, ":", color=color, label=f"{hidden}{name}, beyond the window")
-            axes.set(aspect="equal", xticks=[], yticks=[], title=f"{name}, {points} points")
-    panels[0, 0].legend(fontsize=7)
-    panels[1, 0].legend(fontsize=7)
-    sizes = SIZES[: len(drawn)]
-    for axes, (paper, theirs), (name, ours), color in zip(
-        panels[:, -1], PAPER.items(), found_errors.items(), ("C0", "C3")
-    ):
-        axes.plot(sizes, theirs[: len(drawn)], "s--", color="0.5", label=f"{paper}, the paper's")
-        axes.plot(sizes, ours, "o-", color=color, label=f"{name}, here")
-        axes.set(xlabel="points seen", ylabel="root-mean-square error beyond", xticks=sizes, ylim=(0, None))
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+                axes.plot(*some.true[:, k].T, color="0.8", linewidth=5, label=f"{hidden}true spiral")
+                axes.plot(*some.seen[:, k].T, ".", color="0.3", markersize=3, label=f"{hidden}points seen")
+                axes.plot(*found[:WINDOW, k].T, color=color, label="_" if row else f"{hidden}inside the window")
+                axes.plot(*found[WINDOW - 1 :, k].T, ":", color=color, linewidth=2, label=f"{hidden}beyond")
+            axes.set(xticks=[], yticks=[], title=f"{name}, {points} points")
+            axes.set_aspect("equal", adjustable="datalim")
+            if column == 0:
+                axes.legend(fontsize=7, loc="upper right")
+    along, sizes = figure.add_subplot(grid[:, -1]), SIZES[: len(drawn)]
+    for (paper, theirs), (name, ours), color in zip(PAPER.items(), found_errors.items(), colors):
+        along.plot(sizes, theirs[: len(sizes)], "s--", color=color, alpha=0.5, label=f"{paper} of the paper")
+        along.plot(sizes, ours, "o-", color=color, label=f"{name} here")
+    along.set(xlabel="points seen", xticks=sizes, ylim=(0, None), title="root-mean-square error beyond")
+    along.legend()
+    figure.savefig(path, dpi=100)
 
 
 def speed() -> dict[str, float]:
@@ -275,17 +276,11 @@ def speed() -> dict[str, float]:
 
 def verdict(figures: dict[str, float]) -> str:
     sizes = [points for points in SIZES if f"GRU, {points} points" in figures]
-    ours = [figures[f"latent ODE, {points} points"] for points in sizes]
-    reached = [points for points, error, most in zip(sizes, ours, PAPER["latent ODE"]) if error <= most]
-    better = [points for points, error in zip(sizes, ours) if error < figures[f"GRU, {points} points"]]
-    return (
-        f"The latent ODE's error is at most the paper's with {listed(reached)} points of {listed(sizes)}, and below the"
-        f" GRU's with {listed(better)}."
-    )
-
-
-def listed(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes)) or "none"
+    said = []
+    for points, most in zip(sizes, PAPER["latent ODE"]):
+        ours, rival = figures[f"latent ODE, {points} points"], figures[f"GRU, {points} points"]
+        said.append(f"with {points} points {ours / most:.2f} times the paper's and {ours / rival:.2f} times the GRU's")
+    return f"The latent ODE's error is {'; '.join(said)}."
 
 
 example = Example(
