@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
+from itertools import accumulate
 from math import copysign, inf
 from typing import TYPE_CHECKING, Any
 
@@ -102,14 +103,18 @@ class Loop:
         slope: Tensor | None = None
         unrolled = current()
         steps = [y[None]]
-        for j, count in enumerate(counts):
-            ends = None if self.t is None else (self.t[j], self.t[j + 1])
-            segment = Segment(self.times[j], self.times[j + 1], count, ends)
+        segments = [
+            Segment(self.times[j], self.times[j + 1], count, None if self.t is None else (self.t[j], self.t[j + 1]))
+            for j, count in enumerate(counts)
+        ]
+        if unrolled is not None and unrolled.form == "scan" and is_recording():
+            after_each = self._scanned(y, segments)
+            steps.append(after_each)
+            states += [self._without_failed(after_each[last - 1]) for last in accumulate(counts)]
+            segments = []
+        for segment in segments:
             if unrolled is not None and unrolled.form == "loop" and is_recording():
                 y = self._looped(y, segment, unrolled.given)
-            elif unrolled is not None and unrolled.form == "scan" and is_recording():
-                y, after_each = self._scanned(y, segment)
-                steps.append(after_each)
             else:
                 for _, after, last in self._segment(y, segment, slope):
                     y_after, slope_after = after, last
@@ -124,20 +129,31 @@ class Loop:
                 unrolled.states(self.field.unpack(whole, (len(whole),)))
         return torch.stack(states)
 
-    def _scanned(self, y: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """The state at the end of the segment, and those after each step ``[steps, ...]``, by one recorded step."""
-        times, h = self._grid_times(segment, 0, segment.count)
-        grid = torch.stack(list(times)).reshape(segment.count, -1)
+    def _scanned(self, y: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """The states after each step ``[steps, ...]`` of all segments, by one recorded step."""
+        grids = [(self._grid_times(x, 0, x.count), x.count) for x in segments]
+        size: Size | None = grids[0][0][1]  # a number in the record, where it is the same in all segments
+        if not all(isinstance(h, float) and h == size for (_, h), _ in grids) and len(grids) > 1:
+            size = None
+        rows = [torch.stack(list(times)).reshape(count, -1) for (times, _), count in grids]
+        if size is None:
+            sizes = [torch.as_tensor(h, dtype=rows[0].dtype).expand(count, 1) for (_, h), count in grids]
+            rows = [torch.cat([row, h], dim=1) for row, h in zip(rows, sizes)]
 
         def step(carry: tuple[Tensor, ...], now: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             y, guess = carry[0], carry[1] if len(carry) > 1 else None
-            slopes = stages(self.field.alone, self.method, y, now.unbind(), h, None, guess, self.solve)
+            times, h = now.unbind(), size
+            if h is None:
+                *times, h = times
+                h = h.to(self.field.dtype)
+            slopes = stages(self.field.alone, self.method, y, times, h, None, guess, self.solve)
             after = end(self.method, y, h, slopes).contiguous()
             return (after, *(slopes[-1].clone().contiguous() for _ in carry[1:])), after.clone()
 
         y = y.contiguous().clone()
-        (y, *_), states = scan(step, (y, torch.zeros_like(y)) if self.solve is not None else (y,), grid)
-        return y, states
+        carried = (y, torch.zeros_like(y)) if self.solve is not None else (y,)
+        states: Tensor = scan(step, carried, torch.cat(rows))[1]
+        return states
 
     def _looped(self, y: Tensor, segment: Segment, given: Tensor | None) -> Tensor:
         """The state at the end of the segment by one step that is recorded as the body of a loop.
