@@ -129,7 +129,7 @@ class Curve(nn.Module):
         self.f = f
 
     def forward(self, y: Tensor) -> Tensor:
-        t = [k * STEP for k in range(round(WINDOW / STEP) + 1)]
+        t = [k * 4 * STEP for k in range(round(WINDOW / STEP) // 4 + 1)]
         return ns.odeint(self.f, y, t, method="rk4")[..., :2].transpose(0, 1)
 
 
