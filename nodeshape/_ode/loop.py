@@ -144,8 +144,7 @@ class Loop:
             y, guess = carry[0], carry[1] if len(carry) > 1 else None
             times, h = now.unbind(), size
             if h is None:
-                *times, h = times
-                h = h.to(self.field.dtype)
+                times, h = times[:-1], times[-1].to(self.field.dtype)
             slopes = stages(self.field.alone, self.method, y, times, h, None, guess, self.solve)
             after = end(self.method, y, h, slopes).contiguous()
             return (after, *(slopes[-1].clone().contiguous() for _ in carry[1:])), after.clone()
