@@ -189,6 +189,8 @@ def draw(drawn: Any, path: Path) -> None:
     seen_at, seen = observed(spirals, random)
     t = held_out(len(spirals.radius), random)
     true = spirals.at(t)
+    dense = torch.linspace(0.0, 2 * WINDOW, 161)[:, None].expand(-1, len(spirals.radius))
+    smooth = spirals.at(dense)
     chosen = [int(k) for way in (spirals.way > 0, spirals.way < 0) for k in way.nonzero()[:2]]
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 5, width_ratios=[1, 1, 1, 1, 1.6])
@@ -196,12 +198,14 @@ def draw(drawn: Any, path: Path) -> None:
     for row, ((name, model), color) in enumerate(zip(models.items(), ("C0", "C3"))):
         with torch.no_grad():
             found = model(seen_at, seen, t)
+            # An ODE has a state at all times, a GRU one at each time that it is told.
+            curve, half = (model(seen_at, seen, dense), 81) if isinstance(model, NeuralODE) else (found, POINTS)
         for column, k in enumerate(chosen):
             axes = figure.add_subplot(grid[row, column])
-            axes.plot(*true[:, k].T, color="0.8", linewidth=5, label="true spiral")
+            axes.plot(*smooth[:, k].T, color="0.8", linewidth=5, label="true spiral")
             axes.plot(*seen[:, k].T, ".", color="0.3", markersize=4, label=f"{POINTS} points seen")
-            axes.plot(*found[:POINTS, k].T, color=color, label="inside the window")
-            axes.plot(*found[POINTS - 1 :, k].T, color=color, linestyle=(0, (2, 1)), label="beyond")
+            axes.plot(*curve[:half, k].T, color=color, label="inside the window")
+            axes.plot(*curve[half - 1 :, k].T, color=color, linestyle=(0, (2, 1)), label="beyond")
             axes.set(aspect="equal", xticks=[], yticks=[], xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), title=name)
             if column == 0:
                 axes.legend(fontsize=6, loc="upper left")
