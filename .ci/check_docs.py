@@ -6,10 +6,12 @@ And every public name is in the reference. That the site builds without a warnin
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +62,12 @@ def examples(text: str) -> list[str]:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    """Run Python on the package, in a folder that takes what examples write."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *arguments]
+        where = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": path}}
+        return subprocess.run(command, capture_output=True, text=True, check=False, **where)
 
 
 def help_of(module: str) -> str:

@@ -21,6 +21,7 @@ from nodeshape._exporting import custom_ops
 from nodeshape._exporting.custom_ops import DOMAIN, LIBRARY
 from nodeshape._exporting.module import open_onnx
 from nodeshape._exporting.native import ONNX, TORCHSCRIPT
+from nodeshape.export import _print
 
 needs_library = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"needs {LIBRARY.name}, which NODESHAPE_ONNXRUNTIME has setup.py build"
@@ -263,6 +264,16 @@ def test_an_unknown_instruction_set_is_told_of() -> None:
         [sys.executable, "-c", code], env={**os.environ, "NODESHAPE_ISA": "mmx"}, capture_output=True, text=True
     )
     assert done.returncode != 0 and "NODESHAPE_ISA=mmx is not known here" in done.stderr
+
+
+def test_the_command_says_in_a_line_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"max_difference": 0.0, "same_class": 1, "images": 1, "bytes": 1, "ties": 0}
+    report = {
+        **{"method": "euler", "steps": 2, "images": {"source": "drawn"}, "files": {"model.onnx": figures}},
+        **{"pytorch_latency_ms": 1.0, "seconds": {"total": 1.0}, "left_out": {ONNX: "no library"}},
+    }
+    _print(report, tmp_path / "best.pt", tmp_path)
+    assert "model.fused.onnx is left out: no library\n" in capsys.readouterr().out
 
 
 def test_without_the_library_the_file_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

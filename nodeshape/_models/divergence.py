@@ -25,8 +25,8 @@ class WithDivergence(nn.Module):
             sample. ``"hutchinson"``: εᵀJε, one product for all; right in the mean over ε (Hutchinson 1990; Grathwohl et
             al., arXiv:1810.01367). ε is a state, so that it is the same during a solve and new for each
             :meth:`state`.
-        kinetic: a state that grows by |f|², the kinetic energy.
-        jacobian: a state that grows by the squared Frobenius norm of the Jacobian, or by its estimate |εᵀJ|². Their
+        kinetic: a state that grows by ``|f|²``, the kinetic energy.
+        jacobian: a state that grows by the squared Frobenius norm of the Jacobian, or by its estimate ``|εᵀJ|²``. Their
             means keep a flow straight and so cheap to solve (Finlay et al., arXiv:2002.02798, equation 9).
         noise: of ``"hutchinson"``, ``"rademacher"`` (ε = ±1, of least variance) or ``"gaussian"``.
 
