@@ -49,6 +49,19 @@ def test_a_path_is_the_same_in_any_order_and_at_any_steps() -> None:
     assert torch.equal(first([0.1, 0.5]), torch.stack([first(0.1), first(0.5)]))
 
 
+def test_times_next_to_a_node_take_its_value_whatever_was_asked_before() -> None:
+    def path() -> ns.BrownianPath:
+        return ns.BrownianPath((), 0.0, 1.0, seed=3, dtype=F64, resolution=0.1)  # leaves of 1/16
+
+    for node in (0.0, 0.5, 9 / 16, 1.0):
+        for before in (node - 0.03, node + 0.03):
+            asked, near = path(), min(max(node - 0.01, 0.0), 1.0)
+            asked(min(max(before, 0.0), 1.0), node)
+            for x in (near, min(node + 0.01, 1.0)):
+                assert asked(node, x) == path()(node, x) == 0.0
+                assert asked(0.3, x) == path()(0.3, x) == path()(0.3, node)
+
+
 def test_a_path_outlives_pickling_and_in_place_use_of_its_values() -> None:
     path = path_of((4, 2), 8)
     before = path(0.25, 0.5).clone()
@@ -656,6 +669,7 @@ def test_what_cannot_be_meant_is_one_clear_error(changed: dict[str, Any], messag
         ({"dtype": torch.int64}, "float32 or float64"),
         ({"grid": [0.0, 0.5]}, "grid must go from"),
         ({"grid": [0.0, 0.5, 0.5, 1.0]}, "strictly increasing"),
+        ({"grid": [0.0, 0.5, float("nan"), 1.0]}, "strictly increasing"),
         ({"resolution": 0.0}, "resolution must be more than"),
         ({"t0": 1e15, "t1": 1e15 + 8}, "count time from the start"),
     ],
