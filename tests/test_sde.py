@@ -549,6 +549,15 @@ def test_fuse_sde_says_what_it_does_not_take() -> None:
         ns.fuse_sde(terms.f, terms.g, y0[0])
     with pytest.raises(ValueError, match="noise must be"):
         ns.fuse_sde(terms.f, terms.g, y0, noise="scalar")
+    for returned in (lambda t, y: y[:, :1], lambda t, y: y.sum()):  # which would broadcast
+        with pytest.raises(ValueError, match="g must return y's shape"):
+            ns.fuse_sde(terms.f, returned, y0)
+        with pytest.raises(ValueError, match="g must return"):
+            ns.fuse_sde(terms.f, returned, y0, noise="general")
+        with pytest.raises(ValueError, match="f must return the shape"):
+            ns.fuse_sde(returned, terms.g, y0)
+    with pytest.raises(TypeError, match="g must return tensors"):
+        ns.fuse_sde(terms.f, lambda t, y: 0.5, y0)
     general = Terms("general")
     f, g = ns.fuse_sde(general.f, general.g, y0, noise="general")
     with pytest.raises(ValueError, match="2 columns, but the path is of 1"):
