@@ -49,6 +49,19 @@ def test_a_path_is_the_same_in_any_order_and_at_any_steps() -> None:
     assert torch.equal(first([0.1, 0.5]), torch.stack([first(0.1), first(0.5)]))
 
 
+def test_times_next_to_a_node_take_its_value_whatever_was_asked_before() -> None:
+    def path() -> ns.BrownianPath:
+        return ns.BrownianPath((), 0.0, 1.0, seed=3, dtype=F64, resolution=0.1)  # leaves of 1/16
+
+    for node in (0.0, 0.5, 9 / 16, 1.0):
+        for before in (node - 0.03, node + 0.03):
+            asked, near = path(), min(max(node - 0.01, 0.0), 1.0)
+            asked(min(max(before, 0.0), 1.0), node)
+            for x in (near, min(node + 0.01, 1.0)):
+                assert asked(node, x) == path()(node, x) == 0.0
+                assert asked(0.3, x) == path()(0.3, x) == path()(0.3, node)
+
+
 def test_a_path_outlives_pickling_and_in_place_use_of_its_values() -> None:
     path = path_of((4, 2), 8)
     before = path(0.25, 0.5).clone()
@@ -536,6 +549,15 @@ def test_fuse_sde_says_what_it_does_not_take() -> None:
         ns.fuse_sde(terms.f, terms.g, y0[0])
     with pytest.raises(ValueError, match="noise must be"):
         ns.fuse_sde(terms.f, terms.g, y0, noise="scalar")
+    for returned in (lambda t, y: y[:, :1], lambda t, y: y.sum()):  # which would broadcast
+        with pytest.raises(ValueError, match="g must return y's shape"):
+            ns.fuse_sde(terms.f, returned, y0)
+        with pytest.raises(ValueError, match="g must return"):
+            ns.fuse_sde(terms.f, returned, y0, noise="general")
+        with pytest.raises(ValueError, match="f must return the shape"):
+            ns.fuse_sde(returned, terms.g, y0)
+    with pytest.raises(TypeError, match="g must return tensors"):
+        ns.fuse_sde(terms.f, lambda t, y: 0.5, y0)
     general = Terms("general")
     f, g = ns.fuse_sde(general.f, general.g, y0, noise="general")
     with pytest.raises(ValueError, match="2 columns, but the path is of 1"):
@@ -656,6 +678,7 @@ def test_what_cannot_be_meant_is_one_clear_error(changed: dict[str, Any], messag
         ({"dtype": torch.int64}, "float32 or float64"),
         ({"grid": [0.0, 0.5]}, "grid must go from"),
         ({"grid": [0.0, 0.5, 0.5, 1.0]}, "strictly increasing"),
+        ({"grid": [0.0, 0.5, float("nan"), 1.0]}, "strictly increasing"),
         ({"resolution": 0.0}, "resolution must be more than"),
         ({"t0": 1e15, "t1": 1e15 + 8}, "count time from the start"),
     ],

@@ -122,7 +122,7 @@ class BrownianPath:
         if len(points) < 2 or points[0] != self.t0 or points[-1] != self.t1:
             raise ValueError(f"grid must go from t0={self.t0:g} to t1={self.t1:g}, got {len(points)} times")
         shortest = min(b - a for a, b in pairwise(points))
-        if not shortest > 0:
+        if not all(b - a > 0 for a, b in pairwise(points)):  # of which NaN is no part
             raise ValueError("grid must be strictly increasing")
         self._grid = points
         self.resolution = min(RESOLUTION * length, shortest) if resolution is None else float(resolution)
@@ -223,9 +223,15 @@ class BrownianPath:
     def _bridge(self, node: _Node, s: float, t: float) -> Tensor:
         """W(t) − W(s) within a leaf, where one number is W's distance from its chord; each value is exact in law."""
         length = node.end - node.start
-        parts = [min(max((x - node.start) / length, 0.0), 1.0) for x in (s, t)]
+        parts = [(self._snapped(x, node) - node.start) / length for x in (s, t)]
         low, high = (sqrt(length * x * (1.0 - x)) for x in parts)
         return self._normal(node.number).mul_(high - low).add_(node.change, alpha=parts[1] - parts[0])
+
+    def _snapped(self, x: float, node: _Node) -> float:
+        """A time within a leaf, or the end that counts for it, whatever the question began with."""
+        if x - node.start <= self._snap:
+            return node.start
+        return node.end if node.end - x <= self._snap else x
 
     def _normal(self, node: int) -> Tensor:
         """Standard normal numbers that belong to a node."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nodeshape._ode.fuse import Fused, fuse
 from nodeshape._ode.odeint import odeint
+from nodeshape._ode.sde_method import check_noise
 from nodeshape._ode.surroundings import modules_of
 
 #: Most steps of one call of the kernel, and most numbers of all changes of W in them, which are part of its state.
@@ -81,6 +82,7 @@ def fuse_sde(f: Any, g: Any, y0: Tensor, *, noise: str = "diagonal") -> tuple[Fu
     ``"euler_maruyama"`` or ``"midpoint"`` of states like ``y0`` goes through the kernel, all others through the loop.
     Along a path these methods take the very steps that ``"euler"`` and ``"midpoint"`` take of
     dy/dt = f(t, y) + g(t, y) ΔW/h, with ΔW of the step that t is in, and that is an ODE which :func:`fuse` lowers.
+    The kernel has first derivatives; for second ones solve with the functions that f and g were made of.
 
     Args:
         f, g: as for :func:`sdeint`: modules, or methods of modules.
@@ -92,7 +94,7 @@ def fuse_sde(f: Any, g: Any, y0: Tensor, *, noise: str = "diagonal") -> tuple[Fu
 
     Raises:
         FuseError: an operation of f or g does not lower; it names its file and line, and what to write instead.
-        ValueError: an argument is out of its range.
+        TypeError, ValueError: an argument is out of its range, or f or g returns what :func:`sdeint` does not take.
     """
     if not isinstance(y0, Tensor) or y0.dim() < 2:
         raise ValueError(
@@ -102,7 +104,13 @@ def fuse_sde(f: Any, g: Any, y0: Tensor, *, noise: str = "diagonal") -> tuple[Fu
         raise ValueError(f"noise must be 'diagonal' or 'general', got {noise!r}")
     general = noise == "general"
     with torch.no_grad():
-        numbers = g(torch.zeros((), dtype=y0.dtype, device=y0.device), y0[:1]).shape[-1] if general else y0[0].numel()
+        time, one = torch.zeros((), dtype=y0.dtype, device=y0.device), y0[:1].detach()
+        drift, diffusion = f(time, one.clone()), g(time, one.clone())  # which may work in place
+    check_noise(diffusion, one, general)
+    if getattr(drift, "shape", None) != one.shape:
+        got = tuple(drift.shape) if isinstance(drift, Tensor) else type(drift).__name__
+        raise ValueError(f"f must return the shape of its state: it got {tuple(one.shape)} and returned {got}")
+    numbers = diffusion.shape[-1] if general else one.numel()
     steps = max(1, min(MOST_STEPS, MOST_NUMBERS // max(numbers, 1)))
     rates = torch.zeros(len(y0), steps, numbers, dtype=y0.dtype, device=y0.device)
     program = fuse(_Driven(f, g, general, rates), (y0.detach(), rates))

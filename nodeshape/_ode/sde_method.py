@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -106,3 +107,18 @@ def sde_step(
         kicks.append(kick)
     after = combine(combine(y, h, method.alpha, slopes), 1.0, method.beta, kicks)
     return after, slopes[-1]
+
+
+def check_noise(part: Any, state: Tensor, general: bool) -> None:
+    """Raise TypeError or ValueError where what g returned does not fit its state."""
+    if not isinstance(part, Tensor):
+        raise TypeError(f"g must return tensors, got {type(part).__name__}")
+    if general:
+        if part.shape[:-1] != state.shape or part.dim() == 0:
+            remedy = "or use noise='diagonal'" if part.shape == state.shape else "m Brownian motions last"
+            got, shape = tuple(part.shape), tuple(state.shape)
+            raise ValueError(f"g must return (*y.shape, m) for general noise: for {shape} it returned {got}; {remedy}")
+    elif part.shape != state.shape:
+        remedy = "use noise='general'" if part.shape[:-1] == state.shape else "as torch.ones_like(y) * sigma has it"
+        got, shape = tuple(part.shape), tuple(state.shape)
+        raise ValueError(f"g must return y's shape for diagonal noise: for {shape} it returned {got}; {remedy}")

@@ -19,7 +19,7 @@ from nodeshape._ode.odeint import Dynamics, Times, check_resolution, tensors_of,
 from nodeshape._ode.options import check_steps, read_options, steps_of
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.sde_fused import driven_steps, program_of
-from nodeshape._ode.sde_method import SDE_METHODS, SDEMethod, sde_step
+from nodeshape._ode.sde_method import SDE_METHODS, SDEMethod, check_noise, sde_step
 from nodeshape._ode.stage import COARSE_TOLERANCE, MAX_STAGE_ITERATIONS, STAGE_TOLERANCE, StageSolver
 from nodeshape._ode.surroundings import Surroundings
 from nodeshape._ode.unrolled import is_exporting
@@ -179,7 +179,7 @@ class _Noise:
         if not isinstance(parts, (list, tuple)) or len(parts) != len(states):
             raise ValueError(f"g must return a tuple of {len(states)} tensors, as its state is one, got {value!r:.60}")
         for part, state in zip(parts, states):
-            self._check(part, state)
+            check_noise(part, state, self.general)
         if self.general:
             products = [self._product(part, state) for part, state in zip(parts, states)]
         else:
@@ -191,7 +191,7 @@ class _Noise:
         """m of general noise."""
         value = self.g(t, y)
         part, state = (value, y) if isinstance(y, Tensor) else (value[0], y[0])
-        self._check(part, state)
+        check_noise(part, state, self.general)
         return int(part.shape[-1])
 
     def _product(self, part: Tensor, state: Tensor) -> Tensor:
@@ -202,21 +202,6 @@ class _Noise:
         wide = torch.promote_types(part.dtype, self.change.dtype)
         product = part.reshape(*lead, -1, m).to(wide) @ self.change[..., None].to(wide)
         return product.reshape(state.shape)
-
-    def _check(self, part: Any, state: Tensor) -> None:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"g must return tensors, got {type(part).__name__}")
-        if self.general:
-            if part.shape[:-1] != state.shape or part.dim() == 0:
-                remedy = "or use noise='diagonal'" if part.shape == state.shape else "m Brownian motions last"
-                got, shape = tuple(part.shape), tuple(state.shape)
-                raise ValueError(
-                    f"g must return (*y.shape, m) for general noise: for {shape} it returned {got}; {remedy}"
-                )
-        elif part.shape != state.shape:
-            remedy = "use noise='general'" if part.shape[:-1] == state.shape else "as torch.ones_like(y) * sigma has it"
-            got, shape = tuple(part.shape), tuple(state.shape)
-            raise ValueError(f"g must return y's shape for diagonal noise: for {shape} it returned {got}; {remedy}")
 
 
 class _Solve:
