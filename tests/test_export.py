@@ -305,6 +305,16 @@ def test_smaller_files_give_nearly_the_same_logits(tmp_path, few_images, monkeyp
         export.export(path, tmp_path / "other", method="implicit_euler", quantize=True)
 
 
+@pytest.mark.parametrize("exported", ["implicit_midpoint"], indirect=True)
+def test_half_of_a_file_with_loops_is_that_of_its_weights(exported, tmp_path):
+    _, out, _ = exported
+    smaller.write_half(out / "model.onnx", tmp_path / "half.onnx")
+    images = shapes(9)
+    exact, half = (load(path)(images) for path in (out / "model.onnx", tmp_path / "half.onnx"))
+    assert 0 < (half - exact).abs().max() < 0.05
+    assert (tmp_path / "half.onnx").stat().st_size < 0.75 * (out / "model.onnx").stat().st_size
+
+
 def test_a_smaller_file_that_changes_classes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(smaller, "logits_of", lambda *_: torch.eye(3)[[0, 1, 2, 2]])
     with pytest.raises(UserError, match=r"model.int8.onnx gives 1 of 4 images another class.*leave out --quantize"):

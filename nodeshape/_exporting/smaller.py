@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from nodeshape._exporting.verify import classify_all, compare
 #: Part of the images that may be of another class than by the float32 file, so that no accuracy differs by more.
 MOST_CHANGED = 0.005
 BATCH = 100
+#: Weights of fewer elements stay as they are.
+FEW = 16
 
 
 def write_int8(source: Path, path: Path, images: Tensor) -> None:
@@ -30,7 +33,7 @@ def write_int8(source: Path, path: Path, images: Tensor) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     graph = onnx.load(source).graph
-    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+    if _has_loops(graph):
         raise UserError(
             "--quantize takes explicit methods, whose steps are written out; this file's stages are loops: add --method"
             " euler, with more --steps if need be"
@@ -67,12 +70,38 @@ def write_int8(source: Path, path: Path, images: Tensor) -> None:
 
 
 def write_half(source: Path, path: Path) -> None:
-    """Write ``source`` in 16-bit floating point, with inputs and outputs of 32 bits."""
+    """Write ``source`` in 16-bit floating point, with inputs and outputs of 32 bits.
+
+    Of a file with loops, whose bodies converters do not follow, the weights alone, which are computed with in 32 bits.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights that round to nothing
-        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), path)
+    model = onnx.load(source)
+    if _has_loops(model.graph):
+        _halve_weights(model.graph)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that round to nothing
+            model = convert_float_to_float16(model, keep_io_types=True)
+    onnx.save(model, path)
+
+
+def _has_loops(graph: onnx.GraphProto) -> bool:
+    return any(attribute.HasField("g") for node in graph.node for attribute in node.attribute)
+
+
+def _halve_weights(graph: onnx.GraphProto) -> None:
+    casts = []
+    for weight in graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype != np.float32 or values.size < FEW or np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        name = f"{weight.name}.half"
+        casts.append(onnx.helper.make_node("Cast", [name], [weight.name], to=onnx.TensorProto.FLOAT))
+        weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), name))
+    first = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(first)
 
 
 def judge(path: Path, images: Tensor, reference: Tensor) -> dict[str, Any]:
