@@ -251,7 +251,8 @@ class Fused(nn.Module):
         """The state as the op takes it, ``[batch, ...]``."""
         if isinstance(y0, Tensor):
             return y0 if self._batched else y0[None]
-        return torch.cat([x.flatten(1) if self._batched else x.reshape(1, -1) for x in y0], dim=1)
+        lead = y0[0].shape[0] if self._batched else 1
+        return torch.cat([x.reshape(lead, prod(shape)) for x, shape in zip(y0, self._shapes)], dim=1)
 
     def unpack(self, ys: Tensor) -> State:
         """A solution of the op, ``[times, batch, ...]``, as the caller's."""
