@@ -6,8 +6,8 @@ from importlib.metadata import Distribution, distributions
 
 #: Licences that let a program of any licence use the package as it is.
 ALLOWED = (
-    r"MIT|BSD|Apache|Python Software Foundation|PSF-2\.0|MPL|Mozilla Public|Zlib|CC0|HPND|ISC|BSL-1\.0|Unlicense"
-    r"|Public Domain"
+    r"\b(MIT|BSD|Apache|Python Software Foundation|PSF-2\.0|MPL|Mozilla Public|Zlib|CC0|HPND|ISC|BSL-1\.0|Unlicense"
+    r"|Public Domain)"
 )
 #: Packages whose metadata says nothing that can be read, and what their licence is.
 KNOWN = {"setuptools": "MIT"}
@@ -31,7 +31,7 @@ refused = [
     name
     for name, said in found.items()
     if not name.startswith(("nodeshape ", "nvidia-", "cuda-", *APART))  # NVIDIA's own come with torch's CUDA build
-    and not all(re.search(ALLOWED, part) for part in re.split(r" AND ", said))
+    and not all(re.search(ALLOWED, part) for part in re.split(r" AND | and |; ", said))
 ]
 if refused:
     sys.exit(f"licences to look at: {', '.join(refused)}")

@@ -246,6 +246,27 @@ def test_a_fused_log_density_runs_in_onnxruntime(how: dict[str, Any], tmp_path: 
         assert torch.allclose(torch.tensor(found), density(x), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("trace", [pytest.param("exact", marks=pytest.mark.slow), "hutchinson"])
+def test_a_fused_divergence_is_torchscript_for_any_batch(trace: str, tmp_path: Path) -> None:
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = ns.WithDivergence(ns.MLPDynamics(2, (8,)), trace, kinetic=True, jacobian=True)
+            self.fused = ns.fuse(self.flow, self.flow.state(torch.zeros(2, 2)))
+
+        def forward(self, *state: Tensor) -> tuple[Tensor, ...]:
+            return tuple(x[-1] for x in ns.odeint(self.fused, state, [0.0, 1.0], method="euler", steps=2))
+
+    flow = Flow()
+    few, many = (flow.flow.state(torch.randn(batch, 2)) for batch in (3, 11))
+    ns.to_torchscript(flow, few, tmp_path / "flow.ts")
+    loaded = torch.jit.load(tmp_path / "flow.ts")
+    with torch.no_grad():
+        for found, expected in zip(loaded(*many), flow(*many)):
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_wrong_settings_and_states_are_said() -> None:
     with pytest.raises(ValueError, match="unknown trace 'exakt': choose one of exact, hutchinson"):
         ns.WithDivergence(Field(), "exakt")

@@ -297,3 +297,20 @@ def test_layers_that_follow_each_other_in_another_way_are_left_as_they_are(
     with torch.no_grad():
         module.layers[0].weight.copy_(torch.linspace(0.5, 2.0, channels))
     assert ns.to_onnx(module, torch.randn(3, *shape), tmp_path / "model.onnx").max_difference < 1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_times_between_the_points_of_a_grid_are_exported(fused: bool, tmp_path: Path) -> None:
+    class Observed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f: nn.Module = ns.MLPDynamics(2, [4])
+            if fused:
+                self.f = ns.fuse(self.f, torch.zeros(3, 2))
+
+        def forward(self, y: Tensor) -> Tensor:
+            times = [1.0, 0.87, 0.4, 0.0]
+            return ns.odeint(self.f, y, times, method="rk4", options={"step_size": 0.3}).transpose(0, 1)
+
+    report = ns.to_onnx(Observed(), torch.randn(3, 2), tmp_path / "model.onnx")
+    assert report.max_difference < 1e-5 and report.batch_sizes == (1, 3, 7)

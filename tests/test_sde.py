@@ -543,6 +543,13 @@ def test_fused_terms_of_other_solves_take_the_loop() -> None:
     torch.testing.assert_close(ns.sdeint(f, g, **how), ns.sdeint(terms.f, terms.g, **how))
 
 
+@pytest.mark.parametrize("noise", ["diagonal", "general"])
+def test_a_batch_may_be_empty(noise: str) -> None:
+    terms, y0 = Terms(noise), torch.rand(5, 3)
+    for f, g in ((terms.f, terms.g), ns.fuse_sde(terms.f, terms.g, y0, noise=noise)):
+        assert ns.sdeint(f, g, y0[:0], [0.0, 1.0], noise=noise, steps=3).shape == (2, 0, 3)
+
+
 def test_fuse_sde_says_what_it_does_not_take() -> None:
     terms, y0 = Terms("diagonal"), torch.rand(5, 3)
     with pytest.raises(ValueError, match=r"one tensor \[batch, ...\]"):
@@ -675,6 +682,7 @@ def test_what_cannot_be_meant_is_one_clear_error(changed: dict[str, Any], messag
         ({"t1": 0.0}, "t0 must be before t1"),
         ({"t1": float("inf")}, "t0 must be before t1"),
         ({"seed": -1}, "seed must be"),
+        ({"seed": 1.5}, "seed must be a whole number"),
         ({"dtype": torch.int64}, "float32 or float64"),
         ({"grid": [0.0, 0.5]}, "grid must go from"),
         ({"grid": [0.0, 0.5, 0.5, 1.0]}, "strictly increasing"),

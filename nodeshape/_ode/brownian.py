@@ -135,8 +135,8 @@ class BrownianPath:
         self._snap = SNAP * min(self.resolution, shortest)
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed!r}")
+        if not 0 <= seed < 2**63 or seed != int(seed):
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
         self.seed = int(seed)
         self.portable = portable
         self._trail: tuple[_Node, ...] = ()

@@ -254,7 +254,7 @@ class Fused(nn.Module):
         if isinstance(y0, Tensor):
             return y0 if self._batched else y0[None]
         lead = y0[0].shape[0] if self._batched else 1
-        return torch.cat([x.reshape(lead, -1) for x in y0], dim=1)
+        return torch.cat([x.reshape(lead, prod(shape)) for x, shape in zip(y0, self._shapes)], dim=1)
 
     def unpack(self, ys: Tensor) -> State:
         """A solution of the op, ``[times, batch, ...]``, as the caller's."""
@@ -490,10 +490,28 @@ class _Written(nn.Module):
 
     def forward(self, t: Tensor, y: tuple[Tensor, ...]) -> Any:
         graph = self.__dict__["_graph"]
+        if torch._C._get_tracing_state() is not None:
+            return _Sized(graph).run(self._tensors(), t, y)
         if not self.keeps_places:
             return graph(self._tensors(), t, y)
         with preserve_node_meta():
             return Interpreter(graph).run(self._tensors(), t, y)
+
+
+class _Sized(Interpreter):
+    """Runs a graph for torch.jit.trace, which keeps the sizes of methods of tensors, and takes others for numbers."""
+
+    def run_node(self, n: Any) -> Any:
+        self.sized = any(isinstance(x.meta.get("val"), torch.SymInt) for x in n.all_input_nodes)
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.sym_size.int:
+            return args[0].size(args[1])
+        if self.sized and isinstance(target, torch._ops.OpOverload):
+            owner = Tensor if isinstance(args[0], Tensor) else torch
+            target = getattr(owner, target.overloadpacket.__name__, target)
+        return super().call_function(target, args, kwargs)
 
 
 class _Widened(TorchFunctionMode):

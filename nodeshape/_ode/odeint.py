@@ -535,29 +535,36 @@ def _fused(
         settings.get("checkpoint_every"),
         settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
     )
-    seen = ys if times is observed else _between(ys, times, torch.tensor(observed, dtype=torch.float64))
+    seen = ys if times is observed else _between(ys, times, observed)
     solution: Any = seen if program is None else program.unpack(seen)
     if not return_stats:
         return solution
     return solution, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
 
 
-def _between(states: Tensor, grid: list[float], t: Tensor) -> Tensor:
+def _between(states: Tensor, grid: list[float], t: Sequence[float] | Tensor) -> Tensor:
     """States at times ``t`` ``[times]``, or each sample's ``[times, batch]``, by linear interpolation on a grid.
 
     Args:
         states: at the points of the grid, ``[points, batch, ...]``.
         grid: from the first to the last time, one way.
     """
-    points, t = torch.tensor(grid, dtype=torch.float64), t.detach().to("cpu", torch.float64)
     sign = 1.0 if grid[-1] > grid[0] else -1.0
+    if not isinstance(t, Tensor):  # numbers, so that exporters see which points are taken
+        ends, k = [], 1
+        for time in t:
+            while sign * grid[k] < sign * time:
+                k += 1
+            ends.append(k)
+        parts = [(time - grid[k - 1]) / (grid[k] - grid[k - 1]) for time, k in zip(t, ends)]
+        weight = torch.tensor(parts, dtype=states.dtype, device=states.device)
+        last = torch.tensor(ends, device=states.device)
+        return torch.lerp(states[last - 1], states[last], weight.reshape(-1, *(1,) * (states.dim() - 1)))
+    points, t = torch.tensor(grid, dtype=torch.float64), t.detach().to("cpu", torch.float64)
     after = torch.searchsorted(sign * points, sign * t).clamp(min=1)
     part = (t - points[after - 1]) / (points[after] - points[after - 1])
-    weight = part.to(states.device, states.dtype).reshape(*t.shape, *(1,) * (states.dim() - t.dim()))
-    after = after.to(states.device)
-    if t.dim() == 1:
-        return torch.lerp(states[after - 1], states[after], weight)
-    samples = torch.arange(t.shape[1], device=states.device)
+    weight = part.to(states.device, states.dtype).reshape(*t.shape, *(1,) * (states.dim() - 2))
+    after, samples = after.to(states.device), torch.arange(t.shape[1], device=states.device)
     return torch.lerp(states[after - 1, samples], states[after, samples], weight)
 
 

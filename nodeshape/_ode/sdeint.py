@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
-from math import isqrt
+from math import isqrt, prod
 from typing import Any, TypeVar
 
 import torch
@@ -200,7 +200,7 @@ class _Noise:
         if part.shape[-1] != m:
             raise ValueError(f"g returned {part.shape[-1]} columns, but the path is of {m}, shape {list(lead)} + [{m}]")
         wide = torch.promote_types(part.dtype, self.change.dtype)
-        product = part.reshape(*lead, -1, m).to(wide) @ self.change[..., None].to(wide)
+        product = part.reshape(*lead, prod(state.shape[len(lead) :]), m).to(wide) @ self.change[..., None].to(wide)
         return product.reshape(state.shape)
 
 

@@ -15,7 +15,7 @@ from nodeshape._ode.control import Controller, Norm, rms
 from nodeshape._ode.field import Field, State
 from nodeshape._ode.loop import Callbacks, Loop
 from nodeshape._ode.method import Method
-from nodeshape._ode.options import CALLBACKS, DRIFT_PER_STAGE_TOLERANCE, steps_of
+from nodeshape._ode.options import CALLBACKS, DRIFT_PER_STAGE_TOLERANCE, UniformGrid, steps_of
 from nodeshape._ode.per_sample import SampleSteps
 from nodeshape._ode.recompute import Recorder
 from nodeshape._ode.root import StageEquations
@@ -167,6 +167,8 @@ class Plan:
 
     def _grid(self, constructor: Any) -> tuple[list[float], Tensor | None]:
         """Times to step on, and the same as a tensor if they are differentiated."""
+        if self.t is None and isinstance(constructor, UniformGrid):
+            return constructor.points(self.times), None
         t = self.t if self.t is not None else torch.tensor(self.times, dtype=torch.float64)
         grid = constructor(self.func, self.y0, t) if callable(constructor) else constructor
         points = [float(x) for x in (grid.tolist() if isinstance(grid, Tensor) else grid)]
