@@ -10,6 +10,7 @@ from nodeshape._experiments.jobs import Job
 from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
+from nodeshape._experiments.table1 import IMAGES, ROWS, Comparison, Footprint
 from nodeshape._experiments.training import Epoch, Training
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.options import ADJOINTS
@@ -30,6 +31,7 @@ class Plan:
         solver_steps, rtols, solver_images: under which trained models are tested, and on how many images.
         train_rtols: tolerances under which further models are trained for these tests.
         count_steps, count_rtols, count_images: under which evaluations are counted.
+        digit_epochs: passes over the digits of the parent paper's table 1.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -50,6 +52,7 @@ class Plan:
     count_steps: tuple[int, ...] = (5, 10, 20, 40)
     count_rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     count_images: int = 12
+    digit_epochs: int = 10
 
     def training(self, task: str, train_size: int, step_size: float, method: str, seed: int) -> Training:
         """A run of the report's protocol, or the quick plan's miniature of it."""
@@ -115,9 +118,26 @@ class Plan:
         """The time of the default epoch."""
         return Epoch("single", min(2700, self.largest), max(0.05, self.smallest_step), method)
 
+    def comparison(self, network: str, adjoint: str, images: str) -> list[Comparison]:
+        """The runs of a row of the parent paper's table 1, a seed each; none for one that is another table's too."""
+        if images == "shapes" and (network in ("resnet", "rknet") or adjoint == "discrete"):
+            return []
+        epochs = self.digit_epochs if images == "digits" else self.epochs
+        size = min(2700, self.largest)
+        return [Comparison(network, adjoint, images, size, self.test_size, seed, epochs) for seed in self.seeds]
+
+    def footprint(self, network: str, adjoint: str, images: str) -> Footprint:
+        """The measurement of such a row."""
+        return Footprint(network, adjoint, images, self.batch_size)
+
+    def table1(self) -> tuple[list[Job], list[Job]]:
+        """What the parent paper's table 1 needs besides the other tables: trainings and timings."""
+        cells = [(*row, images) for images in IMAGES for row in ROWS]
+        return [run for cell in cells for run in self.comparison(*cell)], [self.footprint(*cell) for cell in cells]
+
     def trainings(self) -> list[Job]:
         """Every training run, once."""
-        return list(dict.fromkeys(self._trainings()))
+        return [*dict.fromkeys(self._trainings()), *self.table1()[0]]
 
     def analyses(self) -> list[Job]:
         """What is measured on trained models."""
@@ -131,6 +151,7 @@ class Plan:
         return [
             *(self.epoch(method) for method in SOURCE_METHODS),
             *(self.depth(*line, depth) for line in self.depth_lines() for depth in self.depths),
+            *self.table1()[1],
         ]
 
     def _trainings(self) -> Iterator[Training]:
@@ -166,4 +187,5 @@ QUICK = Plan(
     count_steps=(2, 4),
     count_rtols=(1e-1,),
     count_images=2,
+    digit_epochs=1,
 )
