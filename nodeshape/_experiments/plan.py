@@ -31,7 +31,6 @@ class Plan:
         solver_steps, rtols, solver_images: under which trained models are tested, and on how many images.
         train_rtols: tolerances under which further models are trained for these tests.
         count_steps, count_rtols, count_images: under which evaluations are counted.
-        digit_epochs: passes over the digits of the parent paper's table 1.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -52,7 +51,6 @@ class Plan:
     count_steps: tuple[int, ...] = (5, 10, 20, 40)
     count_rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
     count_images: int = 12
-    digit_epochs: int = 10
 
     def training(self, task: str, train_size: int, step_size: float, method: str, seed: int) -> Training:
         """A run of the report's protocol, or the quick plan's miniature of it."""
@@ -122,9 +120,8 @@ class Plan:
         """The runs of a row of the parent paper's table 1, a seed each; none for one that is another table's too."""
         if images == "shapes" and (network in ("resnet", "rknet") or adjoint == "discrete"):
             return []
-        epochs = self.digit_epochs if images == "digits" else self.epochs
         size = min(2700, self.largest)
-        return [Comparison(network, adjoint, images, size, self.test_size, seed, epochs) for seed in self.seeds]
+        return [Comparison(network, adjoint, images, size, self.test_size, seed, self.epochs) for seed in self.seeds]
 
     def footprint(self, network: str, adjoint: str, images: str) -> Footprint:
         """The measurement of such a row."""
@@ -187,5 +184,4 @@ QUICK = Plan(
     count_steps=(2, 4),
     count_rtols=(1e-1,),
     count_images=2,
-    digit_epochs=1,
 )
