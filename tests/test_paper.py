@@ -21,10 +21,10 @@ from nodeshape._experiments import jobs
 from nodeshape._experiments.depth import Depth
 from nodeshape._experiments.jobs import Job, Result, Store
 from nodeshape._experiments.networks import RESIDUAL_BLOCKS, build
-from nodeshape._experiments.page import DIGITS, _answer, headline, page
+from nodeshape._experiments.page import _answer, headline, page
 from nodeshape._experiments.plan import FULL
 from nodeshape._experiments.plots import draw
-from nodeshape._experiments.results import collect
+from nodeshape._experiments.results import DIGITS, collect
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS
 from nodeshape._experiments.table1 import ROWS, Comparison, Footprint, digits, network
@@ -133,7 +133,7 @@ def test_table_1_has_every_row_twice_and_says_who_errs_how_much() -> None:
         return made_up(0.9 + 0.01 * job.seed if worse else 1.0)(job)  # type: ignore[attr-defined]
 
     paper = collect(FULL, get)
-    assert {images: [row["name"] for row in rows] for images, rows in paper["table1"].items()} == {
+    assert {images: [row["name"] for row in table["rows"]] for images, table in paper["table1"].items()} == {
         images: [name for name, _ in ROWS.values()] for images in ("shapes", "digits")
     }
     text = page({"quick": False, **paper})
@@ -196,7 +196,7 @@ def test_table_1_alone_is_added_to_kept_figures_or_refused_without_any(
         store.put(job, made_up(0.5)(job))
     main(["--only", "table1", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["table1"]["digits"][0]["mean"] == 50 and written["experiments"] == paper["experiments"]
+    assert written["table1"]["digits"]["rows"][0]["mean"] == 50 and written["experiments"] == paper["experiments"]
 
 
 def test_a_worse_ode_net_misses_its_goal() -> None:

@@ -14,7 +14,7 @@ from nodeshape._experiments.jobs import Job, Result
 from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.plan import Plan
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
-from nodeshape._experiments.table1 import IMAGES, ROWS
+from nodeshape._experiments.table1 import DIGITS_TEST_SIZE, IMAGES, ROWS
 from nodeshape._experiments.training import Training
 from nodeshape._ode.method import SOURCE_METHODS
 
@@ -27,6 +27,8 @@ LEAST_SMALL = 98.0
 POINTS, SHARE = 0.3, 0.4
 #: How much more memory the deepest reversible solve may take than the shallowest.
 FLAT = 1.2
+#: Images that scikit-learn's ``load_digits`` has.
+DIGITS = 1797
 
 
 def collect(plan: Plan, get: Get) -> dict[str, Any]:
@@ -105,10 +107,12 @@ def _final(get: Get, runs: Sequence[Training]) -> dict[str, Any]:
     }
 
 
-def table1(plan: Plan, get: Get, shapes: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def table1(plan: Plan, get: Get, shapes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The parent paper's table 1 by images; ``shapes``: what the comparison of networks found on Single."""
-    tables: dict[str, list[dict[str, Any]]] = {images: [] for images in IMAGES}
-    for images, rows in tables.items():
+    tables = {}
+    sizes = {"shapes": min(2700, plan.largest), "digits": DIGITS - DIGITS_TEST_SIZE}
+    for images in IMAGES:
+        rows = []
         for row in ROWS:
             results = [get(run) for run in plan.comparison(*row, images)]
             if results:
@@ -123,6 +127,7 @@ def table1(plan: Plan, get: Get, shapes: dict[str, dict[str, Any]]) -> dict[str,
                 }
             name, memory = ROWS[row]
             rows.append({"name": name, "memory": memory, **cell, **get(plan.footprint(*row, images))})
+        tables[images] = {"train_size": sizes[images], "rows": rows}
     return tables
 
 

@@ -163,7 +163,7 @@ def digits(seed: int) -> Data:
         UserError: scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
     except ImportError:
         raise UserError("the digits of table 1 are scikit-learn's; run: pip install scikit-learn") from None
     loaded = load_digits()
