@@ -230,7 +230,8 @@ def _table1_images(paper: dict[str, Any], images: str, train: int) -> str:
     if images == "digits":
         return (
             f"The {train + DIGITS_TEST_SIZE:,} handwritten digits of scikit-learn, enlarged to {size}×{size} pixels;"
-            f" {train:,} to train with, {DIGITS_TEST_SIZE} to test, one of which is {100 / DIGITS_TEST_SIZE:.2f} points. {depth}"
+            f" {train:,} to train with, {DIGITS_TEST_SIZE} to test, one of which is"
+            f" {100 / DIGITS_TEST_SIZE:.2f} points. {depth}"
         )
     return (
         f"Shapes (Single, {size}×{size} pixels): {train:,} images to train with, {paper['test_size']:,} to test."
