@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def _compute_missing(plan: Plan, store: Store, only: str | None) -> None:
     missing = sum(map(len, stages))
     if not missing:
         return
+    if find_spec("sklearn") is None:
+        raise UserError("the digits of the parent paper's table 1 are scikit-learn's; run: pip install scikit-learn")
     seconds_per_unit = slowness() * CROWDED / cores
     minutes = seconds_per_unit * sum(job.seconds for stage in stages for job in stage) / 60
     runs, duration = f"{missing} run{'s' * (missing > 1)}", f"{max(1, round(minutes))} min"

@@ -327,6 +327,15 @@ def test_a_quick_run_writes_every_table_and_a_second_one_only_draws_them(
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_without_scikit_learn_nothing_is_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeshape.paper.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        _cli.run(lambda: main(["--quick", "--out", str(tmp_path)]))
+    assert exit_.value.code == 2 and "pip install scikit-learn" in capsys.readouterr().err
+
+
 def test_an_out_that_is_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as exit_:
