@@ -113,6 +113,7 @@ def test_whatever_is_printed_is_printable() -> None:
         "_cli",
         "__main__",
         "_experiments.depth",
+        "_experiments.table1",
         "_benchmarking.deploy",
     }  # these print numbers for another process
     printing = {

@@ -24,9 +24,10 @@ from nodeshape._experiments.networks import RESIDUAL_BLOCKS, build
 from nodeshape._experiments.page import _answer, headline, page
 from nodeshape._experiments.plan import FULL
 from nodeshape._experiments.plots import draw
-from nodeshape._experiments.results import collect
+from nodeshape._experiments.results import DIGITS, collect
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS
+from nodeshape._experiments.table1 import ROWS, Comparison, Footprint, digits, network
 from nodeshape._experiments.training import Epoch, Training
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape.paper import main
@@ -72,10 +73,12 @@ def made_up(accuracy: float = 1.0) -> Any:
                 "seconds": [1.0] * job.epochs,
                 "parameters": 490 if "res" in job.network else 120,
             }
+        if isinstance(job, Comparison):
+            return {"accuracy": accuracy, "parameters": 490 if job.network == "resnet" else 120}
         if isinstance(job, Epoch):
             machine = {"cpu": "a processor", "threads": 2, "isa": "portable", "torch": "2"}
             return {"seconds": 5.0, "machine": machine}
-        if isinstance(job, Depth):
+        if isinstance(job, (Depth, Footprint)):
             return {"peak_bytes": 2**20, "seconds": 0.1}
         if isinstance(job, Evaluations):
             return {"counts": [{"adjoint": "discrete", "steps": 5, "forward": None, "backward": None}]}
@@ -100,6 +103,100 @@ def test_what_is_met_and_missed_follows_from_the_figures() -> None:
     assert headline(paper).startswith("59 of the report's 60 accuracies")
     assert "- Single, 1,350 images, h = 0.025, implicit Euler, epoch 5: 99.00 against 99.88" in text
     assert text.count("✗ (") == 1 and "99.00 ± 1.73 ✗ (99.88)" in text
+
+
+def page_with_runs(*last: float) -> str:
+    """The page where one method's last accuracies of Single with 1,350 images, the report's 99.883, are these."""
+    runs = FULL.experiment(EXPERIMENTS[3], "implicit_euler")
+
+    def get(job: Job) -> Result:
+        shares = [share for run, share in zip(runs, last) if run == job]
+        return {**made_up()(job), "accuracy": [1.0, 1.0, 1.0, 1.0, *shares]} if shares else made_up()(job)
+
+    return page({"quick": False, **collect(FULL, get)})
+
+
+def test_a_missed_figure_is_held_against_the_seeds() -> None:
+    assert "figure is" not in page_with_runs(1.0, 1.0, 1.0)
+    # Spreads 0.1 and 0.01 points; one more run lies 4.303 · √(4/3) = 4.97 spreads from the mean, or nearer.
+    assert "| 99.70, 99.80, 99.90 | 0.083 | 5.0 | 0.100 | 99.30 to 100.00 | within the spread |" in page_with_runs(
+        0.997, 0.998, 0.999
+    )
+    text = page_with_runs(0.9959, 0.9969, 0.9979)
+    assert "0 of these 1 lie within one spread" in text and "| within the range |" in text
+    assert "| **outside** |" in page_with_runs(0.9979, 0.9980, 0.9981)
+
+
+def test_table_1_has_every_row_twice_and_says_who_errs_how_much() -> None:
+    def get(job: Job) -> Result:
+        worse = isinstance(job, Comparison) and job.network == "mlp"
+        return made_up(0.9 + 0.01 * job.seed if worse else 1.0)(job)  # type: ignore[attr-defined]
+
+    paper = collect(FULL, get)
+    assert {images: [row["name"] for row in table["rows"]] for images, table in paper["table1"].items()} == {
+        images: [name for name, _ in ROWS.values()] for images in ("shapes", "digits")
+    }
+    text = page({"quick": False, **paper})
+    assert text.count("| MLP of one hidden layer | 9.00 ± 1.00 | 120 | – | 1 |") == 2
+    assert text.count("with 24% of its parameters; the perceptron errs 9.00%") == 2
+
+
+def test_the_perceptron_has_the_parent_paper_s_300_hidden_units() -> None:
+    perceptron = network("mlp", "", "digits")
+    assert sum(p.numel() for p in perceptron.parameters()) == 256 * 300 + 300 + 300 * 10 + 10
+    assert perceptron(torch.rand(2, 1, 16, 16)).shape == (2, 10)
+
+
+def test_the_digits_are_divided_by_seed_and_none_is_on_both_sides() -> None:
+    pytest.importorskip("sklearn")
+    data, other = digits(0), digits(1)
+    assert (len(data.train), len(data.test)) == (DIGITS - 360, 360)
+    assert sorted([*data.train.labels.tolist(), *data.test.labels.tolist()]) == sorted(
+        [*other.train.labels.tolist(), *other.test.labels.tolist()]
+    )
+    assert not torch.equal(data.test.labels, other.test.labels)
+
+
+def test_a_perceptron_learns_the_digits(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    result = Comparison("mlp", "", "digits", 2, 2, seed=0, epochs=3).compute(Store(tmp_path))
+    assert result["accuracy"] > 0.8
+
+
+@pytest.mark.slow
+def test_the_reversible_ode_net_needs_less_memory_than_the_rk_net() -> None:
+    reversible, rk = (
+        Footprint(*row, "digits", 240).compute(Store(Path())) for row in (("ode", "reversible"), ("rknet", ""))
+    )
+    if rk["peak_bytes"] is None:
+        pytest.skip("this system does not say how much memory a process takes")
+    assert reversible["peak_bytes"] < 0.8 * rk["peak_bytes"] and rk["seconds"] > 0
+
+
+def test_a_job_s_own_modules_decide_its_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, run = Store(tmp_path), FULL.training("single", 500, 0.01, "euler", seed=0)
+    own = FULL.comparison("mlp", "", "digits")[0]
+    before = store.path(run, ""), store.path(own, "")
+    monkeypatch.setattr(Comparison, "sources", ("_experiments.page",))
+    assert store.path(run, "") == before[0] and store.path(own, "") != before[1]
+
+
+def test_table_1_alone_is_added_to_kept_figures_or_refused_without_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        _cli.run(lambda: main(["--only", "table1", "--out", str(tmp_path)]))
+    assert exit_.value.code == 2 and "run it without --only first" in capsys.readouterr().err
+    paper = {"quick": False, **collect(FULL, made_up())}
+    (tmp_path / "results.json").write_text(json.dumps({**paper, "table1": {}}))
+    store = Store(tmp_path / "cache")
+    store.prepare()
+    trainings, timings = FULL.table1()
+    for job in (*trainings, *timings):
+        store.put(job, made_up(0.5)(job))
+    main(["--only", "table1", "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["table1"]["digits"]["rows"][0]["mean"] == 50 and written["experiments"] == paper["experiments"]
 
 
 def test_a_worse_ode_net_misses_its_goal() -> None:
@@ -228,6 +325,15 @@ def test_a_quick_run_writes_every_table_and_a_second_one_only_draws_them(
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path.stem != lost.stem)
     main(["--quick", "--out", str(out)])
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_without_scikit_learn_nothing_is_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeshape.paper.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        _cli.run(lambda: main(["--quick", "--out", str(tmp_path)]))
+    assert exit_.value.code == 2 and "pip install scikit-learn" in capsys.readouterr().err
 
 
 def test_an_out_that_is_a_file_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,10 +85,12 @@ class Job:
     Attributes:
         alone: to be run by itself with one thread per core; others run side by side with one thread each.
         compiled: whether another build of the compiled library may give another result, as a time.
+        sources: modules besides :data:`SOURCES` that decide this kind of job's result, and no other's.
     """
 
     alone: ClassVar[bool] = False
     compiled: ClassVar[bool] = False
+    sources: ClassVar[tuple[str, ...]] = ()
 
     @property
     def seconds(self) -> float:
@@ -108,7 +110,7 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.sources, self.library = folder, _sources(), _library()
+        self.folder, self.sources, self.library = folder, _digest(SOURCES), _library()
 
     def prepare(self) -> None:
         """Create the folder."""
@@ -118,6 +120,7 @@ class Store:
     def path(self, job: Job, suffix: str) -> Path:
         """Where something of a job is kept: the name is a digest of its fields and of the code that decides it."""
         code = [__version__, self.sources, *([self.library] if job.compiled else [])]
+        code += [_digest(job.sources)] if job.sources else []
         identity = json.dumps([type(job).__name__, asdict(job), *code], sort_keys=True)
         return self.folder / f"{sha256(identity.encode()).hexdigest()[:20]}{suffix}"
 
@@ -172,10 +175,10 @@ def _compute_one(work: tuple[Job, Store]) -> Job:
     return job
 
 
-def _sources() -> str:
-    """A digest of the code of :data:`SOURCES`."""
+def _digest(sources: Sequence[str]) -> str:
+    """A digest of the code of modules."""
     digest = sha256()
-    for name in SOURCES:
+    for name in sources:
         path = Path(nodeshape.__path__[0], *name.split(".")).with_suffix(".py")
         digest.update(ast.dump(ast.parse(path.read_text("utf-8"))).encode())
     return digest.hexdigest()

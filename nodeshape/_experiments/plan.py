@@ -10,6 +10,7 @@ from nodeshape._experiments.jobs import Job
 from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
+from nodeshape._experiments.table1 import IMAGES, ROWS, Comparison, Footprint
 from nodeshape._experiments.training import Epoch, Training
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._ode.options import ADJOINTS
@@ -115,9 +116,25 @@ class Plan:
         """The time of the default epoch."""
         return Epoch("single", min(2700, self.largest), max(0.05, self.smallest_step), method)
 
+    def comparison(self, network: str, adjoint: str, images: str) -> list[Comparison]:
+        """The runs of a row of the parent paper's table 1, a seed each; none for one that is another table's too."""
+        if images == "shapes" and (network in ("resnet", "rknet") or adjoint == "discrete"):
+            return []
+        size = min(2700, self.largest)
+        return [Comparison(network, adjoint, images, size, self.test_size, seed, self.epochs) for seed in self.seeds]
+
+    def footprint(self, network: str, adjoint: str, images: str) -> Footprint:
+        """The measurement of such a row."""
+        return Footprint(network, adjoint, images, self.batch_size)
+
+    def table1(self) -> tuple[list[Job], list[Job]]:
+        """What the parent paper's table 1 needs besides the other tables: trainings and timings."""
+        cells = [(*row, images) for images in IMAGES for row in ROWS]
+        return [run for cell in cells for run in self.comparison(*cell)], [self.footprint(*cell) for cell in cells]
+
     def trainings(self) -> list[Job]:
         """Every training run, once."""
-        return list(dict.fromkeys(self._trainings()))
+        return [*dict.fromkeys(self._trainings()), *self.table1()[0]]
 
     def analyses(self) -> list[Job]:
         """What is measured on trained models."""
@@ -131,6 +148,7 @@ class Plan:
         return [
             *(self.epoch(method) for method in SOURCE_METHODS),
             *(self.depth(*line, depth) for line in self.depth_lines() for depth in self.depths),
+            *self.table1()[1],
         ]
 
     def _trainings(self) -> Iterator[Training]:

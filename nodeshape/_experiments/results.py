@@ -14,6 +14,7 @@ from nodeshape._experiments.jobs import Job, Result
 from nodeshape._experiments.networks import NETWORKS
 from nodeshape._experiments.plan import Plan
 from nodeshape._experiments.source import EXPERIMENTS, Experiment
+from nodeshape._experiments.table1 import DIGITS_TEST_SIZE, IMAGES, ROWS
 from nodeshape._experiments.training import Training
 from nodeshape._ode.method import SOURCE_METHODS
 
@@ -26,6 +27,8 @@ LEAST_SMALL = 98.0
 POINTS, SHARE = 0.3, 0.4
 #: How much more memory the deepest reversible solve may take than the shallowest.
 FLAT = 1.2
+#: Images that scikit-learn's ``load_digits`` has.
+DIGITS = 1797
 
 
 def collect(plan: Plan, get: Get) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def collect(plan: Plan, get: Get) -> dict[str, Any]:
         "goals": _goals(experiments, small, networks, depth, epoch),
         "epoch_alone": {method: result["seconds"] for method, result in epoch.items()},
         "networks": networks,
+        "table1": table1(plan, get, networks["single"]),
         "batch_size": plan.batch_size,
         "depth": depth,
         "count_images": plan.count_images,
@@ -101,6 +105,30 @@ def _final(get: Get, runs: Sequence[Training]) -> dict[str, Any]:
         "parameters": results[0]["parameters"],
         "seconds": seconds,
     }
+
+
+def table1(plan: Plan, get: Get, shapes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The parent paper's table 1 by images; ``shapes``: what the comparison of networks found on Single."""
+    tables = {}
+    sizes = {"shapes": min(2700, plan.largest), "digits": DIGITS - DIGITS_TEST_SIZE}
+    for images in IMAGES:
+        rows = []
+        for row in ROWS:
+            results = [get(run) for run in plan.comparison(*row, images)]
+            if results:
+                errors = [100 - 100 * result["accuracy"] for result in results]
+                cell = {"mean": fmean(errors), "spread": _spread(errors), "parameters": results[0]["parameters"]}
+            else:
+                known = shapes[row[0]]
+                cell = {
+                    "mean": 100 - known["mean"],
+                    "spread": known["spread"],
+                    "parameters": known["parameters"],
+                }
+            name, memory = ROWS[row]
+            rows.append({"name": name, "memory": memory, **cell, **get(plan.footprint(*row, images))})
+        tables[images] = {"train_size": sizes[images], "rows": rows}
+    return tables
 
 
 def _depth(plan: Plan, get: Get, network: str, adjoint: str) -> dict[str, Any]:
