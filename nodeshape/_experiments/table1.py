@@ -1,6 +1,6 @@
 """The parent paper's table 1 on other images: a perceptron beside ResNet, RK-Net and ODE-Net (Chen et al., 2018).
 
-``python -m nodeshape._experiments.table1 NETWORK ADJOINT IMAGES`` measures a training step and prints it as JSON.
+``python -m nodeshape._experiments.table1 NETWORK ADJOINT IMAGES BATCH`` measures a training step and prints it as JSON.
 """
 
 from __future__ import annotations
@@ -203,5 +203,5 @@ def measure(name: str, adjoint: str, images: str, batch_size: int) -> Result:
 
 
 if __name__ == "__main__":
-    *row, batch = sys.argv[1:]
-    print(json.dumps(measure(*row, int(batch))))
+    name, adjoint, images, batch_size = sys.argv[1:]
+    print(json.dumps(measure(name, adjoint, images, int(batch_size))))
