@@ -71,7 +71,8 @@ def test_an_augmented_block_fuses_and_shares_its_weights_with_another_solver() -
 
 
 def test_what_cannot_be_augmented_is_said() -> None:
-    with pytest.raises(ValueError, match="0 or more, got -1"):
-        ns.ODEBlock(ns.MLPDynamics(1), augment=-1)
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"0 or more, got {wrong}"):
+            ns.ODEBlock(ns.MLPDynamics(1), augment=wrong)
     with pytest.raises(ValueError, match=r"takes features \[batch, n, ...\], got shape \[2\]"):
         ns.ODEBlock(ns.MLPDynamics(3), augment=1)(torch.zeros(2))

@@ -71,7 +71,9 @@ MODELS = {
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["own f", *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv", "mlp"))])
 def test_torchscript_that_keeps_the_ops_gives_the_numbers_with_the_library_alone(name, tmp_path):
+    (tmp_path / PACKAGE).write_text("another model's")
     check(name, tmp_path, package=False)
+    assert not (tmp_path / PACKAGE).exists()
     extra = {"classes.txt": ""}
     torch.jit.load(tmp_path / TORCHSCRIPT, _extra_files=extra)
     assert extra["classes.txt"] == b"a\nb"

@@ -65,7 +65,8 @@ def to_native(
 
     Args:
         module, example_inputs, tolerance: as in :func:`nodeshape.to_onnx`.
-        folder: an existing one; files in it that have these names are replaced once the new ones are proven.
+        folder: an existing one; files in it that have these names are replaced once the new ones are proven, or removed
+            where this call leaves them out.
         package: whether to compile one, which needs a C++ compiler.
         onnx: whether to write the ONNX file where its library was built.
         metadata: texts to keep in the files: as extra files of the TorchScript, in the metadata of the others.
@@ -114,6 +115,8 @@ def _write(
         except UserError as error:
             raise UserError(f"{error}; to_native(..., onnx=False) leaves {ONNX} out") from error
         write_atomically(folder / custom_ops.LIBRARY.name, custom_ops.LIBRARY.read_bytes())
+    for name in {PACKAGE, ONNX} - {report.path.name for report in reports}:
+        (folder / name).unlink(missing_ok=True)  # of a call before, perhaps of another model
     return reports
 
 

@@ -62,8 +62,8 @@ class ODEBlock(nn.Module):
         augment: int = 0,
     ) -> None:
         super().__init__()
-        if augment < 0:
-            raise ValueError(f"augment must be a number of features, 0 or more, got {augment}")
+        if type(augment) is not int or augment < 0:
+            raise ValueError(f"augment must be a number of features, 0 or more, got {augment!r}")
         given = (
             step_size,
             steps,
