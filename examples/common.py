@@ -92,6 +92,8 @@ class Example:
         args = parser.parse_args()
         if args.threads is not None:
             torch.set_num_threads(args.threads)
+        if args.out.exists() and not args.out.is_dir():
+            parser.error(f"argument --out: {args.out} is a file; name a folder")
         args.out.mkdir(parents=True, exist_ok=True)
         say(self.claim)
         if self.speed is not None and args.speed:
@@ -113,6 +115,8 @@ class Example:
             spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
             say(f"  {name}: {means[name]:.4g}{spread}")
         say(self.verdict(means))
+        if args.quick:
+            say("That was --quick, which is too short to judge by: leave it out.")
         seconds = time.perf_counter() - begin
         self._write(
             args.out / f"{self.name}.json",

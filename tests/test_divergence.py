@@ -280,3 +280,9 @@ def test_wrong_settings_and_states_are_said() -> None:
     short = ns.WithDivergence(lambda t, y: y[:, :2])
     with pytest.raises(ValueError, match=r"the shape of y, \[2, 3\], it returned \[2, 2\]"):
         short(torch.tensor(0.0), short.state(torch.zeros(2, 3)))
+
+
+def test_a_log_density_without_a_column_is_refused() -> None:
+    y = torch.randn(5, 2)
+    with pytest.raises(ValueError, match=r"the 2 tensors of WithDivergence.state\(y\), got \[5, 2\], \[5\]"):
+        ns.WithDivergence(lambda t, y: -y)(torch.zeros(()), (y, torch.zeros(5)))

@@ -238,6 +238,22 @@ class Branching(nn.Module):
         return y * 2 if len(y) > 2 else y
 
 
+def test_steps_that_follow_from_times_that_nobody_knows_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: self.layer(y), x, torch.linspace(0, 1, 3), method="rk4", step_size=0.5)[-1]
+
+    with pytest.raises(ValueError, match=r"give steps=\.\.\. instead of step_size=\.\.\., or t as a list of numbers"):
+        ns.to_onnx(Model(), torch.randn(2, 3), tmp_path / "model.onnx")
+    assert capfd.readouterr().err == "" and not [*tmp_path.iterdir()]
+
+
 def test_what_differs_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     path = tmp_path / "model.ts"
     path.write_text("earlier")

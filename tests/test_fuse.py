@@ -825,18 +825,24 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], str]] = {
     "dropout": (lambda self, t, y: nn.functional.dropout(y), r"native_dropout .*call f.eval\(\)"),
     "random": (lambda self, t, y: y + torch.randn_like(y), "randn_like .*draw the numbers before the solve"),
     "batch norm": (lambda self, t, y: nn.functional.batch_norm(y, None, None, training=True), "GroupNorm"),
-    "values": (if_positive, "cannot be traced: .*does not look at their values"),
+    "values": (if_positive, r"value of a tensor at .*test_fuse.py:[0-9]+ \(return y if y.sum.*torch.where"),
     "detach": (lambda self, t, y: self.layer(y).detach() * y, "gradient of .* differ"),
     "another shape": (lambda self, t, y: torch.cat([y, y], 1), "must return the shape of its state"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_says_what_does_not_lower_and_what_to_do(name: str) -> None:
+def test_it_says_what_does_not_lower_and_what_to_do(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     function, message = REFUSED[name]
     with pytest.raises(ns.FuseError, match=message) as caught:
         ns.fuse(Made(function), torch.randn(4, 3))
     assert isinstance(caught.value, ValueError)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_f_without_the_time_is_refused() -> None:
+    with pytest.raises(ns.FuseError, match=r"f must take \(t, y\), and takes \(input: torch.Tensor\).*def forward"):
+        ns.fuse(nn.Linear(3, 3), torch.randn(4, 3))
 
 
 def test_weights_that_a_function_does_not_own_are_refused() -> None:

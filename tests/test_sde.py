@@ -711,3 +711,10 @@ def test_an_unsolved_stage_says_what_to_do() -> None:
         ns.sdeint(
             lambda t, y: y.square() + 10.0, lambda t, y: y, ONES, [0.0, 1.0], method="implicit_euler_maruyama", steps=1
         )
+
+
+def test_what_is_no_function_and_no_shape_is_said() -> None:
+    with pytest.raises(TypeError, match=r"g must be a function of \(t, y\), got None; odeint solves without noise"):
+        ns.sdeint(lambda t, y: y, None, torch.zeros(2, 1), [0.0, 1.0], steps=2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"like must be a tensor, or a shape, of one value of the path, got 0\.0"):
+        ns.BrownianPath(0.0, 1.0, 2.0)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -472,7 +472,8 @@ class Subject:
             shapes, arguments = (*shapes, None), (*arguments, torch.tensor(self.default_steps))
         with self.recorded():
             by_argument = inspect.signature(self.recordable.forward).bind(*shapes).arguments
-            program = torch.export.export(self.recordable, arguments, dynamic_shapes=tuple(by_argument.values()))
+            with redirect_stderr(io.StringIO()):  # to which it prints graphs where it fails
+                program = torch.export.export(self.recordable, arguments, dynamic_shapes=tuple(by_argument.values()))
         self.dimensions = {str(symbol) for symbol in program.range_constraints}
         return program
 

@@ -72,8 +72,9 @@ class WithDivergence(nn.Module):
         """The derivative of each state."""
         y, last = state[0], state[-1]
         expected = 2 + self.kinetic + self.jacobian + (self.trace == "hutchinson")
-        if len(state) != expected or y.dim() < 2:
-            raise ValueError(f"the state must be the {expected} tensors of WithDivergence.state(y), got {len(state)}")
+        if len(state) != expected or y.dim() < 2 or any(x.dim() < 2 for x in state[1:]):
+            shapes = ", ".join(str(list(x.shape)) for x in state)
+            raise ValueError(f"the state must be the {expected} tensors of WithDivergence.state(y), got {shapes}")
         made: Any = torch.func.vjp(lambda y: self.f(t, y), y)
         dy, pulled = made
         if dy.shape != y.shape:

@@ -109,6 +109,8 @@ class BrownianPath:
         portable: bool = False,
     ) -> None:
         own = isinstance(like, Tensor)
+        if not own and not isinstance(like, (tuple, list)):
+            raise TypeError(f"like must be a tensor, or a shape, of one value of the path, got {like!r}")
         self.shape = torch.Size(like.shape if isinstance(like, Tensor) else like)
         self.dtype = dtype or (like.dtype if isinstance(like, Tensor) else torch.get_default_dtype())
         self.device = torch.device(device if device is not None else like.device if own else "cpu")  # type: ignore[union-attr]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from copy import deepcopy
 from math import prod
 from pathlib import Path
@@ -17,7 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -25,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from nodeshape._ode import fused, program_op
 from nodeshape._ode.graph import leaves
 from nodeshape._ode.layers import Layers, any_global_hooks, kind_of
-from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower
+from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower, place_of_error
 from nodeshape._ode.method import METHODS, Method
 from nodeshape._ode.program import Program
 from nodeshape._ode.reads import MISSING, Reads, difference, recorded
@@ -297,6 +304,7 @@ def fuse(f: Callable[..., Any], y0: State) -> Fused:
     batched = tensors[0].dim() >= 2
     if any((x.dim() >= 2) != batched or (batched and x.shape[0] != tensors[0].shape[0]) for x in tensors):
         raise FuseError(f"the tensors of y0 must share the batch, got {[list(x.shape) for x in tensors]}")
+    _refuse_other_arguments(f)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         made = Fused(f, y0, _trace(f, tensors, isinstance(y0, tuple), batched))
         _check(made, tensors)
@@ -304,6 +312,17 @@ def fuse(f: Callable[..., Any], y0: State) -> Fused:
 
 
 fuse.__module__ = "nodeshape"
+
+
+def _refuse_other_arguments(f: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(f.forward if isinstance(f, nn.Module) else f)
+    except (TypeError, ValueError):  # of a function that does not say what it takes
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise FuseError(f"f must take (t, y), and takes {signature}: write def forward(self, t, y)") from error
 
 
 class _Called(nn.Module):
@@ -338,7 +357,8 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
     differentiates = False
 
     def exported_program() -> torch.export.ExportedProgram:
-        program = torch.export.export(called, (time, examples), dynamic_shapes=({}, shapes), strict=False)
+        with redirect_stderr(io.StringIO()):  # to which it prints graphs where it fails
+            program = torch.export.export(called, (time, examples), dynamic_shapes=({}, shapes), strict=False)
         decomposed: torch.export.ExportedProgram = program.run_decompositions(_decompositions())
         return decomposed
 
@@ -360,6 +380,11 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
         if isinstance(error, FuseError):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        if isinstance(error, GuardOnDataDependentSymNode):
+            raise FuseError(
+                f"f cannot be traced: Python looks at the value of a tensor{place_of_error(error)}; write"
+                " torch.where(condition, a, b) instead of if"
+            ) from error
         advice = (
             "f must be a function of tensors whose Python does not look at their values or at the size of the batch"
         )
@@ -369,7 +394,8 @@ def _trace(f: Callable[..., Any], tensors: tuple[Tensor, ...], as_tuple: bool, b
             )
         if differentiates:
             advice = f"f takes derivatives of itself: {DERIVATIVES}"
-        raise FuseError(f"f cannot be traced: {type(error).__name__}: {first}; {advice}") from error
+        where = place_of_error(error)
+        raise FuseError(f"f cannot be traced: {type(error).__name__}: {first}{where}; {advice}") from error
     finally:
         logging.getLogger("torch").setLevel(quiet)
     signature = exported.graph_signature

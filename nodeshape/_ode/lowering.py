@@ -8,6 +8,7 @@ without the batch.
 from __future__ import annotations
 
 import operator
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import log, pi, prod
@@ -562,6 +563,15 @@ def place_of(node: fx.Node) -> str:
             where = line.removeprefix("File ").split(", in ")[0].replace('"', "").replace(", line ", ":")
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
             return f" at {where}" + (f" ({code})" if code and not code.startswith("File ") else "")
+    return ""
+
+
+def place_of_error(error: BaseException) -> str:
+    """Where in the user's code an error comes from: the innermost line that is neither PyTorch's nor ours."""
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(others) and Path(frame.filename).exists():
+            return f" at {frame.filename}:{frame.lineno} ({frame.line})"
     return ""
 
 

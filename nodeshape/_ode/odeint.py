@@ -725,7 +725,14 @@ def times_of(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     if isinstance(t, Tensor):
         if t.dim() != 1:
             raise ValueError(f"t must have one dimension, [times], got shape {list(t.shape)}")
-        times = t.tolist() if t.is_floating_point() else [float(x) for x in t.tolist()]
+        times = t.tolist()
+        if any(isinstance(x, (torch.SymFloat, torch.SymInt)) for x in times):
+            raise ValueError(
+                "how many steps there are follows from t, which is computed, or a buffer, where the solve is recorded:"
+                " give steps=... instead of step_size=..., or t as a list of numbers"
+            )
+        if not t.is_floating_point():
+            times = [float(x) for x in times]
     else:
         times = [float(x) for x in t]
         t = torch.tensor(times, dtype=torch.float64)

@@ -106,6 +106,9 @@ def sdeint(
         how: Any = {"method": method, "noise": noise, "steps": steps, "step_size": step_size, "path": path}
         outside: Y = torch.compiler.disable(sdeint)(f, g, y0, t, **how, calculus=calculus, options=options)
         return outside
+    for name, function in (("f", f), ("g", g)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function of (t, y), got {function!r}; odeint solves without noise")
     scheme = _method_of(method, calculus, noise)
     settings = read_options(options)
     for name in settings:
