@@ -50,12 +50,13 @@ TEAMS = "cuda:threads=32,shared=4096"
 #: Tests that are not run on the host, by a part of their names: torch.compile's tools do not run under a preload,
 #: others are of CPU threads, instruction sets and errors, and one is long.
 OF_THE_CPU = [
-    *("compiled", "exported", "scripted", "opcheck", "forked", "threads_may", "threads_do_not", "twenty_steps"),
+    *("compiled", "exported", "scripted", "opcheck", "forked", "eight_threads", "threads_do_not", "twenty_steps"),
     *("unknown_instruction_set", "unsolved_stage_is_an_error", "trajectory_is_an_error", "float32_activations"),
     *("compilers_and_exporters", "good_citizen"),
 ]
 #: Of programs, tests that run no kernel but the check of fuse().
 OF_FUSE = [
+    "without_the_time",
     "keeps_does_not",
     "can_be_read",
     "does_not_lower",
