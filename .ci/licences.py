@@ -6,8 +6,8 @@ from importlib.metadata import Distribution, distributions
 
 #: Licences that let a program of any licence use the package as it is.
 ALLOWED = (
-    r"\b(MIT|BSD|0BSD|Apache|Python Software Foundation|PSF-2\.0|MPL|Mozilla Public|Zlib|CC0|HPND|ISC|BSL-1\.0|Unlicense"
-    r"|Public Domain)"
+    r"\b(MIT|BSD|0BSD|Apache|Python Software Foundation|PSF-2\.0|MPL|Mozilla Public|Zlib|CC0|HPND|ISC|BSL-1\.0"
+    r"|Unlicense|Public Domain)"
 )
 #: Packages whose metadata says nothing that can be read, and what their licence is.
 KNOWN = {"setuptools": "MIT"}
