@@ -423,11 +423,12 @@ def test_in_float32_a_program_is_as_exact_as_its_f(name: str) -> None:
 )
 def test_methods_of_one_stage_have_all_gradient_modes(name: str, adjoint: str) -> None:
     fused, f = fused_problem(name)
+    steps = 16 if name == "attention" else 4  # its adjoint equation has no solution by evaluations at longer steps
     for method in ("euler", "implicit_euler", "implicit_midpoint"):
         for extra in ({}, {"checkpoint_every": 2}) if adjoint == "reversible" else ({},):
             options = TIGHT | extra
             y0 = problem(name)[1]
-            assert_same(fused, f, y0, method=method, steps=4, adjoint=adjoint, options=options)
+            assert_same(fused, f, y0, method=method, steps=steps, adjoint=adjoint, options=options)
 
 
 @pytest.mark.parametrize("adjoint", ["reversible", "continuous"])
