@@ -8,9 +8,7 @@ step against backpropagation through torchdiffeq, and against its adjoint method
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import nodeshape as ns
+from nodeshape._benchmarking.timing import alternate
 
 SAMPLES = {"quick": 9, "full": 41}
 
@@ -44,18 +43,6 @@ class Conv(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         out: Tensor = self.net(y)
         return out
-
-
-def alternating(ours: Callable[[], object], theirs: Callable[[], object], samples: int) -> float:
-    """Their median time over ours."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for k in range(samples + 2):
-        for run, into in zip((ours, theirs), times):
-            begin = time.perf_counter()
-            run()
-            if k >= 2:
-                into.append(time.perf_counter() - begin)
-    return median(times[1]) / median(times[0])
 
 
 def main() -> None:
@@ -95,9 +82,9 @@ def main() -> None:
 
             few = samples if "conv" not in name or "64" not in name else max(5, samples // 4)
             ratios = (
-                alternating(lambda: forward(solve_ours), lambda: forward(torchdiffeq.odeint), few),
-                alternating(lambda: train(solve_ours), lambda: train(torchdiffeq.odeint), few),
-                alternating(lambda: train(solve_ours), lambda: train(torchdiffeq.odeint_adjoint), few),
+                alternate(lambda: forward(solve_ours), lambda: forward(torchdiffeq.odeint), few),
+                alternate(lambda: train(solve_ours), lambda: train(torchdiffeq.odeint), few),
+                alternate(lambda: train(solve_ours), lambda: train(torchdiffeq.odeint_adjoint), few),
             )
             print(f"| {name} | {method} | " + " | ".join(f"{x:.2f}" for x in ratios) + " |", flush=True)
 

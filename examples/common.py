@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # without an installation too
 
+from nodeshape._benchmarking.timing import alternate as alternate
 from nodeshape._cli import Parser, picture, positive_int, run, say, seed, whole
 
 T = TypeVar("T")
@@ -29,18 +30,6 @@ T = TypeVar("T")
 def progress(steps: Iterable[T], name: str) -> Iterator[T]:
     """The steps, with a bar on the terminal that says how long they will take."""
     yield from tqdm(steps, desc=name, leave=False, disable=None, mininterval=0.5)
-
-
-def alternate(ours: Callable[[], object], theirs: Callable[[], object], samples: int = 15) -> float:
-    """The rival's median time over ours, measured in turns after two rounds that do not count; above 1 is better."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for k in range(samples + 2):
-        for call, into in zip((ours, theirs), times):
-            begin = time.perf_counter()
-            call()
-            if k >= 2:
-                into.append(time.perf_counter() - begin)
-    return median(times[1]) / median(times[0])
 
 
 @dataclass(frozen=True)

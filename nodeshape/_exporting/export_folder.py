@@ -123,9 +123,11 @@ def write_export_folder(
                     plot_solvers(tried, solver_tolerance, partial / SOLVERS)
                 model = model.with_solver(best.method, best.steps)
                 chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
-            report = _write(partial, model, list(classes), state, tolerance, trajectory, native, image_count) | chosen
+            images, source = check_images(model, state, image_count)
+            report = _write(partial, model, list(classes), images, tolerance, trajectory, native) | chosen
+            report["images"] = {"count": len(images), "source": source}
             if quantize or half:
-                report["files"] |= _smaller(partial, model, state, quantize, half, image_count)
+                report["files"] |= _smaller(partial, model, state, images, quantize, half)
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -138,15 +140,13 @@ def _write(
     folder: Path,
     model: ShapeClassifier,
     classes: list[str],
-    state: Mapping[str, Any],
+    images: Tensor,
     tolerance: float,
     trajectory: bool,
     native: bool,
-    image_count: int | None,
 ) -> dict[str, Any]:
     metadata = metadata_of(model, classes)
-    images, source = check_images(model, state, image_count)
-    seconds = {}
+    seconds = dict.fromkeys(("reference", "choice", "writing", "proof"), 0.0)
     with tqdm(total=len(images), desc="PyTorch's logits", unit=" images", delay=2, disable=None) as progress:
         start = perf_counter()
         reference = classify_all(model, images, TRIAL_IMAGES, progress)
@@ -156,7 +156,6 @@ def _write(
     Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
 
     files: dict[str, dict[str, Any]] = {}
-    seconds |= {"choice": 0.0, "writing": 0.0, "proof": 0.0}
 
     def prove(name: str, classify: Classify) -> None:
         start = perf_counter()
@@ -216,7 +215,6 @@ def _write(
         "stage_iterations": files[ONNX]["stage_iterations"] or 1,
         "trajectory": trajectory,
         "tolerance": tolerance,
-        "images": {"count": len(images), "source": source},
         "files": files,
         "left_out": {native_files.ONNX: reason} if reason else {},
         "pytorch_latency_ms": milliseconds(model, images[:1]),
@@ -230,12 +228,11 @@ def _smaller(
     folder: Path,
     model: ShapeClassifier,
     state: Mapping[str, Any],
+    images: Tensor,
     quantize: bool,
     half: bool,
-    image_count: int | None,
 ) -> dict[str, Any]:
     """Write the ONNX file in smaller numbers; figures for the report."""
-    images, _ = check_images(model, state, image_count)
     reference = logits_of(folder / ONNX, images)
     files = {}
     if quantize:

@@ -726,7 +726,7 @@ def times_of(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
         if t.dim() != 1:
             raise ValueError(f"t must have one dimension, [times], got shape {list(t.shape)}")
         times = t.tolist()
-        if any(isinstance(x, (torch.SymFloat, torch.SymInt)) for x in times):
+        if times and isinstance(times[0], (torch.SymFloat, torch.SymInt)):  # then all of them are
             raise ValueError(
                 "how many steps there are follows from t, which is computed, or a buffer, where the solve is recorded:"
                 " give steps=... instead of step_size=..., or t as a list of numbers"
