@@ -35,7 +35,7 @@ REPOSITORY = "https://github.com/nodeshape/nodeshape"
 CPU, CUDA, ONNXRUNTIME = Path("csrc/cpu"), Path("csrc/cuda"), Path("csrc/onnxruntime")
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 #: Files in csrc/cpu that are compiled for each instruction set and dtype.
-KERNELS = ("program", "adaptive", "kernels")
+KERNELS = ("program", "adaptive", "conv")
 #: Contraction is off so that a sum rounds the same way wherever the compiler has inlined it; kernels call fma by name.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"portable": []}
@@ -137,7 +137,7 @@ class BuildLibrary(build_ext):
             return
         names = ", ".join(sorted(INSTRUCTION_SETS))
         print(f"nodeshape: compiling the solver for {names}; takes a minute or two", flush=True)
-        units = [(CPU / f"{name}.cpp", name, [*torch_flags, *extra]) for name in ("ops", "program_ops")]
+        units = [(CPU / f"{name}.cpp", name, [*torch_flags, *extra]) for name in ("ops", "adaptive_ops")]
         kernels = [(CPU / "isa.cpp", "isa", extra)]
         for name, flags in INSTRUCTION_SETS.items():
             for scalar in ("float", "double"):

@@ -1,9 +1,8 @@
-// Activations of MLPDynamics and their derivatives, a vector at a time; the including file brings the vectors
+// Activations and their derivatives, a vector at a time; the including file brings the vectors
 // (cpu/simd.h, cuda/block.cuh).
 #pragma once
 
 #include "loops.h"
-#include "model.h"
 
 namespace nodeshape::NODESHAPE_TARGET {
 
@@ -70,43 +69,6 @@ NODESHAPE_INLINE Vec<double> sigmoid(Vec<double> x) {
 }
 NODESHAPE_INLINE Vec<double> softplus(Vec<double> x) {
   return lane_by_lane(x, [](double a) { return a > 20 ? a : (a > 0 ? a : 0 * a) + ::log1p(::exp(-::fabs(a))); });
-}
-
-/// a(z)
-template <Activation A, class V>
-NODESHAPE_INLINE V activate(V z) {
-  if constexpr (A == Activation::tanh) return tanh(z);
-  if constexpr (A == Activation::relu) return V{} > z ? V{} : z;  // keeps NaN
-  if constexpr (A == Activation::softplus) return softplus(z);
-  if constexpr (A == Activation::silu) return z * sigmoid(z);
-}
-
-/// a'(z), given a = a(z) too
-template <Activation A, class V>
-NODESHAPE_INLINE V slope_of(V z, V a) {
-  const V zero{}, one = zero + 1;
-  if constexpr (A == Activation::tanh) return one - a * a;
-  if constexpr (A == Activation::relu) return z > zero ? one : zero;
-  if constexpr (A == Activation::softplus) return z > V{} + 20 ? one : sigmoid(z);
-  if constexpr (A == Activation::silu) {
-    const V s = sigmoid(z);
-    return s * (one + z * (one - s));
-  }
-}
-
-/// Calls body.operator()<A>() for the activation.
-template <class Body>
-NODESHAPE_INLINE void with_activation(Activation activation, Body&& body) {
-  switch (activation) {
-    case Activation::tanh:
-      return body.template operator()<Activation::tanh>();
-    case Activation::relu:
-      return body.template operator()<Activation::relu>();
-    case Activation::softplus:
-      return body.template operator()<Activation::softplus>();
-    case Activation::silu:
-      return body.template operator()<Activation::silu>();
-  }
 }
 
 }  // namespace nodeshape::NODESHAPE_TARGET

@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "model.h"
 #include "problem.h"
 #include "tensor.h"
 
@@ -48,6 +47,8 @@ void check_tensor(const std::string& op, const Name& name, const Tensor& x, cons
   NODESHAPE_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op,
                   name.text() + " is " + text(sizes_of(x)) + " but must be " + text(Sizes(expected)));
 }
+
+inline int64_t element_size(const Tensor& x) { return x.scalar_type() == ScalarType::Float ? 4 : 8; }
 
 /// Observation times as numbers; none if the tensor cannot hold any.
 inline std::vector<double> times_of(const Tensor& t) {
@@ -142,79 +143,19 @@ struct Common {
   }
 
   /// Whether what is computed from the state's sizes, here and by kernels, overflows nowhere.
-  void check_sizes(const Tensor& y0, int64_t largest_sample) const;
-};
-
-// ---- models ----------------------------------------------------------------------------------------------------
-
-/// A model with the tensors that keep its parameters alive.
-template <class Model>
-struct Owner {
-  Model model;
-  std::vector<Tensor> tensors;
-  std::vector<const void*> pointers;
-  Sizes widths;
-};
-
-using ConvOwner = Owner<ConvModel>;
-using MlpOwner = Owner<MlpModel>;
-
-inline void conv_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights, ConvOwner& owner) {
-  NODESHAPE_CHECK(y0.dim() == 4, op, "y0 must be [batch, channels, height, width], got " + text(sizes_of(y0)));
-  NODESHAPE_CHECK(weights.size() == 10, op,
-                  "expected the 10 parameters of ConvDynamics, got " + std::to_string(weights.size()));
-  const int64_t c = y0.size(1), height = y0.size(2), width = y0.size(3);
-  NODESHAPE_CHECK(height >= 1 && width >= 1, op, "y0 has an empty feature map, " + text(sizes_of(y0)));
-  NODESHAPE_CHECK(weights[2].dim() == 4, op, "conv1.weight must have 4 dimensions");
-  NODESHAPE_CHECK(
-      weights[2].size(0) == c, op,
-      "y0 has " + std::to_string(c) + " channels but conv1.weight expects " + std::to_string(weights[2].size(0)));
-  const int64_t groups = std::min<int64_t>(32, c);
-  NODESHAPE_CHECK(c >= 1 && c % groups == 0, op,
-                  "channels must be 1 to 32 or a multiple of 32, got " + std::to_string(c));
-  static const char* const names[] = {"norm1.weight", "norm1.bias",   "conv1.weight", "conv1.bias",   "norm2.weight",
-                                      "norm2.bias",   "conv2.weight", "conv2.bias",   "norm3.weight", "norm3.bias"};
-  owner.model = {c, height, width, groups, {}};
-  for (int i = 0; i < 10; ++i) {
-    check_tensor(op, {names[i]}, weights[i], y0, i == 2 || i == 6 ? Sizes{c, c + 1, 3, 3} : Sizes{c});
-    owner.tensors.push_back(dense(weights[i]));
-    owner.model.parameters[i] = owner.tensors.back().data_ptr();
+  void check_sizes(const Tensor& y0, int64_t largest_sample) const {
+    Sizes sizes = sizes_of(y0);
+    if (sizes.empty()) return;  // which no model takes
+    Sizes sample(sizes.begin() + 1, sizes.end());
+    for (int64_t& size : sample) size += 8;  // padding of channels and the frame of a map
+    int64_t elements;
+    NODESHAPE_CHECK(multiply(sample, 1, &elements) && elements <= largest_sample, op,
+                    "a sample of y0, " + text(sizes) + ", is too large; with 8 more in each dimension it may have " +
+                        std::to_string(largest_sample) + " elements: make it smaller");
+    sizes.insert(sizes.begin(), int64_t(times.size()));
+    checked_bytes(op + ": ys", sizes, element_size(y0));
   }
-}
-
-inline void mlp_model(const std::string& op, const Tensor& y0, const std::vector<Tensor>& weights, int64_t activation,
-                      MlpOwner& owner) {
-  NODESHAPE_CHECK(y0.dim() == 2, op, "y0 must be [batch, dim], got " + text(sizes_of(y0)));
-  NODESHAPE_CHECK(
-      !weights.empty() && weights.size() % 2 == 0, op,
-      "weights must be a weight and a bias for each layer, got " + std::to_string(weights.size()) + " tensors");
-  NODESHAPE_CHECK(activation >= 0 && activation < kActivations, op,
-                  "unknown activation " + std::to_string(activation) +
-                      ": choose one of 0 (tanh), 1 (relu), 2 (softplus), 3 (silu)");
-  const int64_t dim = y0.size(1), layers = int64_t(weights.size()) / 2;
-  NODESHAPE_CHECK(dim >= 1, op, "y0 must have at least one component");
-  int64_t in = dim + 1;
-  for (int64_t l = 0; l < layers; ++l) {
-    const Name name{"layers.", l, ".weight"};
-    const Tensor& weight = weights[2 * l];
-    NODESHAPE_CHECK(weight.dim() == 2, op, name.text() + " must have 2 dimensions");
-    const int64_t out = l + 1 == layers ? dim : weight.size(0);
-    NODESHAPE_CHECK(out >= 1, op, name.text() + " must have at least one row");
-    if (l == 0)
-      NODESHAPE_CHECK(weight.size(1) == in, op,
-                      "y0 has " + std::to_string(dim) + " components but layers.0.weight expects " +
-                          std::to_string(weight.size(1) - 1) + " and the time");
-    check_tensor(op, name, weight, y0, std::initializer_list<int64_t>{out, in});
-    check_tensor(op, {"layers.", l, ".bias"}, weights[2 * l + 1], y0, std::initializer_list<int64_t>{out});
-    for (int i = 0; i < 2; ++i) {
-      owner.tensors.push_back(dense(weights[2 * l + i]));
-      owner.pointers.push_back(owner.tensors.back().data_ptr());
-    }
-    owner.widths.push_back(out);
-    in = out;
-  }
-  owner.model = {dim, layers, owner.widths.data(), owner.pointers.data(), Activation(activation)};
-}
+};
 
 // ---- results ---------------------------------------------------------------------------------------------------
 
@@ -240,43 +181,8 @@ inline void check_failures(const FirstFailures& failed, int64_t samples, double 
       ", for a small stiff state use options={'stage_solver': 'newton'}, or loosen options={'stage_tolerance': ...}");
 }
 
-/// [rows, ...shape of a sample]; a feature map [channels, height, width] is stored channels last, and a stage of it
-/// with the maps that ConvDynamics keeps.
-inline Sizes stored_sizes(const Common& common, const Tensor& y0) {
-  Sizes sizes = sizes_of(y0);
-  if (sizes.size() == 4) {
-    const int64_t maps = common.store() == kStoreStages ? kConvMapsKept : 1;
-    sizes = {sizes[0], maps, sizes[2], sizes[3], sizes[1]};
-  }
-  sizes.insert(sizes.begin(), stored_rows(common.store(), common.grid()));
-  return sizes;
-}
-
-inline void Common::check_sizes(const Tensor& y0, int64_t largest_sample) const {
-  Sizes sizes = sizes_of(y0);
-  if (sizes.empty()) return;  // which no model takes
-  Sizes sample(sizes.begin() + 1, sizes.end());
-  for (int64_t& size : sample) size += 8;  // padding of channels and the frame of a map
-  int64_t elements;
-  NODESHAPE_CHECK(multiply(sample, 1, &elements) && elements <= largest_sample, op,
-                  "a sample of y0, " + text(sizes) + ", is too large; with 8 more in each dimension it may have " +
-                      std::to_string(largest_sample) + " elements: make it smaller");
-  const int64_t element = y0.scalar_type() == ScalarType::Float ? 4 : 8;
-  checked_bytes(op + ": stages", stored_sizes(*this, y0), element);
-  sizes.insert(sizes.begin(), int64_t(times.size()));
-  checked_bytes(op + ": ys", sizes, element);
-}
-
 struct BackwardArguments {
   Tensor grad_ys, ys, stored;
 };
-
-inline void check_backward(const Common& common, const Tensor& y0, const BackwardArguments& arguments) {
-  Sizes sizes = sizes_of(y0);
-  sizes.insert(sizes.begin(), int64_t(common.times.size()));
-  check_tensor(common.op, {"ys"}, arguments.ys, y0, sizes);
-  check_tensor(common.op, {"grad_ys"}, arguments.grad_ys, y0, sizes);
-  check_tensor(common.op, {"stages"}, arguments.stored, y0, stored_sizes(common, y0));
-}
 
 }  // namespace nodeshape

@@ -4,7 +4,7 @@
 // elements per sample. In memory a tile of samples lies side by side: element e of all of them is row e.
 #pragma once
 
-#include "problem.h"
+#include "model.h"
 
 namespace nodeshape {
 
@@ -133,6 +133,12 @@ struct Layer {
   // there.
   bool live;  // whether anything depends on `out`
   bool zero_a, add_a, zero_b, add_b;
+
+  /// Whether it copies a row of elements, as they are, from one buffer to another.
+  NODESHAPE_SMALL bool is_copy() const {
+    return kind == LayerKind::move && Move(function) == Move::copy && !a.is_weight() && c[0] == 1 &&
+           strides.dims == 1 && strides.a[0] == 1 && strides.b[0] == 1;
+  }
 };
 
 struct Buffer {
@@ -161,6 +167,7 @@ struct Program {
   bool zero_state;                  // whether dy/dt does not depend on the state
   bool uses_time;                   // whether it depends on the time
   double operations;                // multiplications and the like, per sample and evaluation
+  ConvModel conv;                   // what it is, without parameters; no channels if it is something else
 
   NODESHAPE_SMALL int64_t state() const { return buffers[0].size; }
   NODESHAPE_SMALL int64_t parameters() const {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "peephole.h"
 #include "program.h"
 #include "sizes.h"
 
@@ -51,6 +52,7 @@ class ProgramPlan {
     program_.buffers = buffers_.data();
     program_.layers = layers_.data();
     program_.weights = weights_.data();
+    program_.conv = Peephole(program_).conv();
   }
   ProgramPlan(const ProgramPlan&) = delete;
   ProgramPlan& operator=(const ProgramPlan&) = delete;

@@ -1,7 +1,7 @@
 // Programs under error control, of one instruction set and dtype; setup.py compiles this file as it does kernels.cpp.
 #include "adaptive.h"
 #include "program_dynamics.h"
-#include "program_kernels.h"
+#include "kernels.h"
 #include "solve.h"
 
 #define NODESHAPE_JOIN_(a, b, c) a##b##_##c
@@ -69,7 +69,7 @@ void adaptive_backward(const AdaptiveModel& model, const AdaptiveBackwardProblem
 }  // namespace NODESHAPE_TARGET
 
 using Scalar = NODESHAPE_SCALAR;
-const AdaptiveKernelsOf<Scalar> NODESHAPE_JOIN(adaptive_, NODESHAPE_TARGET, NODESHAPE_SCALAR) = {
+const AdaptiveKernels<Scalar> NODESHAPE_JOIN(adaptive_, NODESHAPE_TARGET, NODESHAPE_SCALAR) = {
     NODESHAPE_TARGET::adaptive_forward<Scalar>, NODESHAPE_TARGET::adaptive_backward<Scalar>};
 
 }  // namespace nodeshape

@@ -10,16 +10,12 @@ namespace {
 
 struct Candidate {
   Kernels kernels;
-  ProgramKernels programs;
-  AdaptiveKernels adaptive;
   bool supported;
 };
 
-#define NODESHAPE_KERNELS(isa)                                                         \
-  Kernels{#isa, kernels_##isa##_float, kernels_##isa##_double},                        \
-      ProgramKernels{program_##isa##_float, program_##isa##_double}, AdaptiveKernels { \
-    adaptive_##isa##_float, adaptive_##isa##_double                                    \
-  }
+#define NODESHAPE_KERNELS_OF(isa, type) {conv_##isa##_##type, program_##isa##_##type, adaptive_##isa##_##type}
+#define NODESHAPE_KERNELS(isa) \
+  Kernels { #isa, NODESHAPE_KERNELS_OF(isa, float), NODESHAPE_KERNELS_OF(isa, double) }
 
 const Candidate& chosen() {
   // Widest first. The compiler's builtins ask the processor and, for its registers, the operating system.
@@ -52,7 +48,5 @@ const Candidate& chosen() {
 }  // namespace
 
 const Kernels& kernels() { return chosen().kernels; }
-const ProgramKernels& program_kernels() { return chosen().programs; }
-const AdaptiveKernels& adaptive_kernels() { return chosen().adaptive; }
 
 }  // namespace nodeshape

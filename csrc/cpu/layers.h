@@ -351,6 +351,11 @@ class Layers {
   // ---- move: out = c0 a, or c0 times sums of a, or the largest of some a --------------------------------------------
 
   NODESHAPE_OUTLINE void move(const Layer& layer, T* const* values) {
+    if (layer.is_copy()) {
+      const T* from = at(values, layer.a);
+      T* to = at(values, layer.out);
+      return each_vector(layer.strides.sizes[0], [=](int64_t i) { store(to + i, load(from + i)); });
+    }
     const Operand a = operand(layer.a, values);
     T* out = at(values, layer.out);
     const Move how = Move(layer.function);
@@ -379,6 +384,15 @@ class Layers {
   }
 
   NODESHAPE_OUTLINE void move_vjp(const Layer& layer, bool gradient) {
+    if (layer.is_copy()) {
+      const T* d = at(cotangents_, layer.out);
+      T* to = at(cotangents_, layer.a);
+      if (layer.add_a)
+        each_vector(layer.strides.sizes[0], [=](int64_t i) { store(to + i, load(to + i) + load(d + i)); });
+      else
+        each_vector(layer.strides.sizes[0], [=](int64_t i) { store(to + i, load(d + i)); });
+      return;
+    }
     const Target to = target(layer.a, layer.add_a, gradient);
     if (to.data == nullptr) return;
     const T* d = at(cotangents_, layer.out);

@@ -391,6 +391,12 @@ class RowLayers {
   }
 
   NODESHAPE_OUTLINE void move(const Layer& layer, T* values) {
+    if (layer.is_copy()) {
+      const T* from = at(values, layer.a);
+      T* to = at(values, layer.out);
+      for (int64_t i = 0; i < layer.strides.sizes[0]; ++i) to[i] = from[i];
+      return;
+    }
     const T* a = operand(layer.a, values);
     T* out = at(values, layer.out);
     const Move how = Move(layer.function);
@@ -417,6 +423,12 @@ class RowLayers {
   }
 
   NODESHAPE_OUTLINE void move_vjp(const Layer& layer, T* cotangents, bool gradient) {
+    if (layer.is_copy()) {
+      const T* d = at(cotangents, layer.out);
+      T* to = at(cotangents, layer.a);
+      for (int64_t i = 0; i < layer.strides.sizes[0]; ++i) to[i] = layer.add_a ? to[i] + d[i] : d[i];
+      return;
+    }
     const Target to = target(layer.a, layer.add_a, gradient, cotangents);
     if (to.data == nullptr) return;
     const T* d = at(cotangents, layer.out);

@@ -1,5 +1,5 @@
-// The solvers of programs of one instruction set and dtype; setup.py compiles this file as it does kernels.cpp.
-#include "program_kernels.h"
+// The solvers of programs of one instruction set and dtype; setup.py compiles this file as it does conv.cpp.
+#include "kernels.h"
 
 #include "program_dynamics.h"
 #include "solve.h"
@@ -101,7 +101,7 @@ void program_backward(const ProgramModel& model, const BackwardProblem<T>& probl
 }  // namespace NODESHAPE_TARGET
 
 using Scalar = NODESHAPE_SCALAR;
-const ProgramKernelsOf<Scalar> NODESHAPE_JOIN(program_, NODESHAPE_TARGET, NODESHAPE_SCALAR) = {
+const ProgramKernels<Scalar> NODESHAPE_JOIN(program_, NODESHAPE_TARGET, NODESHAPE_SCALAR) = {
     NODESHAPE_TARGET::program_forward<Scalar>, NODESHAPE_TARGET::program_backward<Scalar>,
     NODESHAPE_TARGET::tapes<Scalar>};
 

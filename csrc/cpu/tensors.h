@@ -9,7 +9,7 @@
 #include <sstream>
 #include <string>
 
-#include "../ops.h"
+#include "../solve_ops.h"
 #include "company.h"
 #include "interruption.h"
 #include "pages.h"

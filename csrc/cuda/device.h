@@ -8,7 +8,7 @@
 #define NODESHAPE_DISPATCH_KEY CPU
 #endif
 
-#include "../ops.h"
+#include "../solve_ops.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

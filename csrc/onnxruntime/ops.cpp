@@ -1,21 +1,18 @@
-// The solves as custom ops of onnxruntime, which register_custom_ops_library adds to a session, of domain "nodeshape":
+// The solve as a custom op of onnxruntime, which register_custom_ops_library adds to a session, of domain "nodeshape":
 //
-//     ConvSolve(y0, t, weights...)     attributes: steps, theta, tolerance, max_iterations
-//     MlpSolve(y0, t, weights...)                  the same and activation
-//     ProgramSolve(y0, t, program, constants, tableau, weights...)     steps, tolerance, max_iterations
+//     Solve(y0, t, program, constants, tableau, weights...)     attributes: steps, tolerance, max_iterations
 //         -> ys, evaluations, residual
 //
-// Arguments and results are those of the ops for torch (nodeshape/_ode/fused.py, program_op.py), without what a
-// gradient needs: y0, weights and ys are float or double; t, constants, tableau and residual double; program and
-// evaluations int64. A sample that fails makes the run fail.
+// Arguments and results are those of the op for torch (nodeshape/_ode/program_op.py), without what a gradient needs:
+// y0, weights and ys are float or double; t, constants, tableau and residual double; program and evaluations int64. A
+// sample that fails makes the run fail.
 #include <onnxruntime_c_api.h>
 
 #include <memory>
 #include <vector>
 
 #include "pool.h"
-#include "../cpu/isa.h"
-#include "../program_ops.h"
+#include "../cpu/dispatch.h"
 
 namespace nodeshape {
 
@@ -26,8 +23,6 @@ namespace {
 /// The oldest with all that is called below; as onnxruntime 1.17.
 constexpr uint32_t kApiVersion = 17;
 static_assert(ORT_API_VERSION >= kApiVersion, "the headers are of an onnxruntime before 1.17");
-
-enum class Op { conv, mlp, program };
 
 template <class T>
 constexpr ONNXTensorElementDataType kType;
@@ -40,21 +35,19 @@ constexpr ONNXTensorElementDataType kType<int64_t> = ONNX_TENSOR_ELEMENT_DATA_TY
 
 /// What a node says, and its session's threads.
 struct Node {
-  Node(const OrtApi& api, const OrtKernelInfo* info, Op op) : api(api), pool(api) {
+  Node(const OrtApi& api, const OrtKernelInfo* info) : api(api), pool(api) {
     size_t count = 0;
     check(api, api.KernelInfoGetAttributeArray_int64(info, "steps", nullptr, &count));
     steps.resize(count);
     check(api, api.KernelInfoGetAttributeArray_int64(info, "steps", steps.data(), &count));
     check(api, api.KernelInfoGetAttribute_int64(info, "max_iterations", &max_iterations));
     check(api, api.KernelInfoGetAttribute_float(info, "tolerance", &tolerance));
-    if (op != Op::program) check(api, api.KernelInfoGetAttribute_float(info, "theta", &theta));
-    if (op == Op::mlp) check(api, api.KernelInfoGetAttribute_int64(info, "activation", &activation));
   }
 
   const OrtApi& api;
   std::vector<int64_t> steps;
-  int64_t max_iterations = 0, activation = 0;
-  float tolerance = 0, theta = 0;
+  int64_t max_iterations = 0;
+  float tolerance = 0;
   Pool pool;
 };
 
@@ -67,13 +60,14 @@ class Call {
     for (size_t i = 0; i < count; ++i) inputs_.push_back(input(i));
   }
 
-  const Tensor& operator[](size_t i) const { return inputs_.at(i); }
-  std::vector<Tensor> from(size_t i) const { return {inputs_.begin() + int64_t(i), inputs_.end()}; }
-
-  /// Solves with a kernel, which takes the model.
-  template <class T, class Model>
-  void solve(const Common& common, const Model& model, ForwardKernel<Model, T> kernel) {
-    const Tensor& y0 = inputs_[0];
+  template <class T>
+  void solve() {
+    const Tensor& y0 = inputs_.at(0);
+    const Common common = common_of("Solve", inputs_.at(1), node_.steps, inputs_.at(4), node_.tolerance,
+                                    node_.max_iterations, kNone, 0, 1.0);
+    common.check_arguments(y0, kLargestSample);
+    const ProgramOwner owner(common, y0, {{inputs_.begin() + 5, inputs_.end()}, inputs_[2], inputs_[3], inputs_[4]},
+                             kKernelsChoose);
     const Grid grid = common.grid();
     const int64_t samples = y0.size(0);
     Sizes sizes = y0.sizes();
@@ -82,10 +76,10 @@ class Call {
     int64_t* const evaluations = output<int64_t>(1, {samples});
     double* const residual = output<double>(2, {samples});
     std::vector<Failure> failures(static_cast<size_t>(samples));
-    kernel(model,
-           {grid, common.stage(), samples, common.store(), data<T>(y0), ys, nullptr, evaluations, residual,
-            failures.data()},
-           node_.pool.executor(context_));
+    dispatch_forward<T>(owner,
+                        {grid, common.stage(), samples, common.store(), data<T>(y0), ys, nullptr, evaluations, residual,
+                         failures.data()},
+                        node_.pool.executor(context_));
     check_failures(first_failures(failures.data(), samples, false), samples, common.tolerance, common.drift_tolerance);
   }
 
@@ -129,42 +123,6 @@ class Call {
   std::vector<Tensor> inputs_;
 };
 
-const KernelsOf<float>& kernels_of(float) { return kernels().float32; }
-const KernelsOf<double>& kernels_of(double) { return kernels().float64; }
-const ProgramKernelsOf<float>& program_kernels_of(float) { return program_kernels().float32; }
-const ProgramKernelsOf<double>& program_kernels_of(double) { return program_kernels().float64; }
-
-template <Op op, class T>
-void compute(Node& node, OrtKernelContext* context) {
-  Call call(node, context);
-  if constexpr (op == Op::program) {
-    const Common common =
-        common_of("ProgramSolve", call[1], node.steps, call[4], node.tolerance, node.max_iterations, kNone, 0, 1.0);
-    common.check_arguments(call[0], kLargestProgramSample);
-    const ProgramOwner owner(common, call[0], {call.from(5), call[2], call[3], call[4]});
-    call.solve<T>(common, owner.model(), program_kernels_of(T()).forward);
-  } else {
-    const Common common{op == Op::conv ? "ConvSolve" : "MlpSolve",
-                        times_of(call[1]),
-                        node.steps,
-                        node.theta,
-                        node.tolerance,
-                        node.max_iterations,
-                        kNone,
-                        0,
-                        1.0};
-    common.check_arguments(call[0], kLargestSample);
-    Owner<std::conditional_t<op == Op::conv, ConvModel, MlpModel>> owner;
-    if constexpr (op == Op::conv) {
-      conv_model(common.op, call[0], call.from(2), owner);
-      call.solve<T>(common, owner.model, kernels_of(T()).conv_forward);
-    } else {
-      mlp_model(common.op, call[0], call.from(2), node.activation, owner);
-      call.solve<T>(common, owner.model, kernels_of(T()).mlp_forward);
-    }
-  }
-}
-
 /// Runs body() for onnxruntime, which takes no exceptions.
 template <class Body>
 OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
@@ -179,25 +137,23 @@ OrtStatus* guarded(const OrtApi& api, Body&& body) noexcept {
 }
 
 /// An op for states of type T.
-template <Op op, class T>
+template <class T>
 OrtCustomOp definition() {
-  constexpr size_t kGiven = op == Op::program ? 5 : 2;  // inputs before the weights
+  constexpr size_t kGiven = 5;  // inputs before the weights
   OrtCustomOp x{};
   x.version = kApiVersion;
-  x.GetName = [](const OrtCustomOp*) {
-    return op == Op::conv ? "ConvSolve" : op == Op::mlp ? "MlpSolve" : "ProgramSolve";
-  };
+  x.GetName = [](const OrtCustomOp*) { return "Solve"; };
   x.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   x.GetInputTypeCount = [](const OrtCustomOp*) { return kGiven + 1; };
   x.GetInputType = [](const OrtCustomOp*, size_t i) {
-    if (op == Op::program && i == 2) return kType<int64_t>;
+    if (i == 2) return kType<int64_t>;
     return i == 0 || i == kGiven ? kType<T> : kType<double>;
   };
   x.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
     return i == kGiven ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
   };
   x.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  x.GetVariadicInputMinArity = [](const OrtCustomOp*) { return op == Op::program ? 0 : 1; };
+  x.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
   x.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
   x.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(3); };
   x.GetOutputType = [](const OrtCustomOp*, size_t i) {
@@ -207,11 +163,11 @@ OrtCustomOp definition() {
   x.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
   x.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
   x.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) -> OrtStatus* {
-    return guarded(*api, [&] { *kernel = new Node(*api, info, op); });
+    return guarded(*api, [&] { *kernel = new Node(*api, info); });
   };
   x.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
     Node& node = *static_cast<Node*>(kernel);
-    return guarded(node.api, [&] { compute<op, T>(node, context); });
+    return guarded(node.api, [&] { Call(node, context).solve<T>(); });
   };
   x.KernelDestroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
   return x;
@@ -220,9 +176,7 @@ OrtCustomOp definition() {
 /// Sessions keep the domain, and nobody says when the last is gone.
 OrtCustomOpDomain* domain(const OrtApi& api) {
   static OrtCustomOpDomain* const one = [&] {
-    static const OrtCustomOp ops[] = {definition<Op::conv, float>(),    definition<Op::conv, double>(),
-                                      definition<Op::mlp, float>(),     definition<Op::mlp, double>(),
-                                      definition<Op::program, float>(), definition<Op::program, double>()};
+    static const OrtCustomOp ops[] = {definition<float>(), definition<double>()};
     OrtCustomOpDomain* made;
     check(api, api.CreateCustomOpDomain("nodeshape", &made));
     for (const OrtCustomOp& x : ops) check(api, api.CustomOpDomain_Add(made, &x));

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._models.dynamics import ACTIVATIONS, ConvDynamics, MLPDynamics
+from nodeshape._models.dynamics import ConvDynamics, MLPDynamics
 from nodeshape._ode.backend import backend
+from nodeshape._ode.fused import program_of
+from nodeshape._ode.method import METHODS
 from nodeshape._ode.odeint import odeint
+from nodeshape._ode.program_op import tableau_of
 
 Dynamics = ConvDynamics | MLPDynamics
 Solve = Callable[[Tensor], Tensor]
@@ -92,12 +95,11 @@ def op(problem: Problem) -> Call:
     path = backend(problem.dynamics, problem.y0, steps=problem.steps)
     if path.name != "fused":
         raise Unavailable(path.reason)
-    solve = torch.ops.nodeshape.mlp_solve.default
-    weights = [x.detach() for x in problem.dynamics.parameters()]
+    solve = torch.ops.nodeshape.solve.default
+    y0, weights = problem.y0, [x.detach() for x in problem.dynamics.parameters()]
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    activation = list(ACTIVATIONS).index(problem.dynamics.activation)
-    arguments = (t, weights, activation, [problem.steps], 0.0, 1e-6, 50, 0, 0, 1e-3)
-    y0 = problem.y0
+    program, (tableau, _) = program_of(problem.dynamics, weights, y0), tableau_of(METHODS["euler"])
+    arguments = (t, weights, program.code, program.constants, tableau, [problem.steps], 1e-6, 50, 0, 0, 0, 1e-3)
 
     def forward() -> tuple[Tensor, ...]:
         with torch.inference_mode():

@@ -1,6 +1,6 @@
-"""The kernels' ops in ONNX: what the exporter writes for them, and the library that runs them in onnxruntime.
+"""The kernels' op in ONNX: what the exporter writes for it, and the library that runs it in onnxruntime.
 
-They are of the domain ``nodeshape``; csrc/onnxruntime/ops.cpp says what they take and give.
+It is of the domain ``nodeshape``; csrc/onnxruntime/ops.cpp says what it takes and gives.
 """
 
 from __future__ import annotations
@@ -33,25 +33,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     domain = values.Opset(DOMAIN, VERSION)
 
-    def written(name: str, y0: Any, t: Any, *inputs: Any, **attributes: Any) -> Any:
+    def solve(y0, t, weights, code, constants, tableau, steps, tolerance, max_iterations, *_):  # type: ignore[no-untyped-def]
+        attributes = {"steps": steps, "tolerance": tolerance, "max_iterations": max_iterations}
         times = opset18.Cast(t, to=onnx.TensorProto.DOUBLE)
-        ys, *counts = values.Op(domain, name, _schema(name, attributes))(y0, times, *inputs, **attributes)
+        op = values.Op(domain, "Solve", _schema("Solve", attributes))
+        ys, *counts = op(y0, times, code, constants, tableau, *weights, **attributes)
         return ys, opset18.Identity(y0), *counts  # in place of the stages, which nobody reads
 
-    def conv(y0, t, weights, steps, theta, tolerance, max_iterations, *_):  # type: ignore[no-untyped-def]
-        scheme = {"steps": steps, "theta": theta, "tolerance": tolerance, "max_iterations": max_iterations}
-        return written("ConvSolve", y0, t, *weights, **scheme)
-
-    def mlp(y0, t, weights, activation, steps, theta, tolerance, max_iterations, *_):  # type: ignore[no-untyped-def]
-        scheme = {"steps": steps, "theta": theta, "tolerance": tolerance, "max_iterations": max_iterations}
-        return written("MlpSolve", y0, t, *weights, **scheme, activation=activation)
-
-    def program(y0, t, weights, code, constants, tableau, steps, tolerance, max_iterations, *_):  # type: ignore[no-untyped-def]
-        scheme = {"steps": steps, "tolerance": tolerance, "max_iterations": max_iterations}
-        return written("ProgramSolve", y0, t, code, constants, tableau, *weights, **scheme)
-
-    ops = torch.ops.nodeshape
-    return {ops.conv_solve.default: conv, ops.mlp_solve.default: mlp, ops.solve.default: program}
+    return {torch.ops.nodeshape.solve.default: solve}
 
 
 def _schema(name: str, attributes: dict[str, Any]) -> onnx.defs.OpSchema:

@@ -6,14 +6,15 @@ the layers keep their usual shapes.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nodeshape._ode.fused import KERNELS, Kernel
+from nodeshape._ode.program import STATE, TIME, Builder, Program, Ref
 
-#: In the order of their numbers, csrc/model.h's Activation.
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus, "silu": nn.SiLU}
 
 
@@ -188,6 +189,83 @@ def _is_altered(module: nn.Module) -> bool:
     )
 
 
-KERNELS[ConvDynamics] = Kernel("conv_solve", 4, _conv_weights, lambda dynamics: ())
-_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-KERNELS[MLPDynamics] = Kernel("mlp_solve", 2, _mlp_weights, lambda dynamics: (_NUMBERS[dynamics.activation],))
+# ---- them as programs ------------------------------------------------------------------------------------------------
+
+Shape = tuple[int, ...]
+#: For each stage of ConvDynamics: the stage and the outputs of both convolutions; csrc/problem.h's kConvMapsKept.
+MAPS_KEPT = 3
+
+
+@lru_cache(maxsize=64)
+def conv_program(state: Shape, shapes: tuple[Shape, ...]) -> Program:
+    """ConvDynamics of a sample ``[channels, height, width]``, for parameters of these shapes.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    channels, height, width = state
+    for number, shape in enumerate(shapes):
+        expected = (channels, channels + 1, 3, 3) if number in (2, 6) else (channels,)
+        if tuple(shape) != expected:
+            raise ValueError(
+                f"y0 has {channels} channels, so parameter {number} of ConvDynamics must be {list(expected)}, got"
+                f" {list(shape)}"
+            )
+    builder = Builder([channels * height * width, 1])
+
+    def norm(value: Ref) -> Ref:
+        weight, bias = builder.weight(), builder.weight()
+        pixels = height * width
+        return builder.norm(value, state, min(32, channels), weight, bias, inner=pixels, count=channels)
+
+    value = norm(Ref(STATE))
+    for _ in range(2):
+        active, joined = builder.unary("relu", value, state), builder.buffer((channels + 1, height, width))
+        builder.move(Ref(TIME), (0, 0), joined, (width, 1), (height, width), "time")
+        behind = Ref(joined.buffer, height * width)
+        dense = (height * width, width, 1)
+        builder.move(active, dense, behind, dense, state, "state")
+        weight, bias = builder.weight(), builder.weight()
+        maps = (channels + 1, height, width)
+        value = norm(builder.conv(joined, maps, state, (3, 3), (1, 1), (1, 1), 1, weight, bias))
+    return builder.finish(value, MAPS_KEPT)
+
+
+@lru_cache(maxsize=64)
+def mlp_program(state: Shape, shapes: tuple[Shape, ...], activation: str) -> Program:
+    """MLPDynamics of a sample ``[dim]``, for parameters of these shapes.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    (dim,) = state
+    inputs, layers = dim + 1, len(shapes) // 2
+    builder = Builder([dim, 1])
+    value = builder.buffer((inputs,))
+    builder.move(Ref(STATE), (1,), value, (1,), (dim,), "state")
+    builder.move(Ref(TIME), (1,), Ref(value.buffer, dim), (1,), (1,), "time")
+    for layer in range(layers):
+        outputs = dim if layer + 1 == layers else shapes[2 * layer][0]
+        found = [tuple(shape) for shape in shapes[2 * layer : 2 * layer + 2]]
+        if found != [(outputs, inputs), (outputs,)]:
+            raise ValueError(
+                f"y0 has {dim} components, so weight and bias of layers.{layer} must be {[outputs, inputs]} and"
+                f" {[outputs]}, got {list(found[0])} and {list(found[1])}"
+            )
+        if layer > 0:
+            value = builder.unary(activation, value, (inputs,), (1.0, 20.0) if activation == "softplus" else ())
+        value = builder.linear(value, (outputs,), inputs, builder.weight(), builder.weight())
+        inputs = outputs
+    return builder.finish(value)
+
+
+def _conv_of(dynamics: ConvDynamics, weights: list[Tensor], y0: Tensor) -> Program:
+    return conv_program(y0.shape[1:], tuple([x.shape for x in weights]))
+
+
+def _mlp_of(dynamics: MLPDynamics, weights: list[Tensor], y0: Tensor) -> Program:
+    return mlp_program(y0.shape[1:], tuple([x.shape for x in weights]), dynamics.__dict__["activation"])
+
+
+KERNELS[ConvDynamics] = Kernel(4, _conv_weights, _conv_of)
+KERNELS[MLPDynamics] = Kernel(2, _mlp_weights, _mlp_of)

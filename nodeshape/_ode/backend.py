@@ -233,17 +233,18 @@ def fused_weights(
         t: the times, where they are known.
     """
     options, method = how.options, how.method
-    program = isinstance(func, Fused)
     if options.get("fused") is False:
         return "options={'fused': False}"
     if not keeps_ops():
         return "an exporter records f itself, which runs anywhere"
     if how.adaptive:
-        reason = _why_not_adaptive(how, y0, t) if program else "error control chooses the steps"
+        reason = _why_not_adaptive(how, y0, t)
         if reason:
             return reason
-    if not (method.one_stage or program):
-        return f"{method.name} has no fused kernel (euler, implicit_euler and implicit_midpoint have)"
+    elif how.adjoint != "discrete" and not method.one_stage:
+        return f"adjoint={how.adjoint!r} of {method.name} takes the plain loop"
+    if len(method.b) > MOST_STAGES:
+        return f"{method.name} has more than {MOST_STAGES} stages"
     if not states_only:
         return "events and dense output take the plain loop"
     if not _CALLBACKS.isdisjoint(getattr(func, "__dict__", ())):
@@ -261,9 +262,7 @@ def fused_weights(
             return f"option {min(options.keys() - taken)!r} takes the plain loop"
     if how.adjoint_params is not None:
         return "adjoint_params chooses what to differentiate by"
-    if isinstance(func, Fused):
-        return func.weights_for(y0, method, how.adjoint)
-    return fused.weights_for(func, y0)
+    return func.weights_for(y0) if isinstance(func, Fused) else fused.weights_for(func, y0)
 
 
 def _why_not_between(how: Request, t: Any) -> str | None:
@@ -278,7 +277,7 @@ def _why_not_between(how: Request, t: Any) -> str | None:
 
 
 def _why_not_adaptive(how: Request, y0: Any, t: Any) -> str | None:
-    """Why error control is not the kernel's, for a program: there every sample takes its own steps."""
+    """Why error control is not the kernel's: there every sample takes its own steps."""
     method = how.method
     if not (method.explicit and method.error and method.starts_with_slope and len(method.b) < MOST_STAGES):
         return (

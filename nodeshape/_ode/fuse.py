@@ -33,7 +33,7 @@ from nodeshape._ode import fused, program_op
 from nodeshape._ode.graph import leaves
 from nodeshape._ode.layers import Layers, any_global_hooks, kind_of
 from nodeshape._ode.lowering import RULES, FuseError, Lowered, lower, place_of_error
-from nodeshape._ode.method import METHODS, Method
+from nodeshape._ode.method import METHODS
 from nodeshape._ode.program import Program
 from nodeshape._ode.reads import MISSING, Reads, difference, recorded
 from nodeshape._ode.unrolled import is_exporting, is_recording
@@ -122,17 +122,13 @@ class Fused(nn.Module):
         program = str(self.program).replace("\n", "\n  ")
         return f"Fused({name}), a sample is {state}\n  {program}"
 
-    def weights_for(self, y0: State, method: Method, adjoint: str) -> list[Tensor] | str:
-        """The program's weights; or why the fused solver does not take a solve from ``y0`` in given steps."""
+    def weights_for(self, y0: State) -> list[Tensor] | str:
+        """The program's weights; or why the fused solver does not take a solve from ``y0``."""
         compiling = torch.compiler.is_compiling()
         if fused._turned_off(compiling):
             return "NODESHAPE_FUSED=0"
         if fused._missing is not None:
             return fused._missing
-        if adjoint != "discrete" and not method.one_stage:
-            return f"adjoint={adjoint!r} of {method.name} takes the plain loop"
-        if len(method.b) > program_op.MOST_STAGES:
-            return f"{method.name} has more than {program_op.MOST_STAGES} stages"
         if isinstance(y0, Tensor) == self._tuple:
             return "the state is not the tensor, or tuple, that f was fused for"
         tensors = y0 if isinstance(y0, tuple) else (y0,)
@@ -628,7 +624,7 @@ def _check(made: Fused, tensors: tuple[Tensor, ...]) -> None:
     t = torch.tensor([0.3, 1.3], dtype=torch.float64, requires_grad=True)
     y0: Any = tuple(points) if made._tuple else points[0]
     with _computing_in_float64():
-        weights = copy.weights_for(y0, METHODS["euler"], "discrete")
+        weights = copy.weights_for(y0)
         with recorded(copy) as reads:
             slopes = copy(t[0], y0)
     if isinstance(weights, str):

@@ -1267,21 +1267,10 @@ def _linear(low: Lowering, x: Operand, weight: Static, bias: Static | None, outp
     row, column = (inputs, 1) if outputs_first != swapped else (1, outputs)
     value = low.value(x)
     shape = (*value.shape[:-1], outputs)
-    out, positions = low.builder.buffer(shape), prod(value.shape[:-1])
     if bias is not None and bias.shape != (outputs,):
         raise NotLowered("its bias is not a vector")
-    low.builder.add(
-        "linear",
-        value.ref,
-        out,
-        [positions, inputs, outputs, row, column],
-        f"linear {inputs} → {outputs}",
-        shape,
-        positions * inputs * outputs,
-        weight=number,
-        bias=-1 if bias is None else low.number(bias.node),
-    )
-    return out, shape
+    own = -1 if bias is None else low.number(bias.node)
+    return low.builder.linear(value.ref, shape, inputs, number, own, row, column), shape
 
 
 @rule(aten.linear.default)
@@ -1546,25 +1535,8 @@ def _convolution(
     value = low.value(x)
     channels, *space = value.shape
     height, width = [1, *space] if planes == 1 else space
-    framed = (height + 2 * padding[0], width + 2 * padding[1])
-    scratch = low.builder.buffer((channels, *framed)).buffer if any(padding) else -1
-    out = low.builder.buffer(shape)
-    outputs = weight.shape[0]
-    numbers = [channels, height, width, outputs, *kernel, *padding, *dilation, groups]
-    name = f"conv {channels} → {outputs}, {kernel[0]}×{kernel[1]}" + (f", {groups} groups" if groups > 1 else "")
-    work = prod(weight.shape) * prod(shape[1:])
-    low.builder.add(
-        "conv",
-        value.ref,
-        out,
-        numbers,
-        name,
-        shape,
-        work,
-        scratch=scratch,
-        weight=low.number(weight.node),
-        bias=-1 if bias is None else low.number(bias.node),
-    )
+    own = low.number(weight.node), -1 if bias is None else low.number(bias.node)
+    out = low.builder.conv(value.ref, (channels, height, width), shape, kernel, padding, dilation, groups, *own)
     return Value(out, shape, kind)
 
 
@@ -1577,22 +1549,8 @@ def _norm(
     if not all(item is None or isinstance(item, Static) for item in (weight, bias)):
         raise NotLowered("its weight depends on state or time")
     value = low.value(x)
-    size = prod(value.shape)
-    scratch, out = low.builder.buffer((2 * groups,)), low.builder.buffer(value.shape)
-    numbers = [low.number(item.node) if item is not None else -1 for item in (weight, bias)]
-    low.builder.add(
-        "norm",
-        value.ref,
-        out,
-        [groups, size // groups, inner, count],
-        name,
-        value.shape,
-        6 * size,
-        scratch=scratch.buffer,
-        weight=numbers[0],
-        bias=numbers[1],
-        constants=[eps],
-    )
+    own = [low.number(item.node) if item is not None else -1 for item in (weight, bias)]
+    out = low.builder.norm(value.ref, value.shape, groups, *own, inner=inner, count=count, eps=eps, name=name)
     return Value(out, value.shape, value.kind)
 
 

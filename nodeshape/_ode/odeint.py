@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
-from nodeshape._ode import fused, program_op
+from nodeshape._ode import adaptive_op, fused, program_op
 from nodeshape._ode.adjoint import adjoint_solution, parameters_of
 from nodeshape._ode.backend import ERROR_CONTROL, Request, default_method, fused_weights
 from nodeshape._ode.compiled import compiled_step
@@ -230,10 +230,9 @@ def odeint(
             kept = {name: value for name, value in how.options.items() if name not in ERROR_CONTROL}
             how = replace(how, steps=unrolled.steps, options=kept, tolerances=(None, None))
     weights = fused_weights(func, y0, how, event_fn is None and not return_dense, t)
-    if isinstance(func, Fused) and not isinstance(weights, str) and how.adaptive:
-        return _fused_adaptive(func, weights, y0, t, times, how, return_stats)
     if not isinstance(weights, str):
-        return _fused(func, weights, y0, t, times, how, return_stats)
+        solve = _fused_adaptive if how.adaptive else _fused
+        return solve(func, weights, y0, t, times, how, return_stats)
     _check_results(times, event_fn is not None, return_stats, return_dense)
     one_each = not how.adaptive and how.steps is None and how.step_size is None
     steps = 1 if one_each and "grid_constructor" not in how.options else how.steps
@@ -518,12 +517,11 @@ def _fused(
         counts = [int(how.steps or 1)] * (len(times) - 1)
     else:
         counts = [steps_of(end - start, how.step_size) for start, end in pairwise(times)]
-    program = func if isinstance(func, Fused) else None
-    start = y0 if program is None else program.pack(y0)
+    traced = isinstance(func, Fused)
+    start = func.pack(y0) if traced else y0
     tolerance = STAGE_TOLERANCE[start.dtype]
-    solve: Any = fused.solve if program is None else program_op.solve
-    ys, evaluations, residual = solve(
-        func if program is None else program.program,
+    ys, evaluations, residual = program_op.solve(
+        func.program if traced else fused.program_of(func, weights, y0),
         weights,
         start,
         t,
@@ -536,10 +534,10 @@ def _fused(
         settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
     )
     seen = ys if times is observed else _between(ys, times, observed)
-    solution: Any = seen if program is None else program.unpack(seen)
+    solution: Any = func.unpack(seen) if traced else seen
     if not return_stats:
         return solution
-    return solution, _fused_stats(scheme, sum(counts), evaluations, fused.backward_evaluations(ys), residual)
+    return solution, _fused_stats(scheme, sum(counts), evaluations, program_op.backward_evaluations(ys), residual)
 
 
 def _between(states: Tensor, grid: list[float], t: Sequence[float] | Tensor) -> Tensor:
@@ -569,17 +567,19 @@ def _between(states: Tensor, grid: list[float], t: Sequence[float] | Tensor) -> 
 
 
 def _fused_adaptive(
-    func: Fused, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
+    func: Any, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
 ) -> Any:
-    start = func.pack(y0)
+    traced = isinstance(func, Fused)
+    start = func.pack(y0) if traced else y0
     check_resolution(start, times, None, None, True)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     _check_tolerances(rtol, atol)
     control = controller_of(how.method, how.options, float(rtol), float(atol), rms)
     most, on_failure = most_attempts_of(how.options), how.options.get("on_failure", "raise")
     kept = t if t.is_cpu and t.dtype in (torch.float32, torch.float64) else t.to("cpu", torch.float64)
-    found = program_op.solve_adaptive(func.program, weights, start, kept, how.method, control, most, on_failure)
-    solution = func.unpack(found.ys)
+    program = func.program if traced else fused.program_of(func, weights, y0)
+    found = adaptive_op.solve_adaptive(program, weights, start, kept, how.method, control, most, on_failure)
+    solution = func.unpack(found.ys) if traced else found.ys
     if not return_stats:
         return solution
     stats = SolverStats.zeros(start.shape[0], start.device)
@@ -736,6 +736,8 @@ def times_of(t: Tensor | Sequence[float]) -> tuple[Tensor, list[float]]:
     else:
         times = [float(x) for x in t]
         t = torch.tensor(times, dtype=torch.float64)
+    if len(times) == 2 and (times[0] < times[1] or times[1] < times[0]) and isfinite(times[1] - times[0]):
+        return t, times  # as most are; what has a finite difference is finite
     if not times:
         raise ValueError("t must hold at least one time, got none")
     lengths = [b - a for a, b in pairwise(times)]

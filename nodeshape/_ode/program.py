@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -49,6 +50,7 @@ class Program:
         lines: what each layer does, and its shape, and its multiplications.
         operations: of one evaluation, per sample.
         kept: elements per sample that the backward pass of one evaluation looks at.
+        maps_kept: states that a step of one stage keeps for the backward pass, where it is more than one.
     """
 
     code: Tensor
@@ -57,6 +59,7 @@ class Program:
     lines: tuple[tuple[str, str, int], ...]
     operations: int
     kept: int
+    maps_kept: int = 1
 
     def __str__(self) -> str:
         width = max((len(line[0]) for line in self.lines), default=0)
@@ -139,6 +142,70 @@ class Builder:
         self.add("binary", a, out, numbers, function, shape, prod(shape), b=b, function=BINARY.index(function))
         return out
 
+    def linear(
+        self, a: Ref, shape: Shape, inputs: int, weight: int, bias: int, row: int | None = None, column: int = 1
+    ) -> Ref:
+        """W x + b along the last dimension of the result's ``shape``; row and column are the strides of W."""
+        out, outputs, positions = self.buffer(shape), shape[-1], prod(shape[:-1])
+        numbers = [positions, inputs, outputs, inputs if row is None else row, column]
+        name, work = f"linear {inputs} → {outputs}", positions * inputs * outputs
+        self.add("linear", a, out, numbers, name, shape, work, weight=weight, bias=bias)
+        return out
+
+    def norm(
+        self,
+        a: Ref,
+        shape: Shape,
+        groups: int,
+        weight: int,
+        bias: int,
+        *,
+        inner: int,
+        count: int,
+        eps: float = 1e-5,
+        name: str = "",
+    ) -> Ref:
+        """Of ``groups`` of neighbouring elements; element e has scale and shift number e // inner % count."""
+        size = prod(shape)
+        scratch, out = self.buffer((2 * groups,)), self.buffer(shape)
+        self.add(
+            "norm",
+            a,
+            out,
+            [groups, size // groups, inner, count],
+            name or f"group norm, {groups} groups",
+            shape,
+            6 * size,
+            scratch=scratch.buffer,
+            weight=weight,
+            bias=bias,
+            constants=[eps],
+        )
+        return out
+
+    def conv(
+        self,
+        a: Ref,
+        maps: Shape,
+        shape: Shape,
+        kernel: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        weight: int,
+        bias: int,
+    ) -> Ref:
+        """A convolution of stride 1 of ``maps`` [channels, height, width]; ``shape`` is that of the result."""
+        channels, height, width = maps
+        framed = (channels, height + 2 * padding[0], width + 2 * padding[1])
+        scratch = self.buffer(framed).buffer if any(padding) else -1
+        out, outputs = self.buffer(shape), shape[0]
+        numbers = [channels, height, width, outputs, *kernel, *padding, *dilation, groups]
+        name = f"conv {channels} → {outputs}, {kernel[0]}×{kernel[1]}" + (f", {groups} groups" if groups > 1 else "")
+        work = outputs * (channels // groups) * prod(kernel) * prod(shape[1:])
+        self.add("conv", a, out, numbers, name, shape, work, scratch=scratch, weight=weight, bias=bias)
+        return out
+
     def move(
         self,
         a: Ref,
@@ -155,17 +222,19 @@ class Builder:
         numbers = strided(shape, a_strides, out_strides)
         self.add("move", a, out, numbers, name, shape, 0, function=function, constants=[scale])
 
-    def finish(self, result: Ref) -> Program:
+    def finish(self, result: Ref, maps_kept: int = 1) -> Program:
         """The program whose dy/dt is the whole buffer ``result``."""
+        # Of buffers, as a tracer's tensors would be its own.
         header = [FORMAT, len(self.sizes), len(self.records), result.buffer, self.weights, len(self.constants)]
         code = [*header, *self.sizes, *(number for record in self.records for number in record)]
         return Program(
-            torch.tensor(code, dtype=torch.int64),
-            torch.tensor(self.constants, dtype=torch.float64),
+            torch.frombuffer(array("q", code), dtype=torch.int64),
+            torch.frombuffer(array("d", self.constants), dtype=torch.float64),
             self.sizes[STATE],
             tuple(self.lines),
             sum(line[2] for line in self.lines),
             sum(self.sizes),
+            maps_kept,
         )
 
 

@@ -1,9 +1,15 @@
-// Arguments of the ops of programs, of either device, and their checks.
+// Arguments and results of the ops, of either device, and their checks.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <tuple>
+
+#ifndef NODESHAPE_ONNXRUNTIME
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#endif
 
 #include "arguments.h"
 #include "program_plan.h"
@@ -17,6 +23,9 @@ struct ProgramArguments {
   std::vector<Tensor> weights;
   Tensor code, constants, tableau;
 };
+
+/// States that a step keeps where the kernels choose, and where they keep tapes wherever they can.
+inline constexpr int64_t kKernelsChoose = 0, kTapes = -1;
 
 template <class T>
 const T* numbers(const std::string& op, const char* name, const Tensor& x, ScalarType type) {
@@ -88,26 +97,35 @@ class WeightedProgram {
   const Program& program_;
 };
 
-/// A program, its weights and its tableau, checked.
+/// A program, its weights and its tableau, checked, and the kernel that solves it.
 class ProgramOwner {
  public:
-  ProgramOwner(const Common& common, const Tensor& y0, const ProgramArguments& given)
+  /// `kept_per_step` is the number of states that `discrete` keeps per step, or who chooses it.
+  ProgramOwner(const Common& common, const Tensor& y0, const ProgramArguments& given, int64_t kept_per_step)
       : weighted_(common.op, y0, given),
-        model_{weighted_.program(), weighted_.pointers(), tableau_of(common.op, given.tableau)} {
+        model_{weighted_.program(), weighted_.pointers(), tableau_of(common.op, given.tableau)},
+        conv_(model_.program.conv) {
     if (common.adjoint == kReversible || common.store() > 0 || common.adjoint == kContinuous)
       NODESHAPE_CHECK(
           model_.tableau.stages == 1, common.op,
           "only steps of one stage can be undone, the tableau has " + std::to_string(model_.tableau.stages));
+    const bool suits =
+        model_.tableau.stages == 1 && model_.tableau.b[0] == 1 && model_.tableau.c[0] == model_.tableau.a[0];
+    if (!suits || (kept_per_step != kKernelsChoose && kept_per_step != kConvMapsKept)) conv_.channels = 0;
+    if (conv_.channels > 0) std::copy_n(weighted_.pointers(), 10, conv_.parameters);
   }
 
   const ProgramModel& model() const { return model_; }
+  /// What the kernel of ConvDynamics is given if that is to solve it, or null.
+  const ConvModel* conv() const { return conv_.channels > 0 ? &conv_ : nullptr; }
   const std::vector<Tensor>& tensors() const { return weighted_.tensors(); }
 
-  /// [rows, ...]: of the states that `common` has the forward solve keep.
+  /// [rows, ...]: of the states that `common` has the forward solve keep; how their numbers lie is the kernel's affair.
   Sizes stored(const Common& common, const Tensor& y0) const {
-    const int64_t per_step = common.store() == kStoreStages ? model_.tableau.kept() : 1;
+    const int64_t per_step = common.store() != kStoreStages ? 1 : conv() ? kConvMapsKept : model_.tableau.kept();
     Sizes sizes = sizes_of(y0);
     sizes.insert(sizes.begin(), per_step * stored_rows(common.store(), common.grid()));
+    checked_bytes(common.op + ": stages", sizes, element_size(y0));
     return sizes;
   }
 
@@ -142,6 +160,7 @@ class ProgramOwner {
 
   const WeightedProgram weighted_;
   const ProgramModel model_;
+  ConvModel conv_;
 };
 
 inline Common common_of(const char* op, const Tensor& t, std::vector<int64_t> steps, const Tensor& tableau,
@@ -153,5 +172,27 @@ inline Common common_of(const char* op, const Tensor& t, std::vector<int64_t> st
   return {op,      times_of(t),      std::move(steps), theta, tolerance, max_iterations,
           adjoint, checkpoint_every, drift_tolerance};
 }
+
+#ifndef NODESHAPE_ONNXRUNTIME
+using SolveResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using GradientResult = std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor>;
+
+/// y0, as the first observation.
+inline Tensor first(const std::string& op, const Tensor& ys) {
+  NODESHAPE_CHECK(ys.dim() >= 2 && ys.size(0) >= 1, op,
+                  "ys must hold at least one observation, got " + text(sizes_of(ys)));
+  // As select(ys, 0, 0), without the dispatcher, which costs as much as making a tensor.
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(ys.get(), ys.dim() - 1, ys.sizes().data() + 1,
+                                                               ys.strides().data() + 1, ys.storage_offset(), &handle));
+  return Tensor(handle);
+}
+
+inline Adjoint adjoint_of(const Common& common) {
+  NODESHAPE_CHECK(common.adjoint != kNone, common.op, "the forward solve was asked for no gradient, adjoint 0");
+  if (common.adjoint == kDiscrete) return Adjoint::discrete;
+  return common.adjoint == kReversible ? Adjoint::reversible : Adjoint::continuous;
+}
+#endif
 
 }  // namespace nodeshape

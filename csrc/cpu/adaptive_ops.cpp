@@ -1,103 +1,14 @@
-// The ops of programs on the CPU.
+// The ops of programs under error control, on the CPU.
 #include <cmath>
 #include <memory>
 
 #include "isa.h"
 #include "tensors.h"
-#include "../program_ops.h"
 
 namespace nodeshape {
 namespace {
 
 constexpr double kUnknownWork = 1e300;
-
-/// Stores the state of each step, or if the caller leaves it to the kernels their tapes, in one dimension.
-template <class T>
-SolveResult run(const Common& common, const ProgramOwner& owner, const ProgramKernelsOf<T>& kernels, const Tensor& y0,
-                int64_t kept_per_step) {
-  const Grid grid = common.grid();
-  const int64_t samples = y0.size(0);
-  Sizes sizes = sizes_of(y0);
-  sizes.insert(sizes.begin(), grid.count);
-  const Tensor ys = empty(sizes, dtype_of<T>());
-  const int64_t tapes = kept_per_step <= 0 && common.store() == kStoreStages
-                            ? kernels.tapes(owner.model(), samples, grid.total_steps(), kept_per_step < 0)
-                            : 0;
-  const Tensor stored =
-      tapes > 0 ? empty({tapes}, dtype_of<T>()) : empty_stored(owner.stored(common, y0), dtype_of<T>());
-  const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
-  const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
-  const Tensor start = dense(y0);
-  std::vector<Failure> failures(samples);
-  const Interruptible interruptible(work_of(y0, grid));
-  kernels.forward(owner.model(),
-                  {grid, common.stage(), samples, tapes > 0 ? kStoreTapes : common.store(), data<T>(start), data<T>(ys),
-                   data<T>(stored), data<int64_t>(evaluations), data<double>(residual), failures.data()},
-                  executor());
-  interruptible.check();
-  check_failures(first_failures(failures.data(), samples, false), samples, common.tolerance, common.drift_tolerance);
-  return {ys, stored, evaluations, residual};
-}
-
-template <class T>
-GradientResult run_backward(const Common& common, const ProgramOwner& owner, const ProgramKernelsOf<T>& kernels,
-                            const Tensor& y0, const BackwardArguments& arguments, int64_t kept_per_step) {
-  const Grid grid = common.grid();
-  const int64_t samples = y0.size(0);
-  const bool taped = common.store() == kStoreStages && arguments.stored.dim() == 1;
-  const int64_t tapes = taped ? kernels.tapes(owner.model(), samples, grid.total_steps(), kept_per_step < 0) : 0;
-  NODESHAPE_CHECK(!taped || tapes > 0, common.op, "stages has one dimension, but this solve stores no tapes");
-  const Sizes kept = taped ? Sizes{tapes} : owner.stored(common, y0);
-  owner.check_backward(common, y0, arguments, kept);
-  const Tensor grad_ys = dense(arguments.grad_ys), ys = dense(arguments.ys), stored = dense(arguments.stored);
-
-  const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
-  const Tensor grad_y0 = empty(sizes_of(y0), dtype_of<T>());
-  const Tensor grad_t = empty({grid.count}, aoti_torch_dtype_float64());
-  const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
-  std::vector<Failure> failures(samples);
-  const Interruptible interruptible(work_of(y0, grid));
-  kernels.backward(owner.model(),
-                   {grid, common.stage(), samples, adjoint_of(common), taped ? kStoreTapes : common.store(),
-                    common.drift_tolerance, data<T>(grad_ys), data<T>(ys), data<T>(stored), data<T>(grad_y0),
-                    data<double>(grad_t), grad_parameters.get(), data<int64_t>(evaluations), failures.data()},
-                   executor());
-  interruptible.check();
-  check_failures(first_failures(failures.data(), samples, true), samples, common.tolerance, common.drift_tolerance);
-
-  return {grad_y0, grad_t, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
-}
-
-SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor program, Tensor constants, Tensor tableau,
-                  std::vector<int64_t> steps, double tolerance, int64_t max_iterations, int64_t adjoint,
-                  int64_t kept_per_step, int64_t checkpoint_every, double drift_tolerance) {
-  const Common common = common_of("solve", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
-                                  checkpoint_every, drift_tolerance);
-  NODESHAPE_CHECK(y0.is_cpu(), common.op, "y0 must be on the CPU");
-  common.check_arguments(y0, kLargestProgramSample);
-  const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
-  return y0.scalar_type() == ScalarType::Float
-             ? run<float>(common, owner, program_kernels().float32, y0, kept_per_step)
-             : run<double>(common, owner, program_kernels().float64, y0, kept_per_step);
-}
-
-GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
-                              Tensor program, Tensor constants, Tensor tableau, std::vector<int64_t> steps,
-                              double tolerance, int64_t max_iterations, int64_t adjoint, int64_t kept_per_step,
-                              int64_t checkpoint_every, double drift_tolerance) {
-  const Common common = common_of("solve_backward", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
-                                  checkpoint_every, drift_tolerance);
-  const Tensor y0 = first(common.op, ys);
-  NODESHAPE_CHECK(y0.is_cpu(), common.op, "ys must be on the CPU");
-  common.check_arguments(y0, kLargestProgramSample);
-  const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau});
-  const BackwardArguments arguments{grad_ys, ys, stages};
-  return y0.scalar_type() == ScalarType::Float
-             ? run_backward<float>(common, owner, program_kernels().float32, y0, arguments, kept_per_step)
-             : run_backward<double>(common, owner, program_kernels().float64, y0, arguments, kept_per_step);
-}
-
-// ---- error control -------------------------------------------------------------------------------------------------
 
 /// A program, its weights and its method under error control, checked.
 class AdaptiveOwner {
@@ -209,7 +120,7 @@ class Records {
 using AdaptiveResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-AdaptiveResult run_adaptive(const AdaptiveOwner& owner, const AdaptiveKernelsOf<T>& kernels, const Tensor& y0,
+AdaptiveResult run_adaptive(const AdaptiveOwner& owner, const AdaptiveKernels<T>& kernels, const Tensor& y0,
                             const Control& control, bool record) {
   const int64_t samples = y0.size(0), count = int64_t(owner.times().size()), sample = owner.model().program.state();
   Sizes sizes = sizes_of(y0);
@@ -256,8 +167,8 @@ AdaptiveResult solve_adaptive(Tensor y0, Tensor t, std::vector<Tensor> weights, 
                   "what bounds the steps may not be negative");
   NODESHAPE_CHECK(order >= 1 && most_attempts >= 1, op, "order and most_attempts must be at least 1");
   return y0.scalar_type() == ScalarType::Float
-             ? run_adaptive<float>(owner, adaptive_kernels().float32, y0, control, record)
-             : run_adaptive<double>(owner, adaptive_kernels().float64, y0, control, record);
+             ? run_adaptive<float>(owner, kernels().float32.adaptive, y0, control, record)
+             : run_adaptive<double>(owner, kernels().float64.adaptive, y0, control, record);
 }
 
 using AdaptiveGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor>;
@@ -269,7 +180,7 @@ struct Recorded {
 
 template <class T>
 AdaptiveGradients run_adaptive_backward(const std::string& op, const AdaptiveOwner& owner,
-                                        const AdaptiveKernelsOf<T>& kernels, const Tensor& grad_ys,
+                                        const AdaptiveKernels<T>& kernels, const Tensor& grad_ys,
                                         const Recorded& recorded) {
   const int64_t samples = grad_ys.size(1), count = int64_t(owner.times().size()),
                 sample = owner.model().program.state();
@@ -311,24 +222,13 @@ AdaptiveGradients solve_adaptive_backward(Tensor grad_ys, Tensor states, Tensor 
   const AdaptiveOwner owner(op, first(op, grad_ys), t, {std::move(weights), program, constants, tableau});
   const Recorded recorded{states, spans, before, last};
   return grad_ys.scalar_type() == ScalarType::Float
-             ? run_adaptive_backward<float>(op, owner, adaptive_kernels().float32, grad_ys, recorded)
-             : run_adaptive_backward<double>(op, owner, adaptive_kernels().float64, grad_ys, recorded);
+             ? run_adaptive_backward<float>(op, owner, kernels().float32.adaptive, grad_ys, recorded)
+             : run_adaptive_backward<double>(op, owner, kernels().float64.adaptive, grad_ys, recorded);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nodeshape, m) {
-  m.def(
-      "solve(Tensor y0, Tensor t, Tensor[] weights, Tensor program, Tensor constants, Tensor tableau, int[] steps, "
-      "float "
-      "tolerance, int max_iterations, int adjoint, int kept_per_step, int checkpoint_every, float drift_tolerance) -> "
-      "(Tensor ys, Tensor stages, Tensor evaluations, Tensor residual)");
-  m.def(
-      "solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, Tensor[] weights, Tensor program, Tensor "
-      "constants, Tensor tableau, int[] steps, float tolerance, int max_iterations, int adjoint, int kept_per_step, "
-      "int "
-      "checkpoint_every, float drift_tolerance) -> (Tensor grad_y0, Tensor grad_t, Tensor[] grad_weights, Tensor "
-      "evaluations)");
   m.def(
       "solve_adaptive(Tensor y0, Tensor t, Tensor[] weights, Tensor program, Tensor constants, Tensor tableau, "
       "float rtol, float atol, float first_step, float min_step, float max_step, float safety, float grow, "
@@ -341,8 +241,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nodeshape, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nodeshape, CPU, m) {
-  m.impl("solve", TORCH_BOX(&solve));
-  m.impl("solve_backward", TORCH_BOX(&solve_backward));
   m.impl("solve_adaptive", TORCH_BOX(&solve_adaptive));
   m.impl("solve_adaptive_backward", TORCH_BOX(&solve_adaptive_backward));
 }
