@@ -461,7 +461,7 @@ def test_what_a_forward_pass_keeps_does_not_change_a_bit(name: str, monkeypatch:
         monkeypatch.setenv("NODESHAPE_ISA", isa)
         fused, _ = fused_problem(name, dtype)
         y0 = problem(name, 37, dtype)[1]
-        weights = [x.detach() for x in fused.weights_for(y0, METHODS[method], "discrete")]
+        weights = [x.detach() for x in fused.weights_for(y0)]
         t = torch.tensor([0.1, 0.4, 1.0], dtype=torch.float64)
         scheme = (fused.program.code, fused.program.constants, program_op.tableau_of(METHODS[method])[0], [2, 3])
         found = []
@@ -743,7 +743,7 @@ def test_a_block_and_stats_take_it() -> None:
 def test_the_op_is_a_good_citizen(name: str) -> None:
     fused, _ = fused_problem(name)
     y0, rk4 = problem(name)[1], METHODS["rk4"]
-    weights = fused.weights_for(y0, rk4, "discrete")
+    weights = fused.weights_for(y0)
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
     program = (fused.program.code, fused.program.constants, program_op.tableau_of(rk4)[0])
     inputs = [fused.pack(y0).requires_grad_(), t, [x.detach().clone().requires_grad_() for x in weights]]
@@ -753,7 +753,7 @@ def test_the_op_is_a_good_citizen(name: str) -> None:
 def test_a_program_that_is_not_one_is_refused_before_any_work() -> None:
     fused, _ = fused_problem("separable")
     y0, euler = problem("separable")[1], METHODS["euler"]
-    weights = [x.detach() for x in fused.weights_for(y0, euler, "discrete")]
+    weights = [x.detach() for x in fused.weights_for(y0)]
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     code, refused = fused.program.code, 0
     for position in range(len(code)):

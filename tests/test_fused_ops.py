@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import threading
 from copy import deepcopy
+from itertools import product
 from math import prod
 
 import pytest
@@ -14,57 +15,60 @@ from fused_reference import ADJOINTS, random_conv
 from torch import nn
 
 import nodeshape as ns
-from nodeshape._ode import fused
+from nodeshape._ode import fused, program_op
+from nodeshape._ode.method import METHODS as ALL_METHODS
 from nodeshape._ode.method import SOURCE_METHODS
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
-TANH = 0
+METHODS = {0.0: "euler", 0.5: "implicit_midpoint", 1.0: "implicit_euler"}
+#: Where the op's arguments stand.
+TABLEAU, STEPS, TOLERANCE, ITERATIONS, ADJOINT, KEPT, EVERY, DRIFT = range(5, 13)
 
 
-def scheme(adjoint="discrete", theta=0.5, steps=(2, 3), tolerance=1e-10, iterations=50, every=0):
-    return [list(steps), theta, tolerance, iterations, fused.ADJOINTS.index(adjoint), every, 1e-2]
+def arguments_of(f, y0, grad, adjoint="discrete", theta=0.5, steps=(2, 3), tolerance=1e-10, iterations=50, every=0):
+    weights = [x.detach().to(y0.dtype).requires_grad_(grad) for x in f.parameters()]
+    program = fused.program_of(f, weights, y0)
+    tableau = program_op.tableau_of(SOURCE_METHODS[METHODS[theta]])[0]
+    mode = program_op.ADJOINTS.index(adjoint)
+    rest = [list(steps), tolerance, iterations, mode, program.maps_kept, every, 1e-2]
+    return y0.requires_grad_(grad), TIMES, weights, program.code, program.constants, tableau, *rest
 
 
 def conv_arguments(grad=True, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    weights = [x.detach().to(dtype).requires_grad_(grad) for x in random_conv(4).parameters()]
-    return torch.randn(2, 4, 5, 6, dtype=dtype, requires_grad=grad), TIMES, weights, *scheme(**options)
+    return arguments_of(random_conv(4), torch.randn(2, 4, 5, 6, dtype=dtype), grad, **options)
 
 
 def mlp_arguments(grad=True, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    weights = [x.detach().to(dtype).requires_grad_(grad) for x in ns.MLPDynamics(3, (5,)).parameters()]
-    return torch.randn(4, 3, dtype=dtype, requires_grad=grad), TIMES, weights, TANH, *scheme(**options)
+    return arguments_of(ns.MLPDynamics(3, (5,)), torch.randn(4, 3, dtype=dtype), grad, **options)
 
 
-OPS = [("conv_solve", conv_arguments), ("mlp_solve", mlp_arguments)]
-
-
-def op(name):
-    return getattr(torch.ops.nodeshape, name).default
+OPS = [pytest.param(conv_arguments, id="conv"), pytest.param(mlp_arguments, id="mlp")]
+solve, solve_backward = (getattr(torch.ops.nodeshape, name).default for name in ("solve", "solve_backward"))
 
 
 @pytest.mark.parametrize("adjoint", ["none", *ADJOINTS])
-@pytest.mark.parametrize(("name", "arguments"), OPS)
-def test_forward_op_passes_opcheck(name, arguments, adjoint):
+@pytest.mark.parametrize("arguments", OPS)
+def test_forward_op_passes_opcheck(arguments, adjoint):
     given = arguments(grad=adjoint != "none", adjoint=adjoint, every=2)
-    torch.library.opcheck(op(name), given)
+    torch.library.opcheck(solve, given)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize(("name", "arguments"), OPS)
-def test_backward_op_passes_opcheck(name, arguments, adjoint):
+@pytest.mark.parametrize("arguments", OPS)
+def test_backward_op_passes_opcheck(arguments, adjoint):
     y0, t, *rest = arguments(grad=False, adjoint=adjoint, every=2)
-    ys, stages, *_ = op(name)(y0, t, *rest)
-    torch.library.opcheck(op(f"{name}_backward"), (torch.randn_like(ys), ys, stages, t, *rest))
+    ys, stages, *_ = solve(y0, t, *rest)
+    torch.library.opcheck(solve_backward, (torch.randn_like(ys), ys, stages, t, *rest))
 
 
-@pytest.mark.parametrize(("name", "arguments"), OPS)
-def test_gradients_are_those_of_finite_differences(name, arguments):
+@pytest.mark.parametrize("arguments", OPS)
+def test_gradients_are_those_of_finite_differences(arguments):
     y0, t, weights, *rest = arguments(tolerance=1e-13)
     t = t.clone().requires_grad_()
-    function = lambda y, s, *w: op(name)(y, s, list(w), *rest)[0]  # noqa: E731
+    function = lambda y, s, *w: solve(y, s, list(w), *rest)[0]  # noqa: E731
     assert torch.autograd.gradcheck(function, (y0, t, *weights), atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
@@ -77,8 +81,8 @@ def network(dynamics):
 
         def forward(self, y):
             weights = fused.weights_for(self.block, y)
-            ys, *_ = fused.solve(
-                self.block,
+            ys, *_ = program_op.solve(
+                fused.program_of(self.block, weights, y),
                 weights,
                 y,
                 self.t,
@@ -115,6 +119,17 @@ def test_compiled_module_gives_the_same_numbers_and_gradients(dynamics, shape):
 
 
 @pytest.mark.parametrize(("dynamics", "shape"), CASES)
+@pytest.mark.parametrize("method", ["euler", "implicit_midpoint", "rk4"])
+def test_compiled_block_takes_any_batch_and_compiles_anew_for_another_map(dynamics, shape, method):
+    torch.compiler.reset()  # which counts what one function was compiled for
+    block = ns.ODEBlock(dynamics(), method=method, steps=3)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes in [shape, (2, *shape[1:]), (7, *shape[1:]), *([(2, 4, 9, 7)] if len(shape) == 4 else [])]:
+        y0 = torch.randn(sizes)
+        torch.testing.assert_close(compiled(y0), block(y0))
+
+
+@pytest.mark.parametrize(("dynamics", "shape"), CASES)
 def test_exported_program_gives_the_same_numbers(dynamics, shape):
     f = network(dynamics())
     y0 = torch.rand(shape)
@@ -127,11 +142,19 @@ def test_exported_program_gives_the_same_numbers(dynamics, shape):
 
 def test_scripted_function_gives_the_same_numbers():
     @torch.jit.script
-    def scripted(y0: torch.Tensor, t: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-        return torch.ops.nodeshape.mlp_solve(y0, t, weights, 0, [2, 3], 0.5, 1e-10, 50, 0, 0, 1e-2)[0]
+    def scripted(
+        y0: torch.Tensor,
+        t: torch.Tensor,
+        weights: list[torch.Tensor],
+        code: torch.Tensor,
+        constants: torch.Tensor,
+        tableau: torch.Tensor,
+    ) -> torch.Tensor:
+        scheme = ([2, 3], 1e-10, 50, 0, 1, 0, 1e-2)
+        return torch.ops.nodeshape.solve(y0, t, weights, code, constants, tableau, *scheme)[0]
 
-    y0, t, weights, *rest = mlp_arguments(grad=False, adjoint="none")
-    assert torch.equal(scripted(y0, t, weights), op("mlp_solve")(y0, t, weights, *rest)[0])
+    arguments = mlp_arguments(grad=False, adjoint="none")
+    assert torch.equal(scripted(*arguments[:6]), solve(*arguments)[0])
 
 
 def test_modes_do_not_change_the_numbers():
@@ -209,7 +232,7 @@ def test_forked_process_may_solve():
 
 def test_second_derivative_is_refused_not_wrong():
     y0, *rest = mlp_arguments()
-    ys = op("mlp_solve")(y0, *rest)[0]
+    ys = solve(y0, *rest)[0]
     (grad,) = torch.autograd.grad(ys.square().sum(), y0, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         grad.sum().backward()
@@ -218,7 +241,7 @@ def test_second_derivative_is_refused_not_wrong():
 def test_gradient_of_a_solve_without_adjoint_is_refused():
     y0, *rest = mlp_arguments(adjoint="none")
     with pytest.raises(RuntimeError, match="asked for no gradient"):
-        op("mlp_solve")(y0, *rest)[0].sum().backward()
+        solve(y0, *rest)[0].sum().backward()
 
 
 def test_unsolved_stage_is_an_error_that_says_what_to_do():
@@ -242,29 +265,34 @@ def test_drift_of_the_reversed_trajectory_is_an_error():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(2, 3, 5, 6, dtype=torch.float64)}, "y0 has 3 channels but conv1.weight expects 4"),
-        ({0: torch.zeros(2, 4, 5, dtype=torch.float64)}, "y0 must be \\[batch, channels, height, width\\]"),
-        ({0: torch.zeros(2, 4, 5, 6)}, "norm1.weight must have the dtype of y0"),
+        (
+            {0: torch.zeros(2, 3, 5, 6, dtype=torch.float64)},
+            "a sample of y0 has 90 elements but the program expects 120",
+        ),
+        ({0: torch.zeros(2, 4, 5, 6)}, "weights.0 must have the dtype of y0"),
         ({0: torch.zeros(2, 4, 5, 6, dtype=torch.float16)}, "y0 must be float32 or float64"),
         ({1: TIMES.half()}, "t must be a one-dimensional float32 or float64 tensor"),
-        ({2: []}, "expected the 10 parameters of ConvDynamics, got 0"),
-        ({3: [1]}, "got 1 step counts for 3 observation times"),
-        ({3: [1, 0]}, "at least 1 step, got 0"),
-        ({3: [1, -3]}, "at least 1 step, got -3"),
-        ({4: 0.3}, "theta must be 0"),
-        ({5: 0.0}, "tolerance must be positive"),
-        ({5: float("inf")}, "tolerance must be positive and finite, got inf"),
-        ({6: 0}, "max_iterations must be at least 1"),
-        ({7: 4}, "unknown adjoint 4: choose one of 0 \\(none\\), 1"),
-        ({8: -1}, "checkpoint_every must be"),
+        ({2: []}, "it is for 10 weights, got 0"),
+        ({STEPS: [1]}, "got 1 step counts for 3 observation times"),
+        ({STEPS: [1, 0]}, "at least 1 step, got 0"),
+        ({STEPS: [1, -3]}, "at least 1 step, got -3"),
+        ({TABLEAU: torch.full((3, 1), 0.3, dtype=torch.float64)}, "theta must be 0"),
+        ({TABLEAU: torch.zeros(3, 1)}, "tableau must be a dense CPU tensor of its type"),
+        ({TABLEAU: torch.zeros(3, 2, dtype=torch.float64)}, "tableau must be \\[stages \\+ 2, stages\\]"),
+        ({TOLERANCE: 0.0}, "tolerance must be positive"),
+        ({TOLERANCE: float("inf")}, "tolerance must be positive and finite, got inf"),
+        ({ITERATIONS: 0}, "max_iterations must be at least 1"),
+        ({ADJOINT: 4}, "unknown adjoint 4: choose one of 0 \\(none\\), 1"),
+        ({EVERY: -1}, "checkpoint_every must be"),
+        ({DRIFT: 0.0}, "drift_tolerance must be positive"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     arguments = list(conv_arguments(grad=False))
     for position, value in change.items():
         arguments[position] = value
-    with pytest.raises(RuntimeError, match=f"conv_solve: .*{message}"):
-        op("conv_solve")(*arguments)
+    with pytest.raises(RuntimeError, match=f"(solve|program): .*{message}"):
+        solve(*arguments)
 
 
 def times(*values):
@@ -287,62 +315,62 @@ def times(*values):
         (times(0, 1), [10_000_001], "at most 10000000 steps, got 10000001"),
     ],
 )
-@pytest.mark.parametrize(("name", "arguments"), OPS)
-def test_grid_that_no_solve_can_step_through_is_refused(name, arguments, t, steps, message, theta):
+@pytest.mark.parametrize("arguments", OPS)
+def test_grid_that_no_solve_can_step_through_is_refused(arguments, t, steps, message, theta):
     y0, _, *rest = arguments(grad=False, theta=theta, steps=steps)
     ys = y0.expand(len(t), *y0.shape)
-    with pytest.raises(RuntimeError, match=f"^{name}: .*{message}"):
-        op(name)(y0, t, *rest)
-    with pytest.raises(RuntimeError, match=f"^{name}_backward: .*{message}"):
-        op(f"{name}_backward")(ys, ys, ys[:0], t, *rest)
+    with pytest.raises(RuntimeError, match=f"^solve: .*{message}"):
+        solve(y0, t, *rest)
+    with pytest.raises(RuntimeError, match=f"^solve_backward: .*{message}"):
+        solve_backward(ys, ys, ys[:0], t, *rest)
 
 
-@pytest.mark.parametrize(("name", "arguments"), OPS)
-def test_sizes_that_overflow_are_refused(name, arguments):
+@pytest.mark.parametrize("arguments", OPS)
+def test_sizes_that_overflow_are_refused(arguments):
     """The batch is a view of one sample, so that only what the op would make of it is large."""
     largest, rows = 2**63 - 1, 20_000_000
     y0, t, *rest = arguments(grad=False, steps=[rows // 2] * 2)
-    maps = 3 if name == "conv_solve" else 1
+    maps = rest[KEPT - 2]
     for numbers, output, adjoint in [
         (rows * maps * y0[0].numel(), "stages", "discrete"),
         (len(t) * y0[0].numel(), "ys", "none"),
     ]:
         batch = largest // numbers  # so that the elements can be counted and the bytes cannot
-        rest[-3] = fused.ADJOINTS.index(adjoint)
+        rest[ADJOINT - 2] = program_op.ADJOINTS.index(adjoint)
         y = y0[:1].expand(batch, *y0.shape[1:])
         ys = y.expand(len(t), *y.shape)
-        with pytest.raises(RuntimeError, match=f"^{name}: {output} of size .* more than 2\\^63 bytes"):
-            op(name)(y, t, *rest)
-        with pytest.raises(RuntimeError, match=f"^{name}_backward: {output} of size .* more than 2\\^63 bytes"):
-            op(f"{name}_backward")(ys, ys, y0[:0], t, *rest)
+        with pytest.raises(RuntimeError, match=f"^solve: {output} of size .* more than 2\\^63 bytes"):
+            solve(y, t, *rest)
+        with pytest.raises(RuntimeError, match=f"^solve_backward: {output} of size .* more than 2\\^63 bytes"):
+            solve_backward(ys, ys, y0[:0], t, *rest)
 
 
 def test_an_empty_batch_of_samples_that_no_kernel_can_count_is_refused():
     y0, *rest = conv_arguments(grad=False)
     y = y0.new_empty(0, 4, 2**29, 2**30)
-    with pytest.raises(RuntimeError, match=r"^conv_solve: a sample of y0, \[0, 4, 536870912, .* is too large"):
-        op("conv_solve")(y, *rest)
+    with pytest.raises(RuntimeError, match=r"^solve: a sample of y0, \[0, 4, 536870912, .* is too large"):
+        solve(y, *rest)
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize(("name", "arguments"), OPS)
-def test_backward_op_reads_no_further_than_its_tensors(name, arguments, adjoint):
+@pytest.mark.parametrize("arguments", OPS)
+def test_backward_op_reads_no_further_than_its_tensors(arguments, adjoint):
     y0, t, *rest = arguments(grad=False, adjoint=adjoint, every=2)
-    ys, stages, *_ = op(name)(y0, t, *rest)
+    ys, stages, *_ = solve(y0, t, *rest)
     for wrong in (stages.new_empty(len(stages) + 1, *stages.shape[1:]), stages[:, :1], stages[..., :1], stages[0:0, 0]):
-        with pytest.raises(RuntimeError, match=f"^{name}_backward: stages is .* but must be "):
-            op(f"{name}_backward")(ys, ys, wrong, t, *rest)
+        with pytest.raises(RuntimeError, match=r"^solve_backward: stages is .* but must be "):
+            solve_backward(ys, ys, wrong, t, *rest)
     for grad_ys in (ys[:2], ys[:, :1], ys[..., :1]):
-        with pytest.raises(RuntimeError, match=f"^{name}_backward: grad_ys is .* but must be "):
-            op(f"{name}_backward")(grad_ys, ys, stages, t, *rest)
-    with pytest.raises(RuntimeError, match=f"^{name}_backward: ys is .* but must be "):
-        op(f"{name}_backward")(ys[:2], ys[:2], stages, t, *rest)
+        with pytest.raises(RuntimeError, match=r"^solve_backward: grad_ys is .* but must be "):
+            solve_backward(grad_ys, ys, stages, t, *rest)
+    with pytest.raises(RuntimeError, match=r"^solve_backward: ys is .* but must be "):
+        solve_backward(ys[:2], ys[:2], stages, t, *rest)
 
 
 def test_unknown_instruction_set_is_an_error(monkeypatch):
     monkeypatch.setenv("NODESHAPE_ISA", "mmx")
     with pytest.raises(RuntimeError, match="NODESHAPE_ISA=mmx is not known here: choose one of"):
-        op("mlp_solve")(*mlp_arguments(grad=False))
+        solve(*mlp_arguments(grad=False))
 
 
 def test_altered_modules_take_the_plain_path():
@@ -358,3 +386,115 @@ def test_altered_modules_take_the_plain_path():
 
     for f in (hooked, replaced, Derived(4)):
         assert isinstance(fused.weights_for(f, y0), str)
+
+
+class OwnBlock(nn.Module):
+    """What ConvDynamics computes, written by somebody else; or nearly."""
+
+    def __init__(self, eps=1e-5, groups=4, activation=torch.relu, time_last=False, bias=True, kernel=3):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, 4, eps=eps) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(5, 4, kernel, padding=kernel // 2, bias=bias) for _ in range(2))
+        self.activation, self.time_last = activation, time_last
+
+    def forward(self, t, y):
+        for norm, conv in zip(self.norms, self.convs):
+            y = self.activation(norm(y))
+            time = t.expand(y.shape[0], 1, *y.shape[2:])
+            y = conv(torch.cat([y, time] if self.time_last else [time, y], dim=1))
+        return self.norms[2](y)
+
+
+def has_kernel_of_its_own(f, y0, method="euler"):
+    """Whether a step keeps three states, as the kernel of ConvDynamics does and layers do not."""
+    tableau = program_op.tableau_of(ALL_METHODS[method])[0]
+    weights = [x.detach() for x in f.weights_for(y0)]
+    scheme = (f.program.code, f.program.constants, tableau, [2], 1e-6, 50, program_op.ADJOINTS.index("discrete"))
+    _, stages, *_ = solve(y0, TIMES[:2], weights, *scheme, 0, 0, 1e-2)
+    return stages.numel() == 3 * 2 * y0.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["euler", "implicit_euler", "implicit_midpoint"])
+def test_a_users_block_of_the_same_layers_has_the_kernel_of_convdynamics(method, dtype):
+    torch.manual_seed(0)
+    y0 = torch.randn(20, 4, 5, 6, dtype=dtype)
+    own, ours = OwnBlock().to(dtype), ns.ConvDynamics(4).to(dtype)
+    layers = [own.norms[0], own.convs[0], own.norms[1], own.convs[1], own.norms[2]]
+    ours.load_state_dict(dict(zip(ours.state_dict(), (x for layer in layers for x in layer.parameters()))))
+    fused_own = ns.fuse(own, y0)
+    assert has_kernel_of_its_own(fused_own, y0, method)
+    found, expected = (ns.odeint(f, y0, TIMES, method=method, steps=3) for f in (fused_own, ours))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"eps": 1e-4},
+        {"groups": 2},
+        {"activation": torch.tanh},
+        {"activation": torch.nn.functional.leaky_relu},
+        {"time_last": True},
+        {"bias": False},
+        {"kernel": 1},
+    ],
+)
+def test_a_block_of_nearly_the_same_layers_has_not(other):
+    torch.manual_seed(0)
+    y0 = torch.randn(3, 4, 5, 6)
+    f = ns.fuse(OwnBlock(**other), y0)
+    assert not has_kernel_of_its_own(f, y0)
+    assert not has_kernel_of_its_own(ns.fuse(OwnBlock(), y0), y0, "rk4")
+    found, expected = (ns.odeint(g, y0, TIMES, method="euler", steps=3) for g in (f, f.func))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("dynamics", "shape"), [*CASES, (lambda: ns.MLPDynamics(3, (8, 5), "softplus"), (5, 3))])
+def test_what_is_written_down_is_what_is_traced(dynamics, shape):
+    """The programs of ConvDynamics and MLPDynamics against those that fuse makes, in any method and mode."""
+    torch.manual_seed(0)
+    f = dynamics().double()
+    traced = ns.fuse(f, torch.randn(shape, dtype=torch.float64))
+    for method, adjoint in product(("euler", "implicit_euler", "rk4", "dopri5", "trbdf2"), ("discrete", "continuous")):
+        if adjoint == "continuous" and method != "euler":
+            continue
+        results = []
+        for g in (f, traced):
+            y0 = torch.linspace(-1, 2, prod(shape), dtype=torch.float64).sin().reshape(shape).requires_grad_()
+            assert ns.backend(g, y0, TIMES, method=method, steps=3, adjoint=adjoint).name == "fused"
+            ys = ns.odeint(g, y0, TIMES, method=method, steps=3, adjoint=adjoint)
+            results.append([ys.detach(), *torch.autograd.grad(ys.square().sum(), [y0, *f.parameters()])])
+        for x, y in zip(*results):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dynamics", "shape"), CASES)
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+def test_error_control_of_ours_is_the_kernels(dynamics, shape, method):
+    torch.manual_seed(0)
+    rtol = 1e-4 if len(shape) == 4 else 1e-9  # a ReLU makes of other roundings other steps, when they are many
+    f, results = dynamics().double(), []
+    for options in ({}, {"fused": False}):
+        y0 = torch.linspace(-1, 2, prod(shape), dtype=torch.float64).sin().reshape(shape).requires_grad_()
+        name = "plain" if options else "fused"
+        assert ns.backend(f, y0, TIMES, method=method, rtol=rtol, atol=1e-2 * rtol, options=options).name == name
+        ys, stats = ns.odeint(
+            f, y0, TIMES, method=method, rtol=rtol, atol=1e-2 * rtol, options=options, return_stats=True
+        )
+        assert stats.step_control == "per sample"
+        results.append([ys.detach(), *torch.autograd.grad(ys.square().sum(), [y0, *f.parameters()]), stats.accepted])
+    for x, y in zip(*results):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_that_do_not_fit_the_state_are_named():
+    f = ns.MLPDynamics(3, (8,))
+    with pytest.raises(ValueError, match=r"y0 has 2 components, so weight and bias of layers.0 must be \[8, 3\]"):
+        ns.odeint(f, torch.randn(5, 2), TIMES, steps=3)
+    turned = ns.MLPDynamics(3, (8,))
+    turned.layers[1].weight.data = turned.layers[1].weight.data.t().contiguous()
+    with pytest.raises(ValueError, match=r"layers.1 must be \[3, 8\] and \[3\], got \[8, 3\]"):
+        ns.odeint(turned, torch.randn(5, 3), TIMES, steps=3)
+    with pytest.raises(ValueError, match="y0 has 3 channels, so parameter 0 of ConvDynamics must be"):
+        ns.odeint(ns.ConvDynamics(4), torch.randn(2, 3, 5, 5), TIMES, steps=3)

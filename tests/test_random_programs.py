@@ -304,7 +304,7 @@ def test_a_changed_program_is_refused_or_solved(
     f = Random(shapes, plan)
     y0 = f.state(3)
     fused, scheme = ns.fuse(f, y0), METHODS[method]
-    weights = fused.weights_for(y0, scheme, "discrete")
+    weights = fused.weights_for(y0)
     packed, t = fused.pack(y0), torch.tensor([0.0, 0.5])
     original = fused.program.code
     together = original.clone()

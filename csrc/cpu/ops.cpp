@@ -17,9 +17,10 @@ SolveResult run(const Common& common, const ProgramOwner& owner, const Tensor& y
   const int64_t samples = y0.size(0);
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), grid.count);
-  const Tensor ys = empty(sizes, dtype_of<T>());
   const int64_t taped = tapes<T>(owner, common, samples, kept_per_step);
-  const Tensor stored = empty_stored(taped > 0 ? Sizes{taped} : owner.stored(common, y0), dtype_of<T>());
+  const Sizes kept = taped > 0 ? Sizes{taped} : owner.stored(common, y0);
+  const Tensor ys = empty(sizes, dtype_of<T>());
+  const Tensor stored = empty_stored(kept, dtype_of<T>());
   const Tensor evaluations = empty({samples}, aoti_torch_dtype_int64());
   const Tensor residual = empty({samples}, aoti_torch_dtype_float64());
   const Tensor start = dense(y0);

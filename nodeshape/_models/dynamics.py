@@ -259,12 +259,28 @@ def mlp_program(state: Shape, shapes: tuple[Shape, ...], activation: str) -> Pro
     return builder.finish(value)
 
 
+@torch.compiler.assume_constant_result
+def _program(activation: str, state: Shape, shapes: tuple[Shape, ...]) -> Program:
+    """Of MLPDynamics; of ConvDynamics where there is no activation to choose. For compilers a constant."""
+    return mlp_program(state, shapes, activation) if activation else conv_program(state, shapes)
+
+
 def _conv_of(dynamics: ConvDynamics, weights: list[Tensor], y0: Tensor) -> Program:
-    return conv_program(y0.shape[1:], tuple([x.shape for x in weights]))
+    return _program("", *_sizes(weights, y0))  # type: ignore[no-any-return]
 
 
 def _mlp_of(dynamics: MLPDynamics, weights: list[Tensor], y0: Tensor) -> Program:
-    return mlp_program(y0.shape[1:], tuple([x.shape for x in weights]), dynamics.__dict__["activation"])
+    return _program(dynamics.__dict__["activation"], *_sizes(weights, y0))  # type: ignore[no-any-return]
+
+
+def _sizes(weights: list[Tensor], y0: Tensor) -> tuple[Shape, tuple[Shape, ...]]:
+    """Of a sample and of the weights."""
+    if not torch.compiler.is_compiling():
+        return y0.shape[1:], tuple([x.shape for x in weights])
+    # The length of a range is a number to a compiler, which compiles anew for another; a size is none.
+    return tuple([len(range(n)) for n in y0.shape[1:]]), tuple(
+        [tuple([len(range(n)) for n in x.shape]) for x in weights]
+    )
 
 
 KERNELS[ConvDynamics] = Kernel(4, _conv_weights, _conv_of)

@@ -12,9 +12,9 @@
 - Every sample takes its own steps. What has a name of ``solve`` is as there (:mod:`nodeshape._ode.program_op`).
 - ``tableau`` is float64 ``[stages + 7, stages]``: behind a, b and c the weights of the error, and those of dense output
   for x, x², x³ and x⁴; its last stage is the slope at the end of a step.
-- ``states`` ``[steps, elements]``, ``spans`` ``[steps, 2]`` (start and end) and ``before`` ``[steps]`` (the sample's step
-  before it, or -1) are the accepted steps of all samples, ``last`` ``[samples]`` each one's last; there are none without
-  ``record``. ``counts`` ``[3, samples]``: accepted, rejected, evaluations.
+- ``states`` ``[steps, elements]``, ``spans`` ``[steps, 2]`` (start and end) and ``before`` ``[steps]`` (the sample's
+  step before it, or -1) are the accepted steps of all samples, ``last`` ``[samples]`` each one's last; there are none
+  without ``record``. ``counts`` ``[3, samples]``: accepted, rejected, evaluations.
 - ``outcomes`` ``[samples]``: of csrc/control.h; ``failures`` ``[samples, 2]``: the time such a sample did not get past,
   and its error in units of the tolerance.
 """

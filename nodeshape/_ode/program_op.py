@@ -257,7 +257,8 @@ def _formula(ctx: Any, grad_ys: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 NO_SECOND_DERIVATIVE = (
-    "the fused solver has no second derivatives: set NODESHAPE_FUSED=0 to differentiate twice (adjoint='discrete')"
+    "the fused solver has no second derivatives: to differentiate twice give options={'fused': False}, or set"
+    " NODESHAPE_FUSED=0 (adjoint='discrete')"
 )
 
 
