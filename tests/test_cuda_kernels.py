@@ -39,9 +39,7 @@ UNITS = {
     "tests/cuda_shim/cuda_shim.cpp": ["-O2"],  # what switches fibres is not what is tested
     "csrc/cuda/ops.cpp": SANITIZED,
     "csrc/cuda/conv.cu": SANITIZED,
-    "csrc/cuda/mlp.cu": SANITIZED,
     "csrc/cuda/program.cu": SANITIZED,
-    "csrc/cuda/program_ops.cpp": SANITIZED,
 }
 
 #: A machine on which blocks are small and the tests' feature maps too large for one of them.

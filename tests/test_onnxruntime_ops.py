@@ -21,6 +21,7 @@ from nodeshape._exporting import custom_ops
 from nodeshape._exporting.custom_ops import DOMAIN, LIBRARY
 from nodeshape._exporting.module import open_onnx
 from nodeshape._exporting.native import ONNX, TORCHSCRIPT
+from nodeshape._models.dynamics import mlp_program
 from nodeshape.export import _print
 
 needs_library = pytest.mark.skipif(
@@ -166,13 +167,20 @@ def test_a_sample_that_fails_is_an_error_and_the_session_goes_on(tmp_path: Path)
     assert not session.run(None, {name: y.numpy()})[0].any()
 
 
-def handmade(shape: list[int], weights: list[list[int]], **attributes: object) -> bytes:
-    """An ONNX file of one MlpSolve."""
+def handmade(shape: list[int], weights: list[list[int]], theta: float = 0.5, **attributes: object) -> bytes:
+    """An ONNX file of one Solve, of a linear MLPDynamics of 3 components."""
+    program = mlp_program((3,), ((3, 4), (3,)), "tanh")
     names = [f"w{i}" for i in range(len(weights))]
     constants = [helper.make_tensor(x, 1, size, np.ones(size)) for x, size in zip(names, weights)]
-    constants.append(helper.make_tensor("t", TensorProto.DOUBLE, [2], [0.0, 1.0]))
-    outputs = ["ys", "evaluations", "residual"]
-    node = helper.make_node("MlpSolve", ["y0", "t", *names], outputs, domain=DOMAIN, **attributes)
+    for name, kind, values in (
+        ("t", TensorProto.DOUBLE, np.array([0.0, 1.0])),
+        ("program", TensorProto.INT64, program.code.numpy()),
+        ("constants", TensorProto.DOUBLE, program.constants.numpy()),
+        ("tableau", TensorProto.DOUBLE, np.array([[theta], [1.0], [theta]])),
+    ):
+        constants.append(helper.make_tensor(name, kind, values.shape, values.reshape(-1)))
+    inputs = ["y0", "t", "program", "constants", "tableau", *names]
+    node = helper.make_node("Solve", inputs, ["ys", "evaluations", "residual"], domain=DOMAIN, **attributes)
     graph = helper.make_graph(
         [node],
         "g",
@@ -184,20 +192,20 @@ def handmade(shape: list[int], weights: list[list[int]], **attributes: object) -
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
-GOOD = {"steps": [3], "theta": 0.5, "tolerance": 1e-6, "max_iterations": 30, "activation": 0}
+GOOD = {"steps": [3], "theta": 0.5, "tolerance": 1e-6, "max_iterations": 30}
 
 
 @needs_library
 @pytest.mark.parametrize(
     ("shape", "weights", "changed", "message"),
     [
-        ([2, 3, 4], [[3, 4], [3]], {}, r"MlpSolve: y0 must be \[batch, dim\], got \[2, 3, 4\]"),
-        ([2, 3], [[3, 3], [3]], {}, "MlpSolve: y0 has 3 components but layers.0.weight expects 2 and the time"),
-        ([2, 3], [[3, 4], [2]], {}, r"MlpSolve: layers.0.bias is \[2\] but must be \[3\]"),
-        ([2, 3], [[3, 4]], {}, "MlpSolve: weights must be a weight and a bias for each layer"),
-        ([2, 3], [[3, 4], [3]], {"steps": [3, 3]}, "MlpSolve: got 2 step counts for 2 observation times"),
-        ([2, 3], [[3, 4], [3]], {"theta": 0.25}, "MlpSolve: theta must be 0"),
-        ([2, 3], [[3, 4], [3]], {"activation": 9}, "MlpSolve: unknown activation 9"),
+        ([2, 3, 4], [[3, 4], [3]], {}, "Solve: a sample of y0 has 12 elements but the program expects 3"),
+        ([2, 3], [[3, 3], [3]], {}, "program: a layer's weight is of another size"),
+        ([2, 3], [[3, 4], [2]], {}, "program: a layer's weight is of another size"),
+        ([2, 3], [[3, 4]], {}, "program: it is for 2 weights, got 1"),
+        ([2, 3], [[3, 4], [3]], {"steps": [3, 3]}, "Solve: got 2 step counts for 2 observation times"),
+        ([2, 3], [[3, 4], [3]], {"theta": 0.25}, "Solve: theta must be 0"),
+        ([2, 3], [[3, 4], [3]], {"tolerance": -1.0}, "Solve: tolerance must be positive"),
     ],
 )
 def test_wrong_arguments_are_told_of(
@@ -216,9 +224,7 @@ def test_a_node_without_its_attributes_is_refused_when_it_is_loaded() -> None:
     options.register_custom_ops_library(str(LIBRARY))
     options.log_severity_level = 4
     with pytest.raises(Exception, match="max_iterations"):
-        onnxruntime.InferenceSession(
-            handmade([2, 3], [[3, 4], [3]], steps=[3], theta=0.5, tolerance=1e-6, activation=0), options
-        )
+        onnxruntime.InferenceSession(handmade([2, 3], [[3, 4], [3]], steps=[3], tolerance=1e-6), options)
 
 
 @needs_library
