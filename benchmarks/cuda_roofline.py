@@ -5,7 +5,7 @@
 
 A kernel's time is that of its busiest resource on the busiest multiprocessor (SM), plus the barriers, which overlap
 with nothing in a block: a bound, to be compared with ``python -m nodeshape.bench --device cuda``. Counts follow the
-loops of csrc/cuda/conv.cuh and mlp.cuh; registers are ptxas' own.
+loops of csrc/cuda/conv.cuh; registers are ptxas' own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from math import ceil, isqrt
+from math import ceil
 from pathlib import Path
 
 WARP, PACK, SEGMENT, BORDERS = 32, 4, 4, 16
@@ -222,60 +222,6 @@ class Conv:
         )
 
 
-# ---- MLPDynamics -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """dim -> hidden -> dim in a block of one warp; its weights stay in the first-level cache."""
-
-    dim: int
-    hidden: int
-
-    def products(self, columns: int, rows: int) -> Work:
-        """A matrix product: chains of additions, with the load of a weight (30 cycles) in each link but every other."""
-        shares = max(1, min(WARP // columns, isqrt(rows)))
-        links = ceil(ceil(rows / shares) / 2)
-        rounds = ceil(columns / WARP)
-        return Work(
-            fma=2.0 * rows * columns,
-            l1=128.0 * 2 * ceil(rows / shares) * rounds,
-            barriers=2,
-            latency=rounds * links * 34.0 + 60,
-        )
-
-    def evaluation(self) -> Work:
-        activation = Work(fma=25.0 * WARP, latency=100)
-        return self.products(self.hidden, self.dim) + self.products(self.dim, self.hidden) + activation
-
-    def parameters(self) -> int:
-        return self.hidden * (self.dim + 2) + self.dim * (self.hidden + 1)
-
-    def forward(self, batch: int, steps: int) -> Kernel:
-        return Kernel(
-            f"MLP {self.dim}→{self.hidden}→{self.dim} forward, euler, {steps} steps, batch {batch}",
-            "forward_kernel<MlpDynamics<float>, ThetaSteps>",
-            batch,
-            WARP,
-            (FLOAT * (self.dim + self.hidden),) * 2,
-            (FLOAT * self.dim,) * 4,
-            (self.evaluation() + Work(barriers=2, latency=40)) * steps,
-        )
-
-    def backward(self, batch: int, steps: int) -> Kernel:
-        gradient = Work(fma=8.0 * self.parameters(), l1=3.0 * FLOAT * self.parameters(), barriers=6, latency=400)
-        stored = Work(l2=float(FLOAT * self.dim), memory=float(FLOAT * self.dim), latency=600)
-        return Kernel(
-            f"MLP {self.dim}→{self.hidden}→{self.dim} backward, discrete, {steps} steps, batch {batch}",
-            "backward_kernel<MlpDynamics<float>, ThetaSteps>",
-            batch,
-            WARP,
-            (*(FLOAT * (self.dim + self.hidden),) * 3, FLOAT * self.parameters()),
-            (FLOAT * self.dim,) * 12,
-            (self.evaluation() * 2 + gradient + stored) * steps,
-        )
-
-
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
@@ -358,10 +304,9 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print a table for docs/cuda.md")
     arguments = parser.parse_args()
     report = {(k["kernel"], k["architecture"]): k["registers"] for k in json.loads(arguments.report.read_text())}
-    conv, large, mlp = Conv(64, 8), Conv(128, 14), Mlp(2, 16)
+    conv, large = Conv(64, 8), Conv(128, 14)
     kernels = [conv.forward(1, 20), conv.forward(120, 20), conv.forward(1024, 20), conv.backward(120, 20)]
     kernels += [large.forward(1, 20), large.forward(120, 20), large.backward(120, 20)]
-    kernels += [mlp.forward(1, 20), mlp.forward(4096, 20), mlp.backward(128, 20)]
     rows = [row(kernel, gpu, report[kernel.ptxas, gpu.architecture]) for gpu in GPUS for kernel in kernels]
     names = list(rows[0])
     if arguments.markdown:

@@ -293,16 +293,12 @@ NODESHAPE_INLINE void add_up(int64_t rows, int64_t columns, Column&& column, Sin
   barrier();
 }
 
-/// The same of body(row, c).
-template <class T, class Body, class Sink>
-NODESHAPE_INLINE void sum_columns(int64_t rows, int64_t columns, Body&& body, Sink&& sink) {
-  add_up<T>(rows, columns, [&](int64_t c) { return [&body, c](int64_t r) { return body(r, c); }; }, sink);
-}
-
 /// sums[c] = the sum over rows of body(row, c).
 template <class T, class Body>
 NODESHAPE_INLINE void sum_rows(int64_t rows, int64_t columns, T* sums, Body&& body) {
-  sum_columns<T>(rows, columns, body, [=](int64_t c, T sum) { sums[c] = sum; });
+  add_up<T>(
+      rows, columns, [&](int64_t c) { return [&body, c](int64_t r) { return body(r, c); }; },
+      [=](int64_t c, T sum) { sums[c] = sum; });
 }
 
 }  // namespace nodeshape::cuda
