@@ -234,6 +234,27 @@ def test_gradients_of_the_samples_that_live_on_are_finite_and_right() -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-2)
 
 
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5", "implicit_midpoint", "trapezoid"])
+def test_a_sample_that_overflows_in_given_steps_spoils_no_gradient(method: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2).double()
+    y0 = torch.tensor([[0.1, 0.2], [30.0, 40.0], [0.3, -0.1]], dtype=torch.float64)
+    solve = {"method": method, "steps": 6}
+    results = []
+    for start, options in ((y0, {"on_failure": "nan"}), (y0[::2], {})):
+        start = start.clone().requires_grad_()
+        ys, stats = ns.odeint(
+            lambda t, y: layer(y) + y**3, start, [0.0, 0.5, 1.0], options=options, return_stats=True, **solve
+        )
+        lives = ys[:, ::2] if options else ys
+        results.append([lives, *torch.autograd.grad(lives.square().sum(), [start, *layer.parameters()])])
+        if options:
+            assert list(stats.failures) == [1] and bool(ys[1:, 1].isnan().all())
+    (found, of_y0, *of_layer), (expected, expected_y0, *expected_layer) = results
+    assert not bool(of_y0[1].any())
+    assert relative_error([found, of_y0[::2], *of_layer], [expected, expected_y0, *expected_layer]) < 1e-12
+
+
 def test_too_many_steps_raise_with_the_remedy() -> None:
     y0 = torch.ones(1, 1, dtype=torch.float64)
     with pytest.raises(ns.StepSizeError, match=r"as many attempts as allowed.*use an implicit method"):

@@ -24,7 +24,7 @@ from nodeshape._ode.field import Field
 from nodeshape._ode.method import Method
 from nodeshape._ode.root import StageEquations
 from nodeshape._ode.step import Piece, Size, end, error, stages
-from nodeshape._ode.unrolled import current, is_recording
+from nodeshape._ode.unrolled import current, is_recording, is_tracing
 
 if TYPE_CHECKING:
     from nodeshape._ode.compiled import Step
@@ -232,14 +232,10 @@ class Loop:
                 known = slope if reused else None
                 now = times[k * per_step : (k + 1) * per_step]
                 before = self.recorder.before() if self.recorder is not None else None
-                if self.compiled is not None:
-                    size = h if isinstance(h, Tensor) else torch.tensor(h, dtype=self.field.time_dtype)
-                    after, slopes = self.compiled(y, now, size), []
-                    self.field.evaluations += per_step
-                else:
-                    slopes = stages(self.field, method, y, now, h, known, self._guess, self.solve)
-                    self._guess = slopes[-1].detach() if self.solve is not None else None
-                    after = end(method, y, h, slopes)
+                after, slopes = self._given(y, now, h, known)
+                may_fail = self.on_failure == "nan" and self.recorder is None and not is_tracing()
+                if may_fail and self._lost(after, start + length) is not None:
+                    after, slopes = self._given(y, now, h, None)  # without them, as what they gave has no gradient
                 if self.recorder is not None:
                     self.recorder.after(start, length, y, slopes, before)
                 slope = slopes[-1] if slopes and method.ends_with_slope else None
@@ -253,6 +249,16 @@ class Loop:
                     self.pieces.append(piece)
                 y = after
                 yield piece, y, slope
+
+    def _given(self, y: Tensor, times: Sequence[Tensor], h: Size, known: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The state after one step, and the slopes of its stages, of which the first may be known."""
+        if self.compiled is not None:
+            size = h if isinstance(h, Tensor) else torch.tensor(h, dtype=self.field.time_dtype)
+            self.field.evaluations += len(self.method.c)
+            return self.compiled(y, times, size), []
+        slopes = stages(self.field, self.method, y, times, h, known, self._guess, self.solve)
+        self._guess = slopes[-1].detach() if self.solve is not None else None
+        return end(self.method, y, h, slopes), slopes
 
     def _grid_times(self, segment: Segment, first: int, count: int) -> tuple[Sequence[Tensor], Size]:
         """The times of all stages of ``count`` steps, in order, and the size of a step."""
@@ -437,13 +443,20 @@ class Loop:
         """The first state, without samples that are not finite if they may fail."""
         if self.on_failure == "raise":
             return y
-        lost = ~torch.isfinite(y.detach()).reshape(self.field.samples, self.field.size).all(dim=1)
-        if bool(lost.any()):
-            self.fail(lost, lambda i: f"the state at t={self.times[0]:.6g} is not finite")
+        lost = self._lost(y, self.times[0])
+        if lost is not None:
             good = (~lost).nonzero()[:, 0]
             harmless = y.detach()[good[0]] if self.field.batched and len(good) else torch.zeros_like(y.detach())
             y = torch.where(self._column(lost, y), harmless, y)
         return y
+
+    def _lost(self, y: Tensor, time: float) -> Tensor | None:
+        """Samples ``[samples]`` that are not finite, which fail by it; None if there are none."""
+        lost = ~torch.isfinite(y.detach()).reshape(self.field.samples, self.field.size).all(dim=1)
+        if not bool(lost.any()):
+            return None
+        self.fail(lost, lambda i: f"the state at t={time:.6g} is not finite")
+        return lost
 
     def _without_failed(self, y: Tensor, lead: int = 0) -> Tensor:
         """A state, or several in ``lead`` dimensions before it, NaN for samples that failed."""
