@@ -348,7 +348,7 @@ def _kvaerno3() -> Method:
     )
 
 
-#: The methods of the source report: one stage, with fused kernels, undone by ``adjoint="reversible"``.
+#: The methods of the source report: one stage, undone by ``adjoint="reversible"``.
 SOURCE_METHODS = {
     method.name: method
     for method in (

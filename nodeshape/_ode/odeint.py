@@ -125,7 +125,7 @@ def odeint(
             added up in float32.
         t: strictly increasing or decreasing times, ``[times]``; or ``[times, batch]``, each sample's own, which begin
             together.
-        method: of one stage, with fused kernels, ``"euler"``, ``"implicit_euler"`` and ``"implicit_midpoint"`` (the
+        method: of one stage ``"euler"``, ``"implicit_euler"`` and ``"implicit_midpoint"`` (the
             default where ``steps`` or ``step_size`` is given); explicit ``"midpoint"``, ``"heun2"``, ``"heun3"``,
             ``"rk4"``; explicit with an error estimate ``"adaptive_heun"``, ``"fehlberg2"``, ``"bosh3"``, ``"dopri5"``
             (the default), ``"tsit5"``, ``"dopri8"``; implicit ``"trapezoid"``, and with an estimate ``"sdirk2"``,
