@@ -163,6 +163,7 @@ def load_model(path: Path, threads: int | None = None) -> Model:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
         inputs, outputs = session.get_inputs(), session.get_outputs()
+        [(x.name, x.shape) for x in (*inputs, *outputs)]  # which raises where a name is not UTF-8
     except Exception as error:  # onnxruntime's errors share no base class of their own
         raise UserError(f"{path}: not an ONNX model that onnxruntime can load") from error
     anew = "write it anew with: python -m nodeshape.export"

@@ -155,7 +155,13 @@ def test_calibrated_batch_norm_has_the_mean_statistics_of_its_batches() -> None:
 
 def test_backend_names_the_path_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     f, y = ns.MLPDynamics(2), torch.zeros(3, 2)
-    assert ns.backend(f, y).reason == "error control chooses the steps"
+    assert ns.backend(f, y).name == "fused"
+    assert (
+        ns.backend(f, y, adjoint="continuous").reason
+        == "gradients of error control without a record take the plain loop"
+    )
+    why = "adjoint='continuous' of rk4 takes the plain loop"
+    assert ns.backend(f, y, method="rk4", steps=3, adjoint="continuous").reason == why
     monkeypatch.setenv("NODESHAPE_FUSED", "1")
     assert str(ns.backend(lambda t, y: y, y, steps=3)).startswith("plain: function has no fused kernel")
     assert str(ns.backend(f, y, steps=3)) == "fused: MLPDynamics has a kernel for torch.float32 on cpu"

@@ -21,7 +21,7 @@ from nodeshape._data.datasets import drawn_data
 from nodeshape._data.shapes import draw
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
-from nodeshape._ode import fused
+from nodeshape._ode import program_op
 from nodeshape._training import plots, run_folder
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 from nodeshape._training.recipe import Recipe, balanced
@@ -301,13 +301,13 @@ def test_autocast_leaves_the_ode_in_float32_and_fused(monkeypatch: pytest.Monkey
     record("ode", run.model.ode)
     record("head", next(m for m in run.model.head.modules() if isinstance(m, torch.nn.Linear)))
     solves: list[torch.dtype] = []
-    solve = fused.solve
+    solve = program_op.solve
 
     def recorded(dynamics: object, weights: list[torch.Tensor], y0: torch.Tensor, *rest: object) -> object:
         solves.append(y0.dtype)
         return solve(dynamics, weights, y0, *rest)
 
-    monkeypatch.setattr(fused, "solve", recorded)
+    monkeypatch.setattr(program_op, "solve", recorded)
     run._step(*run.data.train.batch(slice(16), torch.device("cpu")), 16)
     assert kinds == {"stem": torch.bfloat16, "ode": torch.float32, "head": torch.bfloat16}
     assert solves == [torch.float32]

@@ -62,6 +62,7 @@ SOURCES = (
     "_ode.per_sample",
     "_ode.program",
     "_ode.program_op",
+    "_ode.adaptive_op",
     "_ode.reads",
     "_ode.recompute",
     "_ode.root",

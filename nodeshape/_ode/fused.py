@@ -58,7 +58,7 @@ def weights_for(dynamics: Any, y0: Any) -> list[Tensor] | str:
         return "NODESHAPE_FUSED=0"
     kernel = KERNELS.get(type(dynamics))
     if kernel is None:
-        return f"{type(dynamics).__name__} has no fused kernel (ConvDynamics, MLPDynamics and what nodeshape.fuse returns have)"
+        return f"{type(dynamics).__name__} has no fused kernel (what nodeshape.fuse returns has one)"
     if not isinstance(y0, Tensor):
         return "the state is a tuple"
     if not (y0.is_cpu or y0.is_cuda):
