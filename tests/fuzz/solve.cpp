@@ -117,7 +117,7 @@ void solve(Numbers& numbers) {
   int64_t parameters = 0;
   for (int64_t k = 0; k < weight_count; ++k) {
     const int64_t size = numbers.integer();
-    if (size < 0 || (parameters += size) > kMostElements) return;
+    if (size < 0 || size > kMostElements || (parameters += size) > kMostElements) return;
     weights.emplace_back(Sizes{size}, kType<T>);
     fill(weights.back().data.get(), size, k);
     given.push_back(weights.back().tensor);
