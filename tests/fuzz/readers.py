@@ -80,6 +80,7 @@ def model(data: bytes) -> None:
         one_line(error)
 
 
+@atheris.instrument_func
 def ops(data: bytes) -> None:
     """Tensors of other shapes, types and strides than the ops expect, and numbers out of their range."""
     given = atheris.FuzzedDataProvider(data)
