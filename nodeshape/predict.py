@@ -5,10 +5,12 @@ Needs onnxruntime, NumPy and Pillow only.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,8 @@ def load_model(path: Path, threads: int | None = None) -> Model:
     options.log_severity_level = 4  # errors are raised, and told below
     options.intra_op_num_threads = cores() if threads is None else threads
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with redirect_stdout(io.StringIO()):  # where onnxruntime prints of files that are not UTF-8
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         metadata = session.get_modelmeta().custom_metadata_map
         inputs, outputs = session.get_inputs(), session.get_outputs()
         [(x.name, x.shape) for x in (*inputs, *outputs)]  # which raises where a name is not UTF-8

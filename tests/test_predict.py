@@ -206,6 +206,16 @@ def test_inputs_and_outputs_of_other_names_are_refused(folder, tmp_path, capsys,
     assert expected in mistake(capsys, tmp_path / "bad.onnx", folder / "images" / "a.png")
 
 
+@pytest.mark.parametrize("name", [b"image", b"batch", b"classes"])
+def test_a_model_whose_names_are_not_utf8_is_refused_in_one_line(folder, tmp_path, capsys, name):
+    data = (folder / "model.onnx").read_bytes()
+    assert name in data
+    wrong = tmp_path / "model.onnx"
+    wrong.write_bytes(data.replace(name, b"\xff" * len(name)))
+    line = mistake(capsys, wrong, folder / "images" / "a.png")
+    assert "not an ONNX model" in line or "metadata" in line
+
+
 def mistake(capsys, *arguments):
     """What a command line that ends in exit code 2 says, one line of it."""
     with pytest.raises(SystemExit) as stopped:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -74,10 +75,13 @@ def checkpoint(data: bytes) -> None:
 def model(data: bytes) -> None:
     path = FOLDER / "model.onnx"
     path.write_bytes(data)
+    printed = io.StringIO()
     try:
-        load_model(path, threads=1)
+        with redirect_stdout(printed):
+            load_model(path, threads=1)
     except UserError as error:
         one_line(error)
+    assert not printed.getvalue()
 
 
 @atheris.instrument_func
