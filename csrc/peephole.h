@@ -85,7 +85,7 @@ class Peephole {
     const int64_t joined = value_;
     value_ = value;
     copy(channels * pixels, 1, pixels);
-    expect(value_ == joined && program_.buffers[joined].size == (channels + 1) * pixels);
+    expect(value_ == joined && joined != value && program_.buffers[joined].size == (channels + 1) * pixels);
   }
 
   void copy(int64_t elements, int64_t stride, int64_t to) {
