@@ -6,15 +6,18 @@ import gc
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +31,7 @@ from nodeshape._benchmarking.timing import QUICK, Effort, Timing, alternate, mea
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._models.dynamics import MLPDynamics
+from nodeshape._training.checkpoint import save_checkpoint
 from nodeshape.bench import main
 
 
@@ -321,6 +325,8 @@ def test_memory_counts_what_lives_and_at_most_lived() -> None:
 def test_contenders_of_a_suite_agree_in_its_small_cases(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = ShapeClassifier(3, width=8, steps=2).eval()
+    for parameter in model.ode.dynamics.parameters():
+        parameter.data.mul_(0.3)  # as tame as after training
     for module in (trained, train):
         monkeypatch.setattr(module, "trained_classifier", lambda quick: model)
     cases = suite.cases(True, torch.device("cpu"))
@@ -343,3 +349,185 @@ def test_threads_are_powers_of_two_and_all_there_are(monkeypatch: pytest.MonkeyP
     for most, counts in ((1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])):
         monkeypatch.setattr(torch, "get_num_threads", lambda most=most: most)
         assert solver._thread_counts() == counts
+
+
+def test_cases_of_the_deploy_suite_weigh_files_in_the_last_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [deploy.Variant(name, Path(name), "euler") for name in (deploy.NODESHAPE, deploy.ONNX)]
+    monkeypatch.setattr(deploy, "_variants", lambda method, quick: found)
+    for quick, methods, batches, weighed in ((True, 1, (1, 3), found[1:]), (False, 3, (1, 7, 120), found)):
+        cases = deploy.cases(quick, torch.device("cpu"))
+        assert [case.scale for case in cases] == list(batches) * methods
+        assert [case.section for case in cases[:: len(batches)]] == [
+            deploy.section(method) for method in deploy.METHODS[:methods]
+        ]
+        for case in cases:
+            assert case.describe.args[1] == (weighed if case.scale == batches[-1] else [])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_file_of_an_export_is_a_contender_and_what_cannot_be_written_is_a_reason(
+    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nodeshape.export
+    from nodeshape._exporting import native
+
+    def export(path: Path, out: Path, method: str) -> None:
+        out.mkdir()
+        for name in ("model.onnx", "model.int8.onnx", "model-half.onnx", "model.ts", "README.md"):
+            (out / name).write_text("")
+
+    def to_native(model: object, images: object, out: Path, package: bool) -> None:
+        assert package is not quick
+        (out / "model.fused.ts").write_text("")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("an operation\nis missing")
+
+    def speechless(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    model = ShapeClassifier(3, width=8, steps=2).eval()
+    monkeypatch.setattr(deploy, "checkpoint", lambda quick: tmp_path / "best.pt")
+    monkeypatch.setattr(deploy, "trained_classifier", lambda quick: model)
+    monkeypatch.setattr(nodeshape.export, "export", export)
+    monkeypatch.setattr(native, "to_native", to_native)
+    monkeypatch.setattr(torch.onnx, "export", broken)
+    monkeypatch.setattr(nodeshape, "to_pt2", speechless)
+    monkeypatch.setattr(nodeshape, "to_onnx", lambda model, images, file, loop: file.write_text("looped"))
+    found = {variant.name: variant for variant in deploy._variants.__wrapped__("euler", quick)}
+    assert list(found)[:2] == [deploy.NODESHAPE, deploy.PLAIN] and list(found)[-1] == deploy.BASELINE
+    files = {deploy.ONNX, f"{deploy.ONNX}, int8", f"{deploy.ONNX}, half", "TorchScript", deploy.SCRIPT}
+    others = set() if quick else {"torch.export", f"{deploy.ONNX}, loop"}
+    assert found.keys() == {deploy.NODESHAPE, deploy.PLAIN, deploy.BASELINE} | files | others
+    unlike = {deploy.NODESHAPE, f"{deploy.ONNX}, int8", f"{deploy.ONNX}, half"}
+    assert {name for name, variant in found.items() if variant.like is None} == unlike
+    assert found[deploy.BASELINE].why_not == "cannot export: an operation"
+    with pytest.raises(Unavailable, match="cannot export: an operation"):
+        found[deploy.BASELINE].load()
+    if not quick:
+        assert found["torch.export"].why_not == "cannot export: RuntimeError"
+        assert (tmp_path / "export-euler" / "looped.onnx").read_text() == "looped"
+
+
+def test_files_are_loaded_as_what_they_are(tmp_path: Path) -> None:
+    images = torch.rand(2, 1, 32, 32)
+    model = ShapeClassifier(3, width=8, steps=2).eval()
+    state = {
+        "model": model.state_dict(),
+        "architecture": {"num_classes": 3, "width": 8, "steps": 2},
+        "classes": ["a", "b", "c"],
+    }
+    save_checkpoint(tmp_path / "best.pt", state)
+    double = torch.nn.Linear(32, 2).eval()
+    torch.export.save(torch.export.export(double, (images,)), tmp_path / "model.pt2")
+    torch.jit.trace(double, images).save(tmp_path / "model.ts")
+    for name, dtype in (("float", onnx.TensorProto.FLOAT), ("bytes", onnx.TensorProto.UINT8)):
+        given = onnx.helper.make_tensor_value_info("image", dtype, ["batch", 1, 32, 32])
+        logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 1, 32, 32])
+        node = onnx.helper.make_node("Cast", ["image"], ["logits"], to=onnx.TensorProto.FLOAT)
+        graph = onnx.helper.make_graph([node], "graph", [given], [logits])
+        opset = [onnx.helper.make_opsetid("", 18)]
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / f"{name}.onnx")
+
+    def load(name: str, file: str) -> Any:
+        return deploy.Variant(name, tmp_path / file, "euler").load()
+
+    with torch.no_grad():
+        assert torch.equal(load(deploy.NODESHAPE, "best.pt")(images), model(images))
+        for name in ("torch.export", "TorchScript", deploy.SCRIPT):
+            file = "model.pt2" if name == "torch.export" else "model.ts"
+            torch.testing.assert_close(load(name, file)(images), double(images))
+    assert (load(deploy.ONNX, "float.onnx")(images) == images.numpy()).all()
+    assert (load(f"{deploy.ONNX}, uint8", "bytes.onnx")(images) == (images * 255).round().numpy()).all()
+
+
+def test_percentiles_are_of_calls_in_turns_and_end_after_a_time(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(deploy, "footprint", lambda variant, batch: {"bytes": 10.0 * batch})
+    slow, fast = taking(clock, 4.0), taking(clock, 1.0)
+    weighed = [deploy.Variant(name, Path(name), "euler") for name in ("fast", "absent")]
+    figures = deploy._describe({"slow": slow, "fast": fast}, weighed, batch=3, count=100)  # type: ignore[dict-item]
+    assert figures == {"slow: p50": 4, "slow: p95": 4, "fast: p50": 1, "fast: p95": 1, "fast: bytes": 30}
+    assert clock[0] == deploy.CALL_SECONDS
+    deploy._describe({"slow": slow}, [], batch=3, count=2)  # type: ignore[dict-item]
+    assert clock[0] == deploy.CALL_SECONDS + 8
+
+
+def test_a_footprint_counts_a_file_with_its_data_and_is_measured_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.ts"
+    torch.jit.trace(torch.nn.Linear(32, 2), torch.rand(2, 1, 32, 32)).save(path)
+    (tmp_path / "model.ts.data").write_bytes(bytes(100))
+    resident = iter([5, 12])
+    monkeypatch.setattr(deploy, "_resident", lambda key: next(resident))
+
+    def here(line: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert env.get("NODESHAPE_FUSED") == ("0" if line[3] == deploy.PLAIN else os.environ.get("NODESHAPE_FUSED"))
+        deploy._footprint(*line[3:])
+        return subprocess.CompletedProcess(line, 0, capsys.readouterr().out, "")
+
+    monkeypatch.setattr(subprocess, "run", here)
+    found = deploy.footprint(deploy.Variant("TorchScript", path, "euler"), batch=2)
+    assert found["bytes"] == path.stat().st_size + 100 and found["memory"] == 7 and found["load"] > 0
+    monkeypatch.setattr(deploy.Variant, "load", lambda variant: torch.nn.Identity())
+    resident = iter([5, 12])
+    assert deploy.footprint(deploy.Variant(deploy.PLAIN, path, "euler"), batch=2)["memory"] == 7
+
+
+def test_the_deploy_table_has_a_line_for_each_way_and_a_note_for_each_that_is_none() -> None:
+    def times(*names: str) -> dict[str, float]:
+        return {f"{name}: {what}": x for name in names for what, x in (("p50", 0.002), ("p95", 0.003))}
+
+    sizes = {"ours: bytes": 2e6, "ours: load": 0.25, "ours: memory": 12e6}
+    rows = [
+        result("batch 1", 1, {"ours": 0.002, deploy.BASELINE: 0.004}, figures=times("ours", deploy.BASELINE)),
+        result("batch 7", 7, {"ours": 0.002}, skipped={deploy.BASELINE: "too old"}, figures=times("ours") | sizes),
+        result("batch 9", 9, {deploy.BASELINE: 1.0}, skipped={"ours": "too big"}, figures=times(deploy.BASELINE)),
+    ]
+    title, _, ours, theirs, *notes = deploy.table("Title", rows).splitlines()
+    assert title == f"Title (× is of {deploy.BASELINE}'s time)"
+    assert ours.split() == ["ours", "2", "250", "12", *("2", "3", "0.50"), *("2", "3", "1.00"), "–"]
+    assert theirs.split()[1:] == ["–", "–", "–", *("2", "3", "1.00"), "–", *("2", "3", "1.00")]
+    assert notes == [f"  no {deploy.BASELINE}: too old", "  no ours: too big"]
+    nothing = [result("batch 1", 1, {"late": 1.0}, skipped={}, figures=times("late"))]
+    nothing[0].seconds = {"first": nothing[0].seconds["late"]}
+    nothing[0].figures = times("first")
+    assert deploy.table("Title", nothing).splitlines()[2].split()[-1] == "1.00"
+
+
+def test_images_are_those_that_the_classifier_was_trained_on() -> None:
+    images, labels = trained.images_of(6).test.batch(slice(None), torch.device("cpu"))
+    assert images.shape == (6, 1, trained.IMAGE_SIZE, trained.IMAGE_SIZE) and set(labels.tolist()) <= {0, 1, 2}
+    assert torch.equal(deploy._images(6), images)
+
+
+def test_diffrax_is_given_the_problem_that_we_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numpy, whose interface jax.numpy has, in jax's place, and the steps of explicit Euler in diffrax's."""
+
+    def diffeqsolve(f: Any, solver: str, t0: float, t1: float, h: float, y: Any, weights: Any, **how: Any) -> Any:
+        assert (solver, how) == ("euler", {"stepsize_controller": "constant"})
+        for k in range(round((t1 - t0) / h)):
+            y = y + h * f(t0 + k * h, y, weights)
+        return SimpleNamespace(ys=[y])
+
+    jax: Any = ModuleType("jax")
+    jax.numpy, jax.nn = numpy, SimpleNamespace(relu=None, softplus=None, silu=None)
+    jax.jit, jax.block_until_ready = lambda function: function, lambda x: x
+    jax.tree = SimpleNamespace(leaves=lambda x: [x])
+    diffrax: Any = ModuleType("diffrax")
+    diffrax.ODETerm, diffrax.diffeqsolve = lambda f: f, diffeqsolve
+    diffrax.ConstantStepSize, diffrax.Euler = lambda: "constant", lambda: "euler"
+    for name, module in (("jax", jax), ("jax.numpy", numpy), ("diffrax", diffrax)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "nodeshape._benchmarking.jax", raising=False)
+    (theirs,) = contenders.diffrax(problem())()
+    torch.testing.assert_close(torch.from_numpy(theirs), nodeshape(problem())()[0], rtol=1e-4, atol=1e-6)
+    jax.vjp = lambda solve, y0, weights: (None, lambda cotangent: (solve(y0, weights), weights, cotangent))
+    given = replace(problem(), training=True)
+    ((y1, weights, cotangent),) = contenders.diffrax(given)()
+    assert (y1 == theirs).all() and len(weights) == len(list(given.dynamics.parameters()))
+    assert (cotangent == given.cotangent().numpy()).all()
+    del sys.modules["nodeshape._benchmarking.jax"]
