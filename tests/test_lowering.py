@@ -126,6 +126,13 @@ LOWERED: dict[str, Case] = {
     "batch norm in eval": (lambda f, t, y: f.layer(y), MAP),
     "dropout in eval": (lambda f, t, y: f.layer(y).sin(), VECTOR),
     "rms norm": (lambda f, t, y: f.layer(y), ROWS),
+    "einsum without an arrow": (lambda f, t, y: torch.einsum("ba,ac", y, f.matrix), VECTOR),
+    "addmm of a state": (lambda f, t, y: torch.addmm(y, y, f.matrix) + torch.addmm(f.vector[:1], y, f.matrix), VECTOR),
+    "average pool along one side": (lambda f, t, y: F.avg_pool2d(y, (3, 1), stride=1, padding=(1, 0)), MAP),
+    "parts written": (
+        lambda f, t, y: torch.slice_scatter(y, y[:, :3] * 2, 1, 3, 6) + torch.slice_scatter(y, y.sin(), 0),
+        VECTOR,
+    ),
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "embedding of a constant": lambda: nn.Embedding(3, 6),
@@ -230,12 +237,53 @@ REFUSED: dict[str, tuple[Case, str]] = {
         (lambda f, t, y: torch.func.vmap(torch.func.jacrev(torch.sin))(y).sum(1), VECTOR),
         "diagonal_scatter does not lower",
     ),
+    "complex constant": (
+        (lambda f, t, y: (y * torch.complex(f.vector, f.vector)).real, VECTOR),
+        "a constant is complex: keep its real and imaginary parts apart",
+    ),
+    "division that rounds": ((lambda f, t, y: y + torch.div(y, 2.0, rounding_mode="floor"), VECTOR), "no layer for it"),
+    "addmm with factors": ((lambda f, t, y: torch.addmm(f.vector, y, f.matrix, beta=2.0), VECTOR), "are not 1"),
+    "a bias of one number": ((lambda f, t, y: F.linear(y, f.matrix, f.vector[:1]), VECTOR), "bias is not a vector"),
+    "samples and rows in one": (
+        (
+            lambda f, t, y: torch.matmul(y.reshape(-1, 2, 3), y.reshape(-1, 3, 2)).reshape(y.shape[0], 12)[:, :1] * y,
+            VECTOR,
+        ),
+        "the batch and another dimension in one: keep them apart",
+    ),
+    "leading dimensions": (
+        (lambda f, t, y: torch.matmul(y[:, None], torch.stack([y.mT, y.mT], 1)).sum((1, 3))[:, :, None] * y, ROWS),
+        "leading dimensions are not alike: expand them",
+    ),
+    "einsum of a size 1": ((lambda f, t, y: torch.einsum("bi,bi->bi", y[:, :1], y), VECTOR), "is 1.*expand it"),
+    "einsum with an ellipsis": ((lambda f, t, y: torch.einsum("b...,b...->b...", y, y), VECTOR), "name all dimensions"),
+    "masked attention": (
+        (lambda f, t, y: F.scaled_dot_product_attention(y, y, y, attn_mask=torch.ones(3, 3)), ROWS),
+        "it has a mask, dropout or groups of heads: write it with @ and softmax",
+    ),
+    "average pool without padding": (
+        (lambda f, t, y: F.avg_pool2d(y, 3, 1, 1, count_include_pad=False), MAP),
+        "count_include_pad=True",
+    ),
+    "convolution by time": ((lambda f, t, y: F.conv2d(y, f.layer.weight * t, padding=1), MAP), "on state or time"),
+    "wide padding": (
+        (lambda f, t, y: F.conv2d(y, f.layer.weight, padding=3)[:, :, 2:-2, 2:-2], MAP),
+        "pad by at most dilation",
+    ),
+    "layer norm by time": ((lambda f, t, y: F.layer_norm(y, (6,), f.vector * t), VECTOR), "on state or time"),
+    "layer norm of time": ((lambda f, t, y: y * F.layer_norm(t * f.vector, (6,)), VECTOR), "along the batch"),
+    "group norm of time": ((lambda f, t, y: y + F.group_norm((t * f.vector)[None], 2), VECTOR), "has no batch"),
+    "instance norm of a run": ((lambda f, t, y: f.layer(y), MAP), "use InstanceNorm with track_running_stats=False"),
+    "slice of samples written": ((lambda f, t, y: torch.slice_scatter(y, y[:1] * 2, 0, 0, 1), VECTOR), "some samples"),
     "no derivative": ((lambda f, t, y: torch.heaviside(y, torch.zeros(())), VECTOR), "cannot be differentiated"),
 }
 REFUSED_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "transposed convolution": lambda: nn.ConvTranspose2d(4, 4, 3, padding=1),
     "strided convolution": lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1),
     "conv3d": lambda: nn.Conv3d(1, 1, 3, padding=1),
+    "convolution by time": lambda: nn.Conv2d(4, 4, 3),
+    "wide padding": lambda: nn.Conv2d(4, 4, 3),
+    "instance norm of a run": lambda: nn.InstanceNorm2d(4, track_running_stats=True).eval(),
     "dropout": lambda: nn.Dropout(0.5),
     "dropout of channels": lambda: nn.Dropout2d(0.5),
     "batch norm in training": lambda: nn.BatchNorm2d(4),
