@@ -1,6 +1,7 @@
 """``python -m nodeshape.data`` and what all commands share: a usable folder, and mistakes that take one line."""
 
 import argparse
+import io
 import os
 import subprocess
 import sys
@@ -216,3 +217,38 @@ def test_a_command_that_goes_on_unheard_says_so_once(tmp_path):
         done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, cwd=tmp_path)
         assert (done.returncode == 0) == (tmp_path / "done").exists() == unheard
     assert done.stderr == b"going on without an output: Broken pipe\n"
+
+
+def test_a_command_whose_output_is_no_stream_of_bytes_ends_as_others(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", said)
+    with pytest.raises(SystemExit) as exit_:
+        _cli.run(lambda: _cli.say("done"))
+    assert exit_.value.code == 0 and said.getvalue() == "done\n"
+
+
+@pytest.mark.parametrize("lost", ["write", "flush"])
+def test_errors_that_nobody_can_read_are_lost_in_silence(lost, tmp_path, capsys):
+    class Closed:
+        def __init__(self, file):
+            self.file = file
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def write(self, text):
+            return self.fail("write")
+
+        def flush(self):
+            self.fail("flush")
+
+        def fail(self, what):
+            if what == lost:
+                raise OSError(5, "Input/output error")
+
+    with open(tmp_path / "terminal", "w") as file:
+        lasting = _cli._Lasting(Closed(file))
+        wrote, _ = lasting.write("12345"), lasting.flush()
+        assert wrote == (5 if lost == "write" else None) and lasting.fileno() == file.fileno()
+        file.write("into nothing")
+    assert (tmp_path / "terminal").read_text() == "" and capsys.readouterr().err == ""

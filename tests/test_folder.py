@@ -34,6 +34,11 @@ LEFT_OUT = {
     "images in subfolders": ({**BASE, "cat/2023": 2}, "cat dog", "cat: left out: 2 images in its subfolders"),
     "a class of subfolders": ({**BASE, "owl/2023": 2}, "cat dog", "owl: left out: 2 images in its subfolders only"),
     "images beside the classes": ({**BASE, ".": 2}, "cat dog", "2 images beside the class folders left out"),
+    "images beside the classes of a set": (
+        {**SPLIT, "train": 2},
+        "cat dog",
+        "train: 2 images beside its class folders",
+    ),
     "a class without test images": ({**SPLIT, "train/owl": 2}, "cat dog owl", "train/owl: has no test images"),
     "a class without training images": ({**SPLIT, "test/owl": 2}, "cat dog", "test/owl: left out: has no training"),
     "val beside test": ({**SPLIT, "val/cat": 2}, "cat dog", "val: left out: train and test are used"),
@@ -139,3 +144,23 @@ def test_files_that_differ_late_are_not_the_same(tmp_path):
         (tmp_path / name).write_bytes(bytes(100_000) + end)
     folder = scan_folder(tmp_path, seed=0)
     assert same_files(folder.train, folder.test) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_names_that_read_the_same_are_refused(tmp_path):
+    make(tmp_path, {"cat": 3, "dog": 3, r"d\xf6g": 3})
+    os.rename(tmp_path / "dog", os.path.join(os.fsencode(tmp_path), b"d\xf6g"))
+    with pytest.raises(UserError, match=r"two classes are called d\\xf6g; rename one"):
+        scan_folder(tmp_path, seed=0)
+
+
+def test_a_share_of_nothing_or_all_is_no_test_set(tmp_path):
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match="test_fraction must be between 0 and 1"):
+            scan_folder(make(tmp_path, BASE), seed=0, test_fraction=share)
+
+
+def test_files_are_those_of_equal_folders_names_and_labels(tmp_path):
+    folder = scan_folder(make(tmp_path, SPLIT), seed=0)
+    assert folder.train == folder.train[:] != folder.test
+    assert folder.train != list(folder.train) and folder.train.take([1, 3])[0] == folder.train[1]

@@ -54,3 +54,10 @@ def test_the_inside_of_a_filled_drawing_is_the_inside_of_its_line():
     assert drawing.render(64).mean() / 255 == pytest.approx(0.25, abs=0.005)
     ring = hand.Sketch(0, 255, (square,), 0.1, False, 0)
     assert ring.render(64).mean() / 255 == pytest.approx(0.6**2 - 0.4**2 - (4 - np.pi) * 0.05**2, rel=0.02)
+
+
+def test_what_is_inside_a_square_with_level_sides():
+    square = [(1.0, 1.0), (4.0, 1.0), (4.0, 4.0), (1.0, 4.0), (1.0, 1.0)]
+    expected = np.zeros((6, 6), bool)
+    expected[1:4, 1:4] = True
+    np.testing.assert_array_equal(hand._inside(square, 6), expected)

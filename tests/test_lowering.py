@@ -126,6 +126,108 @@ LOWERED: dict[str, Case] = {
     "batch norm in eval": (lambda f, t, y: f.layer(y), MAP),
     "dropout in eval": (lambda f, t, y: f.layer(y).sin(), VECTOR),
     "rms norm": (lambda f, t, y: f.layer(y), ROWS),
+    "einsum without an arrow": (lambda f, t, y: torch.einsum("ba,ac", y, f.matrix), VECTOR),
+    "addmm of a state": (lambda f, t, y: torch.addmm(y, y, f.matrix) + torch.addmm(f.vector[:1], y, f.matrix), VECTOR),
+    "average pool along one side": (lambda f, t, y: F.avg_pool2d(y, (3, 1), stride=1, padding=(1, 0)), MAP),
+    "parts written": (
+        lambda f, t, y: torch.slice_scatter(y, y[:, :3] * 2, 1, 3, 6) + torch.slice_scatter(y, y.sin(), 0),
+        VECTOR,
+    ),
+    "one, all and none written": (
+        lambda f, t, y: (
+            torch.select_scatter(y, y[:, 0] * 2, 1, -1)
+            + torch.slice_scatter(y, y.sin(), 1)
+            + torch.slice_scatter(y, y[:, :0], 1, 3, 3)
+        ),
+        VECTOR,
+    ),
+    "beside nothing, and beside time": (
+        lambda f, t, y: torch.cat([y, y[:, :0].sin()], 1) + torch.cat([t * f.vector[:3], torch.zeros(1), f.vector[:2]]),
+        VECTOR,
+    ),
+    "powers of a number": (lambda f, t, y: 2.0 ** (0.1 * y) + y**1.0, VECTOR),
+    "rows and columns by numbers": (
+        lambda f, t, y: y[:, torch.tensor([[0], [2], [1]]), torch.tensor([[0, 1, 5, 3, 4, 2]])],
+        ROWS,
+    ),
+    "diagonals beside the main one": (
+        lambda f, t, y: y * sum((y[:, :, None] * y[:, None]).diagonal(k, 1, 2).sum(1, True) for k in (-1, 2)),
+        VECTOR,
+    ),
+    "clamp by one tensor": (
+        lambda f, t, y: torch.clamp_max(y, f.vector) + y.clamp(max=f.vector) * y.clamp(min=f.vector),
+        VECTOR,
+    ),
+    "variances": (
+        lambda f, t, y: (
+            y * y.var(1, unbiased=False, keepdim=True)
+            + y * torch.var(y, (1,), keepdim=True)
+            + torch.var(y, 1, correction=0)[:, None]
+            - torch.var_mean(y, dim=1, correction=2)[1][:, None]
+        ),
+        VECTOR,
+    ),
+    "time for each sample": (
+        lambda f, t, y: (
+            y
+            + (t * f.vector)[None].expand(y.shape[0], 6)
+            + (t * f.vector[:2])[None].repeat(y.shape[0], 3)
+            + (t * f.vector[:2]).repeat(3)
+            + torch.zeros(6).repeat(y.shape[0], 1)
+        ),
+        VECTOR,
+    ),
+    "functions with numbers": (
+        lambda f, t, y: F.gelu(y, approximate="tanh") + F.leaky_relu(y, 0.2) + F.softplus(y, 2.0, 10.0),
+        VECTOR,
+    ),
+    "numbers first": (
+        lambda f, t, y: 1 - y + 2 / (y * y + 1) + torch.rsub(y, 2.0, alpha=3) + torch.sub(y, y.sin(), alpha=2),
+        VECTOR,
+    ),
+    "bounds that are full": (
+        lambda f, t, y: torch.maximum(torch.full_like(y, 0.2), y) + torch.minimum(y, torch.full_like(y, 0.1)),
+        VECTOR,
+    ),
+    "arithmetic of numbers alone": (
+        lambda f, t, y: (
+            y * torch.maximum(torch.full_like(y, 0.2), torch.full_like(y, 0.3)) / (torch.zeros_like(y) + 1 - 3)
+            - torch.minimum(torch.full_like(y, 0.2), torch.full_like(y, 0.3)) * 2 / 4
+            - (torch.full_like(y, 0.2) - torch.full_like(y, 0.3))
+        ),
+        VECTOR,
+    ),
+    "logsumexp": (
+        lambda f, t, y: y * torch.logsumexp(y, 1, keepdim=True) + torch.logsumexp(y, (1,))[:, None],
+        VECTOR,
+    ),
+    "norms without weights": (
+        lambda f, t, y: (
+            F.group_norm(y, 2) + F.instance_norm(y) + F.batch_norm(y, torch.zeros(4), torch.full((4,), 2.0))
+        ),
+        MAP,
+    ),
+    "a bias made of time": (lambda f, t, y: F.linear(y, f.matrix, f.vector * t), VECTOR),
+    "bilinear without a bias": (
+        lambda f, t, y: F.bilinear(y, y.sin(), f.matrix.view(6, 6, 1).expand(6, 6, 6).contiguous()),
+        VECTOR,
+    ),
+    "einsum of three": (
+        lambda f, t, y: (
+            torch.einsum("bi,ij,bj->bi", y, f.matrix, y) + torch.einsum("ij,jk,bk->bi", f.matrix, f.matrix, y)
+        ),
+        VECTOR,
+    ),
+    "products of time": (
+        lambda f, t, y: y @ (t * f.matrix) + (t * f.matrix) @ f.vector + y[:, :1] * ((t * f.vector) @ (t * f.matrix)),
+        VECTOR,
+    ),
+    "parts of what time makes": (
+        lambda f, t, y: (
+            y * torch.stack([t, t * t])[1] + (t * f.vector)[2] + (t * f.matrix).T.sum(0) + f.matrix.diagonal()
+        ),
+        VECTOR,
+    ),
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "embedding of a constant": lambda: nn.Embedding(3, 6),
@@ -230,12 +332,60 @@ REFUSED: dict[str, tuple[Case, str]] = {
         (lambda f, t, y: torch.func.vmap(torch.func.jacrev(torch.sin))(y).sum(1), VECTOR),
         "diagonal_scatter does not lower",
     ),
+    "complex constant": (
+        (lambda f, t, y: (y * torch.complex(f.vector, f.vector)).real, VECTOR),
+        "a constant is complex: keep its real and imaginary parts apart",
+    ),
+    "division that rounds": ((lambda f, t, y: y + torch.div(y, 2.0, rounding_mode="floor"), VECTOR), "no layer for it"),
+    "addmm with factors": ((lambda f, t, y: torch.addmm(f.vector, y, f.matrix, beta=2.0), VECTOR), "are not 1"),
+    "a bias of one number": ((lambda f, t, y: F.linear(y, f.matrix, f.vector[:1]), VECTOR), "bias is not a vector"),
+    "samples and rows in one": (
+        (lambda f, t, y: torch.matmul(y.view(-1, 2, 3), y.view(-1, 3, 2)).reshape(-1, 12)[:, :1, None] * y, ROWS),
+        "the batch and another dimension in one: keep them apart",
+    ),
+    "leading dimensions": (
+        (lambda f, t, y: torch.matmul(y[:, None], torch.stack([y.mT, y.mT], 1)).sum((1, 3))[:, :, None] * y, ROWS),
+        "leading dimensions are not alike: expand them",
+    ),
+    "einsum of a size 1": ((lambda f, t, y: torch.einsum("bi,bi->bi", y[:, :1], y), VECTOR), "is 1.*expand it"),
+    "einsum with an ellipsis": ((lambda f, t, y: torch.einsum("b...,b...->b...", y, y), VECTOR), "name all dimensions"),
+    "masked attention": (
+        (lambda f, t, y: F.scaled_dot_product_attention(y, y, y, attn_mask=torch.ones(3, 3)), ROWS),
+        "it has a mask, dropout or groups of heads: write it with @ and softmax",
+    ),
+    "average pool without padding": (
+        (lambda f, t, y: F.avg_pool2d(y, 3, 1, 1, count_include_pad=False), MAP),
+        "count_include_pad=True",
+    ),
+    "convolution by time": ((lambda f, t, y: F.conv2d(y, f.layer.weight * t, padding=1), MAP), "on state or time"),
+    "wide padding": (
+        (lambda f, t, y: F.conv2d(y, f.layer.weight, padding=3)[:, :, 2:-2, 2:-2], MAP),
+        "pad by at most dilation",
+    ),
+    "layer norm by time": ((lambda f, t, y: F.layer_norm(y, (6,), f.vector * t), VECTOR), "on state or time"),
+    "layer norm of time": ((lambda f, t, y: y * F.layer_norm(t * f.vector, (6,)), VECTOR), "along the batch"),
+    "group norm of time": ((lambda f, t, y: y + F.group_norm((t * f.vector)[None], 2), VECTOR), "has no batch"),
+    "instance norm of a run": ((lambda f, t, y: f.layer(y), MAP), "use InstanceNorm with track_running_stats=False"),
+    "slice of samples written": ((lambda f, t, y: torch.slice_scatter(y, y[:1] * 2, 0, 0, 1), VECTOR), "some samples"),
+    "roll of all": ((lambda f, t, y: y.roll(1), VECTOR), "it rolls all elements, of all samples"),
+    "norm of order 3": (
+        (lambda f, t, y: torch.linalg.vector_norm(y, 3, 1, True) * y, VECTOR),
+        "order 3; 1 and 2 lower",
+    ),
+    "negative base": ((lambda f, t, y: (-2.0) ** y, VECTOR), "base must be positive, got -2"),
+    "logic of numbers": ((lambda f, t, y: torch.logical_and(y, y) * y, VECTOR), "of numbers, not of comparisons"),
+    "single elements": ((lambda f, t, y: y * y[:, [0, 1], [1, 2]].sum(1)[:, None, None], ROWS), "single elements"),
+    "negative padding": ((lambda f, t, y: F.pad(y, (-1, 1)), VECTOR), "pads by less than nothing"),
+    "size of the batch": ((lambda f, t, y: y * y.shape[0], VECTOR), "it depends on the size of the batch"),
     "no derivative": ((lambda f, t, y: torch.heaviside(y, torch.zeros(())), VECTOR), "cannot be differentiated"),
 }
 REFUSED_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "transposed convolution": lambda: nn.ConvTranspose2d(4, 4, 3, padding=1),
     "strided convolution": lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1),
     "conv3d": lambda: nn.Conv3d(1, 1, 3, padding=1),
+    "convolution by time": lambda: nn.Conv2d(4, 4, 3),
+    "wide padding": lambda: nn.Conv2d(4, 4, 3),
+    "instance norm of a run": lambda: nn.InstanceNorm2d(4, track_running_stats=True).eval(),
     "dropout": lambda: nn.Dropout(0.5),
     "dropout of channels": lambda: nn.Dropout2d(0.5),
     "batch norm in training": lambda: nn.BatchNorm2d(4),

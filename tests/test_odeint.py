@@ -8,6 +8,7 @@ from problems import ADJOINTS, METHODS, dynamics_and_state, gradients, relative_
 from torch import Tensor
 
 import nodeshape as ns
+from nodeshape._ode.method import get_method
 
 T = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
 
@@ -195,3 +196,72 @@ def test_a_wrong_state_or_slope_is_refused() -> None:
         ns.odeint(lambda t, y: y, [torch.ones(1)], [0.0, 1.0], steps=1)
     with pytest.raises(ValueError, match=r"it got \[\(2, 3\)\] and returned \[\(2, 1\)\]"):
         ns.odeint(lambda t, y: y[:, :1], torch.ones(2, 3), [0.0, 1.0], steps=1)
+
+
+def test_what_func_returns_or_changes_is_checked_at_each_call() -> None:
+    y0, calls = torch.ones(2, 3), [0]
+
+    def late(t: Tensor, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return y.neg_() if calls[0] > 2 else -y
+
+    with pytest.raises(TypeError, match="func must return a tensor as its state is one, got tuple"):
+        ns.odeint(lambda t, y: (y,), y0, [0.0, 1.0], method="rk4", steps=2)
+    with pytest.raises(RuntimeError, match="changed its state in place, which it did not in its first call"):
+        ns.odeint(late, y0, [0.0, 1.0], method="rk4", steps=4)
+
+
+def test_an_event_is_looked_for_in_given_or_chosen_steps() -> None:
+    def falling(t: Tensor, y: Tensor) -> Tensor:
+        return -torch.ones_like(y)
+
+    y0 = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="an event is looked for in steps of a given size: pass step_size"):
+        ns.odeint_event(falling, y0, 0.0, event_fn=lambda t, y: y[0], method="rk4", steps=4)
+    time, states = ns.odeint_event(falling, y0, 0.0, event_fn=lambda t, y: y[0], method="rk4", step_size=0.3)
+    assert float(time) == pytest.approx(1.0) and states[-1].item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_implicit_methods_and_one_stage_are_for_those_that_have_them() -> None:
+    with pytest.raises(ValueError, match=r"implicit_euler solves equations for real states only, got torch.complex64"):
+        ns.odeint(
+            lambda t, y: 1j * y, torch.ones(2, dtype=torch.complex64), [0.0, 1.0], method="implicit_euler", steps=2
+        )
+    with pytest.raises(ValueError, match="rk4 has 4 stages; only methods of one stage have a theta"):
+        _ = get_method("rk4").theta
+
+
+def test_the_tensors_of_a_state_share_their_type_and_times_have_one_dimension() -> None:
+    with pytest.raises(ValueError, match=r"share dtype and device, got torch.float32 on cpu, torch.float64 on cpu"):
+        ns.odeint(lambda t, y: y, (torch.ones(2), torch.ones(2, dtype=torch.float64)), [0.0, 1.0], steps=2)
+    with pytest.raises(ValueError, match=r"t must have one dimension, \[times\], got shape \[\]"):
+        ns.odeint(lambda t, y: y, torch.ones(2), torch.tensor(1.0), steps=2)
+    with pytest.raises(
+        ValueError, match=r"\[times, batch\] for a state \[batch, ...\]: got t \[2, 3\] and y0 \[2, 1\]"
+    ):
+        ns.odeint(lambda t, y: y, torch.ones(2, 1), torch.zeros(2, 3), steps=2)
+    with pytest.raises(ValueError, match=r"t must hold at least one time, got shape \[0, 2\]"):
+        ns.odeint(lambda t, y: y, torch.ones(2, 1), torch.zeros(0, 2), steps=2)
+    with pytest.raises(ValueError, match=r"does not go with event_fn or return_dense"):
+        ns.odeint(lambda t, y: y, torch.ones(2, 1), torch.tensor([[0.0, 0.0], [1.0, 2.0]]), return_dense=True)
+    with pytest.raises(ValueError, match="strictly increasing or decreasing, all one way"):
+        ns.odeint(lambda t, y: y, torch.ones(2, 1), torch.tensor([[0.0, 0.0], [1.0, -2.0]]), step_size=0.1)
+    with pytest.raises(ValueError, match=r"differ by sample.*give step_size"):
+        ns.odeint(lambda t, y: y, torch.ones(2, 1), torch.tensor([[0.0, 0.0], [1.0, 2.0]]), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interp": "spline"}, "unknown interp 'spline': choose 'linear' or 'cubic'"),
+        ({"perturb": 1}, "perturb must be True or False, got 1"),
+        ({"stage_solver": "none"}, "unknown stage_solver 'none': choose 'anderson', 'newton' or 'krylov'"),
+        ({"norm": "rms"}, "norm must be a function, got 'rms'"),
+        ({"step_t": ["now"]}, r"step_t must be finite times, \[n\]"),
+        ({"min_step": -1.0}, "min_step must be a number of at least 0"),
+        ({"adjoint_options": {"first_step": 0.0}}, "first_step must be a positive number"),
+    ],
+)
+def test_options_say_what_they_take(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ns.odeint(lambda t, y: y, torch.ones(2), [0.0, 1.0], steps=2, options=options)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,21 +21,29 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-import nodeshape
-from nodeshape import _cli
-from nodeshape._experiments import jobs
+import nodeshape.paper
+from nodeshape import ShapeClassifier, _cli
+from nodeshape._experiments import depth, jobs, table1, training
 from nodeshape._experiments.depth import Depth
-from nodeshape._experiments.jobs import Job, Result, Store
+from nodeshape._experiments.jobs import Job, Result, Store, compute
 from nodeshape._experiments.networks import RESIDUAL_BLOCKS, build
 from nodeshape._experiments.page import _answer, headline, page
-from nodeshape._experiments.plan import FULL
+from nodeshape._experiments.plan import FULL, QUICK
 from nodeshape._experiments.plots import draw
 from nodeshape._experiments.results import DIGITS, collect
 from nodeshape._experiments.solvers import Evaluations, OtherSolvers
 from nodeshape._experiments.source import EXPERIMENTS
 from nodeshape._experiments.table1 import ROWS, Comparison, Footprint, digits, network
-from nodeshape._experiments.training import Epoch, Training
+from nodeshape._experiments.training import (
+    REFUSALS,
+    Epoch,
+    Training,
+    accuracy_on,
+    drawn_test_images,
+)
 from nodeshape._ode.method import SOURCE_METHODS
+from nodeshape._ode.options import ADJOINTS
+from nodeshape._training.trainer import Stopped
 from nodeshape.paper import main
 
 
@@ -341,3 +355,283 @@ def test_an_out_that_is_a_file_is_refused_before_any_work(tmp_path: Path, capsys
     with pytest.raises(SystemExit) as exit_:
         _cli.run(lambda: main(["--out", str(tmp_path / "file")]))
     assert exit_.value.code == 2 and capsys.readouterr().err.startswith("error: --out")
+
+
+# ---- jobs at tiny sizes ----------------------------------------------------------------------------------------------
+
+
+def tiny(method: str = "euler", **changes: Any) -> Training:
+    return replace(Training("single", 12, 0.5, method, seed=0, epochs=1, test_size=6), **changes)
+
+
+def test_a_training_leaves_weights_that_other_jobs_test(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    job = tiny("implicit_midpoint")
+    result = job.compute(store)
+    assert len(result["accuracy"]) == len(result["seconds"]) == 1 and 0 <= result["accuracy"][0] <= 1
+    assert result["parameters"] == sum(p.numel() for p in job.model().parameters())
+    store.put(job, result)
+    tested = OtherSolvers(job, 6, (1, 2), (0.1,))
+    accuracy = tested.compute(store)["accuracy"]
+    assert len(accuracy) == len(tested.settings()) == 7 and all(0 <= share <= 1 for share in accuracy)
+    again = job.trained(store, method="implicit_midpoint", step_size=0.5)
+    assert accuracy_on(again, drawn_test_images("single", 6, 0)) == result["accuracy"][0]
+
+
+def test_evaluations_are_counted_in_every_gradient_mode(tmp_path: Path) -> None:
+    store, job = Store(tmp_path), tiny()
+    job.compute(store)
+    counts = Evaluations(job, 2, (2, 4), (0.1,)).compute(store)["counts"]
+    assert [c["adjoint"] for c in counts] == [adjoint for adjoint in ADJOINTS for _ in range(3)]
+    for count in counts:
+        if "steps" in count:
+            assert count["forward"] == count["steps"] and count["backward"] >= count["steps"]
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+def test_what_a_solver_refuses_has_no_figure(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise error("refused here")
+
+    monkeypatch.setattr(ShapeClassifier, "forward", refuse)
+    monkeypatch.setattr(Training, "trained", lambda run, store, **solver: ShapeClassifier(3, **solver))
+    store = Store(Path("nowhere"))
+    counts = Evaluations(tiny(), 2, (2,), ()).compute(store)["counts"]
+    assert len(counts) == len(ADJOINTS) and {(c["forward"], c["backward"]) for c in counts} == {(None, None)}
+    assert OtherSolvers(tiny(), 2, (2,), (0.1,)).compute(store) == {"accuracy": [None] * 4}
+    assert tiny().compute(store) == {"failed": "refused here"}
+    with pytest.raises(_cli.UserError, match="single, 12 images, euler, one epoch: refused here"):
+        Epoch("single", 12, 0.5, "euler").compute(store)
+
+
+def test_a_first_epoch_is_timed_with_its_machine(tmp_path: Path) -> None:
+    result = Epoch("single", 12, 0.5, "euler").compute(Store(tmp_path))
+    assert result["seconds"] > 0 and result["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_a_stopped_training_ends_its_worker() -> None:
+    class StoppedTrainer:
+        def train(self) -> Iterator[Any]:
+            yield "an event that is not the last"
+            yield Stopped(interrupted=True)
+
+    with pytest.raises(SystemExit):
+        training._history(StoppedTrainer())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", [("resnet", ""), ("rknet", ""), ("ode", "reversible")])
+def test_a_training_step_s_memory_and_time(line: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = iter([5, 12])
+    monkeypatch.setattr(depth, "_memory", lambda name: next(resident))
+    found = depth.measure(*line, depth=2, batch_size=3)
+    assert found["peak_bytes"] == 7 and found["seconds"] > 0
+    resident = iter([12, 5])
+    monkeypatch.setattr(table1, "_memory", lambda name: next(resident))
+    found = table1.measure(*line, images="digits", batch_size=3)
+    assert found["peak_bytes"] == 0 and found["seconds"] > 0
+
+
+def test_a_system_that_does_not_tell_its_memory_gives_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(depth, "STATUS", tmp_path / "none")
+    assert depth.measure("ode", "discrete", 1, 2)["peak_bytes"] is None
+    assert table1.measure("mlp", "", "shapes", 2)["peak_bytes"] is None
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t    12 kB\nVmRSS:\t    7 kB\n")
+    monkeypatch.setattr(depth, "STATUS", tmp_path / "status")
+    assert (depth._memory("VmRSS"), depth._memory("VmHWM")) == (7 * 1024, 12 * 1024)
+
+
+def test_measurements_in_processes_of_their_own_give_figures_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(Path("nowhere"))
+    result = Depth("ode", "discrete", 1, 2).compute(store)
+    assert result.keys() == {"peak_bytes", "seconds"} and result["seconds"] > 0
+
+    def failed(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 9, "", "out of memory\n")
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    with pytest.raises(_cli.UserError, match=r"depth ode discrete 1 2 ended with code 9: out of memory"):
+        Depth("ode", "discrete", 1, 2).compute(store)
+    with pytest.raises(_cli.UserError, match=r"table1 mlp  digits 2 ended with code 9: out of memory"):
+        Footprint("mlp", "", "digits", 2).compute(store)
+
+
+def test_a_row_of_table_1_is_trained_on_shapes_too(tmp_path: Path) -> None:
+    for row in (("mlp", ""), ("ode", "reversible")):
+        result = Comparison(*row, "shapes", 12, 6, seed=0, epochs=1).compute(Store(tmp_path))
+        assert 0 <= result["accuracy"] <= 1
+        assert result["parameters"] == sum(p.numel() for p in network(*row, "shapes").parameters())
+
+
+def test_the_digits_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(_cli.UserError, match="pip install scikit-learn"):
+        digits(0)
+
+
+def test_costs_grow_with_what_is_computed() -> None:
+    jobs_: list[tuple[Job, Job]] = [
+        (tiny(), tiny("implicit_euler")),
+        (tiny(), tiny(network="rknet", step_size=0.01)),
+        (tiny(), tiny(rtol=0.1)),
+        (tiny(), tiny(train_size=24)),
+        (Depth("ode", "discrete", 2, 8), Depth("resnet", "", 2, 8)),
+        (Evaluations(tiny(), 2, (2,), ()), Evaluations(tiny(), 2, (2,), (0.1,))),
+        (OtherSolvers(tiny(), 2, (2,), ()), OtherSolvers(tiny(), 4, (2,), ())),
+        (Comparison("mlp", "", "digits", 2, 2, 0, 1), Comparison("ode", "", "digits", 2, 2, 0, 1)),
+        (Comparison("mlp", "", "shapes", 2, 2, 0, 1), Comparison("mlp", "", "shapes", 4, 2, 0, 1)),
+        (Epoch("single", 2, 0.5, "euler"), Epoch("single", 2, 0.1, "euler")),
+        (Footprint("mlp", "", "digits", 2), Depth("resnet", "", 100, 120)),
+    ]
+    assert all(0 < less.seconds < more.seconds for less, more in jobs_)
+
+
+def test_the_quick_plan_s_jobs_are_the_full_plan_s_in_small() -> None:
+    for plan in (FULL, QUICK):
+        jobs_ = [*plan.trainings(), *plan.analyses(), *plan.timings()]
+        assert len(set(jobs_)) == len(jobs_)
+        assert {job.trained for job in plan.analyses()} <= set(plan.trainings())  # type: ignore[attr-defined]
+        assert all(job.alone for job in plan.timings()) and not any(job.alone for job in plan.trainings())
+        collect(plan, made_up_of(set(jobs_)))
+    assert sum(job.seconds for job in QUICK.trainings()) < 0.01 * sum(job.seconds for job in FULL.trainings())
+
+
+def made_up_of(jobs_: set[Job]) -> Any:
+    """Made-up results of planned jobs, and of no others."""
+
+    def get(job: Job) -> Result:
+        assert job in jobs_
+        return made_up()(job)  # type: ignore[no-any-return]
+
+    return get
+
+
+def test_a_quick_page_is_of_one_seed_and_says_that_it_means_nothing() -> None:
+    text = page({"quick": True, **collect(QUICK, made_up(0.3))})
+    assert "Its figures mean nothing" in text and "mean of one seed" in text and "±" not in text.split("##")[1]
+    assert "figure is" not in text  # one run has no spread to hold a figure against
+    assert "no such training succeeded" not in text
+
+
+def test_without_memory_and_tests_that_succeeded_the_page_has_dashes(tmp_path: Path) -> None:
+    def get(job: Job) -> Result:
+        if isinstance(job, (Depth, Footprint)):
+            return {"peak_bytes": None, "seconds": 0.1}
+        if isinstance(job, OtherSolvers):
+            return {"accuracy": [None for _ in job.settings()]}
+        if isinstance(job, Evaluations):
+            return {"counts": [{"adjoint": "discrete", "steps": 5, "forward": 5.0, "backward": 10.0}]}
+        better = isinstance(job, (Training, Comparison)) and job.network == "ode"
+        return made_up(1.0 if better else 0.9)(job)  # type: ignore[no-any-return]
+
+    paper = {"quick": False, **collect(FULL, get)}
+    text = page(paper)
+    assert "Within a method" not in text and "Its memory, O(1)" not in text and "Refused:" not in text
+    assert "| rtol 0.1 | – | – | – |" in text and "10.00 points ahead of the ResNet" in text and "| 5 / 10 |" in text
+    assert "| – | not measured |" in text
+    draw(paper, tmp_path)
+    for name in ("depth", "evaluations", "other-solvers", "sweep"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            picture.verify()
+
+
+def test_jobs_are_computed_in_workers_and_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    job = Footprint("mlp", "", "digits", 2)
+    store.prepare()
+    done = [kept for kept in compute([job], store, workers=2, threads=1) if kept is not None]
+    assert done == [job]
+    result = store.get(job)
+    assert result is not None and result["seconds"] > 0
+
+
+def test_a_worker_that_dies_is_told_of(tmp_path: Path) -> None:
+    class Pool:
+        def __init__(self, *_: object) -> None:
+            self.workers = iter([[SimpleNamespace(pid=1)], [SimpleNamespace(pid=1)], [SimpleNamespace(pid=2)]])
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def imap_unordered(self, *_: object) -> Pool:
+            return self
+
+        def next(self, timeout: float) -> None:
+            raise multiprocessing.TimeoutError
+
+    pool = Pool()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "active_children", lambda: next(pool.workers))
+        patch.setattr(multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=lambda *_: pool))
+        waiting = compute([Footprint("mlp", "", "digits", 2)], Store(tmp_path), workers=1, threads=1)
+        assert next(waiting) is None
+        with pytest.raises(_cli.UserError, match="a worker process was killed"):
+            next(waiting)
+
+
+def test_a_worker_says_nothing_and_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ignored = []
+    monkeypatch.setattr(jobs.signal, "signal", lambda *what: ignored.append(what))
+    monkeypatch.setattr(jobs.tqdm, "set_lock", lambda lock: None)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    jobs._begin_worker(torch.get_num_threads())
+    assert ignored == [(signal.SIGINT, signal.SIG_IGN)] and sys.stderr.name == os.devnull
+    sys.stderr.close()
+    store, job = Store(tmp_path), tiny("euler")
+    monkeypatch.setattr(Training, "compute", lambda job, store: {"accuracy": [0.5]})
+    assert jobs._compute_one((job, store)) == job and store.get(job) == {"accuracy": [0.5]}
+
+
+def test_without_a_compiled_library_figures_are_kept_as_of_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_one = Store(tmp_path).path(Footprint("mlp", "", "digits", 2), "")
+    monkeypatch.setattr(jobs, "_LIBRARY", tmp_path / "none.so")
+    assert Store(tmp_path).library == "" and Store(tmp_path).path(Footprint("mlp", "", "digits", 2), "") != with_one
+
+
+def test_a_run_computes_what_is_missing_and_a_second_one_only_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[Job] = []
+
+    def stand_in(stage: list[Job], store: Store, workers: int, threads: int) -> Iterator[Job | None]:
+        assert (workers, threads) == ((1, torch.get_num_threads()) if stage[0].alone else (torch.get_num_threads(), 1))
+        yield None
+        for job in stage:
+            computed.append(job)
+            store.put(job, made_up()(job))
+            yield job
+
+    monkeypatch.setattr(nodeshape.paper, "compute", stand_in)
+    monkeypatch.setattr(nodeshape.paper, "slowness", lambda: 1.0)
+    main(["--quick", "--out", str(tmp_path)])
+    everything = [*QUICK.trainings(), *QUICK.analyses(), *QUICK.timings()]
+    assert computed == everything
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"{len(everything)} runs on ") and said[-1].endswith(f"open {tmp_path / 'README.md'}")
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == set(re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "README.md").read_text()))
+    main(["--quick", "--out", str(tmp_path)])
+    assert computed == everything and capsys.readouterr().out.count("\n") == 1
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nodeshape.paper, "compute", interrupted)
+    monkeypatch.setattr(nodeshape.paper, "slowness", lambda: 1.0)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--quick", "--out", str(tmp_path)])
+    assert exit_.value.code == 130 and "the same command goes on where it was" in capsys.readouterr().out
+
+
+def test_slowness_is_measured_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 9.0, 10.0, 10.0 + 60 * (training.TRAIN_IMAGE + 20 * training.TRAIN_STEP) * 2])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(times))
+    assert training.slowness() == pytest.approx(2.0)

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from PIL import Image
 
 from nodeshape._data.shapes import draw
 from nodeshape._errors import UserError
+from nodeshape._training import session
 from nodeshape._training.processes import Processes
 
 # 33 images in batches of 16: the last batch holds one, so that a process gets none of it.
@@ -207,3 +210,31 @@ def test_a_users_mistake_is_told_once(
     assert done.returncode != 0
     assert done.stderr.count(message) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "count", "expected"),
+    [
+        ("auto", 0, 1, "cpu"),
+        ("auto", 1, 1, "cuda"),
+        ("auto", 1, 2, "cpu"),
+        ("auto", 2, 2, "cuda:1"),
+        ("cpu", 2, 1, "cpu"),
+        ("cuda", 1, 1, "cuda"),
+        ("cuda", 2, 2, "cuda:1"),
+        ("cuda:1", 2, 1, "cuda:1"),
+        ("cuda:1", 2, 2, "--device cuda:1: 2 processes need a GPU each; give --device cuda"),
+        ("cuda:1", 1, 1, "--device cuda:1: torch sees 1 GPUs; use --device cpu"),
+        ("cuda", 1, 2, "--device cuda: torch sees 1 GPUs; use --device cpu"),
+    ],
+)
+def test_each_process_has_its_own_gpu(
+    name: str, gpus: int, count: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    processes: Any = SimpleNamespace(count=count, local_count=count, local_rank=count - 1)
+    if expected.startswith("--"):
+        with pytest.raises(UserError, match=expected):
+            session._device(name, processes)
+    else:
+        assert session._device(name, processes) == torch.device(expected)

@@ -718,3 +718,41 @@ def test_what_is_no_function_and_no_shape_is_said() -> None:
         ns.sdeint(lambda t, y: y, None, torch.zeros(2, 1), [0.0, 1.0], steps=2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"like must be a tensor, or a shape, of one value of the path, got 0\.0"):
         ns.BrownianPath(0.0, 1.0, 2.0)  # type: ignore[arg-type]
+
+
+def test_what_sdeint_does_not_solve_is_refused_with_what_to_write() -> None:
+    def solve(y0: Any = ONES, **how: Any) -> Any:
+        return ns.sdeint(lambda t, y: y, lambda t, y: y, y0, [0.0, 1.0], **{"steps": 2, **how})
+
+    with pytest.raises(ValueError, match=r"real states, got torch.complex64: give real and imaginary part as a tuple"):
+        solve(torch.ones(2, 1, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"option 'step_size' is odeint's: give step_size=\.\.\."):
+        solve(options={"step_size": 0.1})
+    with pytest.raises(ValueError, match="option 'perturb' is odeint's: those of sdeint are"):
+        solve(options={"perturb": True})
+    with pytest.raises(ValueError, match="got 'scalar': scalar noise is 'general' with m = 1"):
+        solve(noise="scalar")
+    with pytest.raises(ValueError, match="got 'additive': additive noise is either"):
+        solve(noise="additive")
+    with pytest.raises(ValueError, match=r"in Stratonovich's sense: use .*'midpoint'.*, or add the drift"):
+        solve(method="euler_maruyama", calculus="stratonovich")
+    with pytest.raises(ValueError, match=r"in Itô's sense: use .*, or subtract the drift"):
+        solve(method="heun", calculus="ito")
+    with pytest.raises(ValueError, match="calculus must be 'ito' or 'stratonovich', got 'both'"):
+        solve(calculus="both")
+    with pytest.raises(
+        ValueError, match=r"the path must be torch.float64 on cpu, as the state, got torch.float32 on cpu"
+    ):
+        solve(ONES.double(), path=lambda s, t: torch.zeros(ONES.shape))
+    with pytest.raises(ValueError, match=r"path must be a BrownianPath or a function \(s, t\), got float"):
+        solve(path=1.0)
+    with pytest.raises(ValueError, match="noise must be 'diagonal' or 'general', got 'scalar'"):
+        ns.fuse_sde(lambda t, y: y, lambda t, y: y, torch.ones(2, 1), noise="scalar")
+    with pytest.raises(ValueError, match=r"states of one tensor \[batch, ...\]"):
+        ns.fuse_sde(lambda t, y: y, lambda t, y: y, torch.ones(2))
+    with pytest.raises(
+        ValueError, match=r"f must return the shape of its state: it got \(1, 1\) and returned \(1, 2\)"
+    ):
+        ns.fuse_sde(lambda t, y: torch.cat([y, y], 1), lambda t, y: y, torch.ones(2, 1))
+    with pytest.raises(ValueError, match="and returned NoneType"):
+        ns.fuse_sde(lambda t, y: None, lambda t, y: y, torch.ones(2, 1))  # type: ignore[arg-type,return-value]

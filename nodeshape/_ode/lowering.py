@@ -484,8 +484,6 @@ class Lowering:
         factor = float(keywords.get("alpha", args[2] if len(args) > 2 else 1))
         if function == "rsub":
             function, a, b = "subtract", b, a
-        if keywords.get("rounding_mode") is not None:
-            raise NotLowered("it rounds")
         kind, shape = self.classify(node.meta["val"])
         number_a, number_b = (x.number if isinstance(x, Filled) else x for x in (a, b))
         if isinstance(number_b, (int, float)):
