@@ -534,6 +534,7 @@ def test_without_memory_and_tests_that_succeeded_the_page_has_dashes(tmp_path: P
             picture.verify()
 
 
+@pytest.mark.slow
 def test_jobs_are_computed_in_workers_and_kept(tmp_path: Path) -> None:
     store = Store(tmp_path)
     job = Footprint("mlp", "", "digits", 2)
@@ -592,6 +593,7 @@ def test_without_a_compiled_library_figures_are_kept_as_of_none(
     assert Store(tmp_path).library == "" and Store(tmp_path).path(Footprint("mlp", "", "digits", 2), "") != with_one
 
 
+@pytest.mark.slow
 def test_a_run_computes_what_is_missing_and_a_second_one_only_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
