@@ -1,18 +1,20 @@
-"""How many small mistakes in the checks of arguments the tests notice: python tests/mutate.py [cpp] [python].
+"""How many small mistakes in the checks of arguments the tests notice: python tests/mutate.py cpp|python.
 
 A mutant is the source with one condition changed: a comparison turned around or moved by its boundary, ``and`` for
 ``or``, a part without its ``not``, a number one larger, the check left out. The tests of ``SUITES`` run on each until
 one fails: the mutant is killed. Those that survive are listed, and how many were killed is said per file.
 
-Mutants of C++ are all in one library, which an environment variable tells which to be. Every mutant is tried in a fork
-of a process that has loaded PyTorch, on a copy of the package.
+All mutants are in one copy of the package, whose conditions ask a number which of them to be. pytest collects the tests
+once; every mutant is then a fork of that process.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import copy
+import ctypes
 import os
 import random
 import re
@@ -24,16 +26,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import hypothesis  # noqa: F401  (what forks need not load again)
-import numpy  # noqa: F401
 import pytest
-import torch  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 #: Files with checks of the ops. What else they decide, where a buffer lies for example, is not changed.
@@ -49,21 +48,20 @@ PYTHON = {
     "method": ["Method", "get_method"],
     "backend": ["default_method", "Request", "_on_grid"],
 }
-#: What the tests are, the quickest first, and which are left out.
+#: What the tests are, the quickest first, and which of them.
 SUITES = {
     "cpp": (
-        ["test_op_arguments", "test_fused_ops", "test_fuse_adaptive", "test_random_programs", "test_fuse"],
-        "not compiled and not exported and not scripted and not opcheck and not forked and not eight_threads"
-        " and not instruction_sets",
+        ["test_op_arguments", "test_fused_ops"],
+        "not opcheck and not compiled and not exported and not scripted and not forked and not threads"
+        " and not finite_differences",
     ),
     "python": (
-        ["test_odeint", "test_sde", "test_methods", "test_error_control", "test_fuse_adaptive", "test_any_f"],
-        "",
+        ["test_arguments", "test_odeint", "test_sde", "test_methods"],
+        "test_arguments or refused or named or clear_error or coarse or own_times or said or row_per_time or stats",
     ),
 }
 #: Seconds and bytes after which a mutant that goes on for ever, or takes all memory, is killed.
 PATIENCE, MEMORY = 150, 24 << 30
-CHOICE = "NODESHAPE_MUTANT"
 
 
 @dataclass
@@ -88,7 +86,7 @@ class Mutant:
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
-CONDITION = re.compile(r"\b(NODESHAPE_CHECK|(?<!void )check|if) ?\((?!bool good|!\(good\))")
+CONDITION = re.compile(r"(?<![\w.:])(NODESHAPE_CHECK|(?<!void )check|if) ?\((?!bool good|!\(good\))")
 #: What follows the condition of a statement that belongs to a check.
 DECIDES = re.compile(r"\)\s*(throw\b|return;|return \{\}|NODESHAPE_CHECK\b|check)")
 TURNED = {"<": (">=", "<="), "<=": (">", "<"), ">": ("<=", ">="), ">=": ("<", ">"), "==": ("!=",), "!=": ("==",)}
@@ -137,20 +135,14 @@ def cpp_mutants() -> Iterator[Mutant]:
                 yield Mutant(file, source.count("\n", 0, match.start()) + 1, match.end(), end, condition, text)
 
 
-def build(folder: Path, mutants: list[Mutant]) -> None:
-    """The library with all ``mutants`` in it, of portable kernels."""
-    conditions = defaultdict(list)
-    for number, mutant in enumerate(mutants, 1):
-        conditions[mutant.file, mutant.start].append((number, mutant))
-    for (file, _), found in sorted(conditions.items(), key=lambda item: -item[0][1]):  # the last of a file first
-        path, (_, first) = folder / file, found[0]
-        choice = "".join(f"mutant == {number} ? bool({mutant.changed}) : " for number, mutant in found)
-        source = path.read_text()
-        path.write_text(f"{source[: first.start]}({choice}bool({first.original})){source[first.end :]}")
+def write_cpp(folder: Path, mutants: list[Mutant]) -> None:
+    """Build the library with all ``mutants`` in it, of portable kernels."""
+    choose(
+        folder, mutants, lambda number, text, rest: f"nodeshape_mutant == {number} ? bool({text}) : {rest}", "bool({})"
+    )
     sizes = folder / "csrc/sizes.h"
-    hook = f'inline const int mutant = std::atoi(std::getenv("{CHOICE}") ? std::getenv("{CHOICE}") : "0");'
-    sizes.write_text(sizes.read_text().replace("namespace nodeshape {", f"namespace nodeshape {{\n{hook}\n", 1))
-    sizes.write_text(sizes.read_text().replace("#pragma once", "#pragma once\n#include <cstdlib>", 1))
+    number = 'extern "C" { inline int nodeshape_mutant __attribute__((visibility("default"), used)) = 0; }'
+    sizes.write_text(sizes.read_text().replace("#pragma once", f"#pragma once\n{number}", 1))
     environment = os.environ | {"NODESHAPE_PORTABLE": "1", "NODESHAPE_CXXFLAGS": "-O1", "NODESHAPE_CUDA": "0"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=folder, env=environment, check=True)
@@ -242,25 +234,79 @@ def python_mutants() -> Iterator[Mutant]:
                     yield Mutant(file, condition.lineno, start, end, source[start:end].decode(), f"({text})")
 
 
+def write_python(folder: Path, mutants: list[Mutant]) -> None:
+    """Write all ``mutants`` into the modules; the number is a builtin, which they need not import."""
+    builtins.nodeshape_mutant = 0  # type: ignore[attr-defined]
+    choose(folder, mutants, lambda number, text, rest: f"{text} if nodeshape_mutant == {number} else {rest}", "({})")
+    for library in (ROOT / "nodeshape/_ode").glob("*.so"):
+        shutil.copy(library, folder / "nodeshape/_ode")
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def passes(folder: Path, suite: str, number: int) -> bool:
-    """Whether the tests pass on the package in ``folder`` as it is, in which the library is mutant ``number``."""
-    files, expression = SUITES[suite]
-    child = os.fork()
-    if child == 0:
+def choose(folder: Path, mutants: list[Mutant], either: Callable[[int, str, str], str], original: str) -> None:
+    """Put all ``mutants`` into the files of ``folder``, each where ``nodeshape_mutant`` is its number from 1 on."""
+    conditions = defaultdict(list)
+    for number, mutant in enumerate(mutants, 1):
+        conditions[mutant.file, mutant.start, mutant.end].append((number, mutant))
+    for (file, start, end), found in sorted(
+        conditions.items(), key=lambda item: -item[0][1]
+    ):  # the last of a file first
+        path = folder / file
+        source = path.read_bytes()
+        text = original.format(source[start:end].decode())
+        for number, mutant in found:
+            text = either(number, mutant.changed, text)
+        path.write_bytes(source[:start] + f"({text})".encode() + source[end:])
+
+
+class Forks:
+    """A plugin of pytest: each mutant runs the tests that were collected in a process of its own.
+
+    Attributes:
+        survivors: mutants whose tests all passed.
+    """
+
+    def __init__(self, mutants: list[Mutant], folder: Path, suite: str) -> None:
+        self.mutants, self.folder, self.suite = mutants, folder, suite
+        self.survivors: list[Mutant] = []
+
+    def become(self, number: int) -> None:
+        """The mutant of this number; called in its process."""
         os.setsid()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ[CHOICE], sys.dont_write_bytecode = str(number), True
-        os.chdir(folder)
-        sys.path[0] = str(folder)
-        arguments = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-k", expression]
-        os._exit(pytest.main([*arguments, *(f"tests/{name}.py" for name in files)]))
+        if self.suite == "python":
+            builtins.nodeshape_mutant = number  # type: ignore[attr-defined]
+        else:
+            library = ctypes.CDLL(str(self.folder / "nodeshape/_ode/libnodeshape_cpu.so"))
+            ctypes.c_int.in_dll(library, "nodeshape_mutant").value = number
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> bool | None:
+        for number, mutant in enumerate([None, *self.mutants]):
+            began, child = time.monotonic(), os.fork()
+            if child == 0:
+                self.become(number)
+                return None  # and go on with the tests
+            survived = ends_well(child)
+            if mutant is None and not survived:
+                raise pytest.UsageError(f"tests fail without a mutant:\n{(self.folder / 'log').read_text()[-3000:]}")
+            if mutant is None:
+                continue
+            if survived:
+                self.survivors.append(mutant)
+            what = "SURVIVED" if survived else "killed  "
+            line = f"{number}/{len(self.mutants)} {what} {time.monotonic() - began:5.1f} s  {mutant}\n"
+            os.write(2, line.encode())
+        return True
+
+
+def ends_well(child: int) -> bool:
     deadline = time.monotonic() + PATIENCE
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -277,56 +323,42 @@ def survivors(suite: str, mutants: list[Mutant], folder: Path) -> list[Mutant]:
     for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    if suite == "cpp":
-        build(folder, mutants)
-    else:
-        for library in (ROOT / "nodeshape/_ode").glob("*.so"):
-            shutil.copy(library, folder / "nodeshape/_ode")
-    if not passes(folder, suite, 0):
-        sys.exit(f"the tests fail without a mutant:\n{(folder / 'log').read_text()[-3000:]}")
-    found = []
-    for number, mutant in enumerate(mutants, 1):
-        began, path = time.monotonic(), folder / mutant.file
-        original = path.read_bytes()
-        if suite == "python":
-            path.write_bytes(original[: mutant.start] + mutant.changed.encode() + original[mutant.end :])
-        survived = passes(folder, suite, number)
-        path.write_bytes(original)
-        if survived:
-            found.append(mutant)
-        what = "SURVIVED" if survived else "killed  "
-        print(f"{number}/{len(mutants)} {what} {time.monotonic() - began:5.1f} s  {mutant}", flush=True)
-    return found
+    {"cpp": write_cpp, "python": write_python}[suite](folder, mutants)
+    files, expression = SUITES[suite]
+    main, plugin = os.getpid(), Forks(mutants, folder, suite)
+    os.chdir(folder)
+    sys.path[0] = str(folder)
+    arguments = ["-x", "-q", "-n0", "-s", "-p", "no:cacheprovider", "-k", expression]
+    code = pytest.main([*arguments, *(f"tests/{name}.py" for name in files)], plugins=[plugin])
+    if os.getpid() != main:
+        os._exit(code)
+    if code != 0:
+        sys.exit(f"pytest ended with {code}")
+    return plugin.survivors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", default=["cpp", "python"], choices=["cpp", "python"])
-    parser.add_argument("--sample", type=int, help="how many mutants of each suite, chosen at random (default: all)")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--sample", type=int, help="how many mutants, chosen at random (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--match", default="", help="only mutants whose line here matches a regular expression")
     parser.add_argument("--list", action="store_true", help="name the mutants and try none")
     arguments = parser.parse_args()
-    for suite in arguments.suites:
-        mutants = [
-            x for x in {"cpp": cpp_mutants, "python": python_mutants}[suite]() if re.search(arguments.match, str(x))
-        ]
-        if arguments.sample and arguments.sample < len(mutants):
-            mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
-        if arguments.list:
-            print(*mutants, sep="\n")
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            left = survivors(suite, mutants, Path(folder))
-        for file in sorted({x.file for x in mutants}):
-            total, alive = (sum(x.file == file for x in some) for some in (mutants, left))
-            print(f"{file}: {total - alive} of {total} killed")
-        killed = len(mutants) - len(left)
-        print(
-            f"{suite}: {killed} of {len(mutants)} killed, {100 * killed / len(mutants):.1f}%; survived:",
-            *left,
-            sep="\n  ",
-        )
+    mutants = list({"cpp": cpp_mutants, "python": python_mutants}[arguments.suite]())
+    mutants = [x for x in mutants if re.search(arguments.match, str(x))]
+    if arguments.sample and arguments.sample < len(mutants):
+        mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
+    if arguments.list:
+        print(*mutants, sep="\n")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        left = survivors(arguments.suite, mutants, Path(folder))
+    for file in sorted({x.file for x in mutants}):
+        total, alive = (sum(x.file == file for x in some) for some in (mutants, left))
+        print(f"{file}: {total - alive} of {total} killed")
+    killed = len(mutants) - len(left)
+    print(f"{killed} of {len(mutants)} killed, {100 * killed / len(mutants):.1f}%; survived:", *left, sep="\n  ")
 
 
 if __name__ == "__main__":
