@@ -328,7 +328,7 @@ def survivors(suite: str, mutants: list[Mutant], folder: Path) -> list[Mutant]:
     main, plugin = os.getpid(), Forks(mutants, folder, suite)
     os.chdir(folder)
     sys.path[0] = str(folder)
-    arguments = ["-x", "-q", "-n0", "-s", "-p", "no:cacheprovider", "-k", expression]
+    arguments = ["-x", "-q", "-n0", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", expression]
     code = pytest.main([*arguments, *(f"tests/{name}.py" for name in files)], plugins=[plugin])
     if os.getpid() != main:
         os._exit(code)
