@@ -61,7 +61,7 @@ SUITES = {
     ),
 }
 #: Seconds and bytes after which a mutant that goes on for ever, or takes all memory, is killed.
-PATIENCE, MEMORY = 150, 24 << 30
+PATIENCE, MEMORY = 60, 24 << 30
 
 
 @dataclass

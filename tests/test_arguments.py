@@ -268,6 +268,58 @@ def test_a_call_out_of_its_limits_is_refused(arguments: dict[str, Any], message:
         ns.odeint(decay, **given)
 
 
+@pytest.mark.parametrize(
+    "values", [lambda y: y[0], lambda y: y[:1], lambda y: (*y, y[0]), lambda y: torch.stack(y)], ids=str
+)
+def test_noise_of_a_tuple_is_a_tuple(values: Any) -> None:
+    y0 = (torch.ones(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="g must return a tuple of 2 tensors, as its state is one"):
+        ns.sdeint(decay_of_each, lambda t, y: values(y), y0, [0.0, 1.0], steps=1)
+    ys = ns.sdeint(decay_of_each, lambda t, y: [0 * x for x in y], y0, [0.0, 1.0], steps=1)  # type: ignore[misc]
+    assert [float(y[1, 0, 0]) for y in ys] == [0.0, 0.0]
+
+
+def decay_of_each(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(-x for x in y)
+
+
+def test_complex_parameters_go_with_complex_states() -> None:
+    rate = torch.tensor(1.0 + 1.0j, requires_grad=True)
+    for how in ({"adjoint": "continuous"}, {"options": {"recompute": True}}):
+        arguments: dict[str, Any] = {"method": "euler", "steps": 2, **how}
+        ys = ns.odeint(lambda t, y: -rate * y, torch.ones(1, dtype=torch.complex64), [0.0, 1.0], **arguments)
+        torch.autograd.grad(ys.abs().sum(), rate)
+        with pytest.raises(ValueError, match="takes complex parameters for complex states only"):
+            ns.odeint(lambda t, y: -(rate * y).real, torch.ones(1), [0.0, 1.0], adjoint_params=(rate,), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (EVENT, "event_fn and return_dense cannot be exported"),
+        ({"return_dense": True}, "event_fn and return_dense cannot be exported"),
+        ({}, "error control cannot be exported"),
+        ({"method": "rk4", "rtol": 1e-3}, "error control cannot be exported"),
+        ({"method": "rk4", "steps": 1}, None),
+        ({"method": "rk4"}, None),
+    ],
+)
+def test_what_depends_on_numbers_is_not_exported(arguments: dict[str, Any], message: str | None) -> None:
+    def solved(y: Tensor) -> Tensor:
+        return ns.odeint(decay, y, [0.0, 1.0], **arguments)[1]
+
+    if message is None:
+        assert torch.allclose(torch.jit.trace(solved, Y0)(Y0 + 1), solved(Y0 + 1))
+    else:
+        with pytest.raises(ValueError, match=message):
+            torch.jit.trace(solved, Y0)
+
+
+def test_one_sample_may_have_times_of_its_own() -> None:
+    ys = ns.odeint(decay, Y0[:1], OWN[:, :1])
+    torch.testing.assert_close(ys[1], Y0[:1] / torch.e)
+
+
 def test_an_adjoint_method_with_options_of_another_is_refused() -> None:
     with pytest.raises(ValueError, match="adjoint_method='rk4' cannot take the options of 'dopri5'"):
         ns.odeint_adjoint(decay, Y0, [0.0, 1.0], adjoint_method="rk4", options={"max_step": 0.5})

@@ -678,7 +678,7 @@ TOLERANCES, BOUNDS = "rtol and atol must be finite, not negative and not both 0"
     [
         ({"y0": torch.ones(3, 4, dtype=torch.float16)}, "y0 must be float32 or float64 on the CPU"),
         ({"y0": torch.ones(3, 5).double()}, "a sample of y0 has 5 elements but the program expects 4"),
-        ({"y0": unary.state()[:1].expand(2**60, 4)}, "the solution is too large"),
+        ({"y0": unary.state()[:1].expand(2**57, 4)}, "the solution is too large"),
         ({"t": t[:1]}, TIMES),
         ({"t": t[:, None]}, TIMES),
         ({"t": t.half()}, TIMES),
@@ -726,6 +726,11 @@ TOLERANCES, BOUNDS = "rtol and atol must be finite, not negative and not both 0"
 def test_error_control_out_of_its_limits_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"^solve_adaptive: {message}"):
         adaptive(**changed)
+
+
+def test_the_largest_solution_that_can_be_counted_is_only_too_large_for_the_memory() -> None:
+    with pytest.raises(RuntimeError, match="empty_strided"):
+        adaptive(y0=unary.state()[:1].expand(2**57 - 1, 4))
 
 
 def test_one_attempt_may_be_enough_and_no_step_may_be_the_longest() -> None:
