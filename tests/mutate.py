@@ -57,7 +57,8 @@ SUITES = {
     ),
     "python": (
         ["test_arguments", "test_odeint", "test_sde", "test_methods"],
-        "test_arguments or refused or named or clear_error or coarse or own_times or said or row_per_time or stats",
+        "test_arguments or refused or named or clear_error or coarse or own_times or said or row_per_time or stats"
+        " or recompute_refuses or vmap",
     ),
 }
 #: Seconds and bytes after which a mutant that goes on for ever, or takes all memory, is killed.
@@ -328,7 +329,19 @@ def survivors(suite: str, mutants: list[Mutant], folder: Path) -> list[Mutant]:
     main, plugin = os.getpid(), Forks(mutants, folder, suite)
     os.chdir(folder)
     sys.path[0] = str(folder)
-    arguments = ["-x", "-q", "-n0", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-k", expression]
+    arguments = [
+        "-x",
+        "-q",
+        "-n0",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        "--tb=no",
+        "-k",
+        expression,
+    ]
     code = pytest.main([*arguments, *(f"tests/{name}.py" for name in files)], plugins=[plugin])
     if os.getpid() != main:
         os._exit(code)

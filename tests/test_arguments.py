@@ -164,6 +164,7 @@ def test_a_state_is_tensors_of_one_kind() -> None:
         ([1e6, 1e6 + 1], None, 0.5, False, True),
         ([1e6, 1e6 + 1], None, 0.4, False, False),
         ([1e6, 1e6 + 1], None, 2.0, False, True),
+        ([0.0, 1e7], None, 4.8, False, True),  # at the limit
         ([1e6, 1e6 + 1], None, 1e-31, False, True),  # which is refused for being too many
     ],
 )
@@ -277,6 +278,18 @@ def test_noise_of_a_tuple_is_a_tuple(values: Any) -> None:
         ns.sdeint(decay_of_each, lambda t, y: values(y), y0, [0.0, 1.0], steps=1)
     ys = ns.sdeint(decay_of_each, lambda t, y: [0 * x for x in y], y0, [0.0, 1.0], steps=1)  # type: ignore[misc]
     assert [float(y[1, 0, 0]) for y in ys] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_general_noise_has_as_many_columns_as_its_path(columns: int) -> None:
+    def solved(m: int) -> Tensor:
+        path = ns.BrownianPath((2, m), 0.0, 1.0, seed=0)
+        g = lambda t, y: torch.ones(2, 3, columns)  # noqa: E731
+        return ns.sdeint(decay, g, torch.ones(2, 3), [0.0, 1.0], noise="general", steps=1, path=path)
+
+    assert solved(columns).shape == (2, 2, 3)
+    with pytest.raises(ValueError, match=f"g returned {columns} columns, but the path is of 3"):
+        solved(3)
 
 
 def decay_of_each(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
