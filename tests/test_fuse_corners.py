@@ -1,9 +1,10 @@
-"""Corners of the solver of programs: gradients that store less, stages that nobody needs, records that are large."""
+"""Corners of the solver of programs: gradients that store less, stages nobody needs, large records, float32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from fused_reference import instruction_sets
 from problems import relative_error
 from test_fuse import MLP, TIGHT, solved
 from test_op_arguments import backward, solve, unary
@@ -11,7 +12,9 @@ from torch import Tensor
 
 import nodeshape as ns
 from nodeshape._ode import fused
-from nodeshape._ode.method import Method
+from nodeshape._ode.method import METHODS, Method
+from nodeshape._ode.program import UNARY, Builder, Ref
+from nodeshape._ode.program_op import tableau_of
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 T = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
@@ -70,3 +73,34 @@ def test_memory_of_a_large_record_is_handed_on_to_the_next_and_not_to_a_much_sma
     assert has_its_gradient(*again) and has_its_gradient(*other), "nobody else writes there"
     del again
     assert record(4200)[1].data_ptr() != place
+
+
+#: Constants of the functions that have some, and functions of positive numbers.
+CONSTANTS = {
+    "affine": (2.0, 1.0),
+    "leaky_relu": (0.1,),
+    "elu": (1.1, 0.9, 1.2),
+    "softplus": (1.5, 20.0),
+    "power": (1.5,),
+}
+CONSTANTS["clamp"] = (-0.3, 0.7)
+POSITIVE = ("log", "sqrt", "power", "reciprocal", "log1p")
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("name", UNARY)
+def test_a_function_and_its_slope_are_in_float32_what_they_are_in_float64(
+    name: str, isa: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODESHAPE_ISA", isa)
+    builder = Builder([4, 1])
+    program = builder.finish(builder.unary(name, Ref(0), (4,), CONSTANTS.get(name, (0.0,))))
+    y0 = torch.linspace(0.2 if name in POSITIVE else -2, 2.1, 4 * batch, dtype=torch.float64).reshape(batch, 4)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        rest = ([], program.code, program.constants, tableau_of(METHODS["euler"])[0], [1], 1e-3, 10, 1, 1, 0, 1e-3)
+        ys, stages, *_ = torch.ops.nodeshape.solve(y0.to(dtype), T[::2], *rest)
+        results.append((ys, torch.ops.nodeshape.solve_backward(ys.sign(), ys, stages, T[::2], *rest)[0]))
+    for single, double in zip(*results):
+        torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
