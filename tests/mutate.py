@@ -58,7 +58,7 @@ SUITES = {
     "python": (
         ["test_arguments", "test_odeint", "test_sde", "test_methods"],
         "test_arguments or refused or named or clear_error or coarse or own_times or said or row_per_time or stats"
-        " or recompute_refuses or vmap",
+        " or recompute or vmap",
     ),
 }
 #: Seconds and bytes after which a mutant that goes on for ever, or takes all memory, is killed.
