@@ -327,6 +327,19 @@ def test_what_depends_on_numbers_is_not_exported(arguments: dict[str, Any], mess
             torch.jit.trace(solved, Y0)
 
 
+def test_steps_that_follow_from_computed_times_are_not_exported() -> None:
+    class Solve(torch.nn.Module):
+        def forward(self, y: Tensor, t: Tensor) -> Tensor:
+            return ns.odeint(decay, y, t, method="rk4", step_size=0.5)
+
+    with pytest.raises(ValueError, match=r"how many steps there are follows from t, .* give steps=\.\.\."):
+        torch.export.export(Solve(), (Y0, torch.tensor([0.0, 1.0])))
+
+
+def test_noise_is_solved_at_one_time() -> None:
+    assert torch.equal(ns.sdeint(decay, decay, Y0, [0.5], steps=1), Y0[None])
+
+
 def test_one_sample_may_have_times_of_its_own() -> None:
     ys = ns.odeint(decay, Y0[:1], OWN[:, :1])
     torch.testing.assert_close(ys[1], Y0[:1] / torch.e)
