@@ -122,6 +122,16 @@ CASES: dict[str, tuple[Case, Any]] = {
     "matmul": (matmul, lambda y, w: (y.view(-1, 2, 2, 2) @ w[0]).flatten(1)),
     # what lies at a limit
     "an empty buffer": (replace(unary, sizes=(4, 1, 0, 4)).changed(out=(3, 0)), lambda y, w: y.tanh()),
+    "a layer of nothing": (
+        replace(unary, sizes=(4, 1, 0, 4), layers=(replace(unary.layers[0], numbers=(0,)), *unary.layers)).changed(
+            1, out=(3, 0)
+        ),
+        lambda y, w: y.tanh(),
+    ),
+    "the first function of two": (
+        binary.changed(function=0),
+        lambda y, w: (y.view(-1, 2, 2) + w[0]).flatten(1),
+    ),
     "a part of the state": (
         replace(unary, sizes=(4, 1, 2, 4), layers=(replace(unary.layers[0], numbers=(2,), a=(0, 2)), *summed.layers))
         .changed(1, a=(2, 0), numbers={A + 1: 0}, out=(3, 0))
@@ -310,6 +320,7 @@ CONV, OWN = "a convolution's sizes are out of their range", "a layer writes the 
         (linear.changed(numbers={0: MOST + 1, 1: 0}), LARGE),
         (linear.changed(numbers={0: 2**18, 1: 2**18}), SPAN),
         (linear.changed(numbers={0: 2**18, 1: 2**18 + 1}), LARGE),
+        (linear.changed(numbers={0: 4097, 1: 16773121}), LARGE),  # 2^36 + 1
         (linear.changed(numbers={0: MOST, 1: MOST}), LARGE),
         (linear.changed(weight=-1), WEIGHT),
         (linear.changed(weight=4), WEIGHT),
