@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ FLAGS = [
     *("-I", str(ROOT / "tests/cuda_shim"), "-isystem", str(TORCH / "include")),
 ]
 SANITIZED = ["-O1", "-fsanitize=address"]
+EXTRA = shlex.split(os.environ.get("NODESHAPE_CXXFLAGS", ""))  # as setup.py takes them
 UNITS = {
     "tests/cuda_shim/cuda_shim.cpp": ["-O2"],  # what switches fibres is not what is tested
     "csrc/cuda/ops.cpp": SANITIZED,
@@ -80,14 +82,23 @@ on_host = pytest.mark.skipif(
 def compile(source: str, folder: Path, root: Path = ROOT) -> Path:
     """The object of one unit, from the sources under ``root``."""
     output = folder / f"{Path(source).stem}_{Path(source).suffix[1:]}.o"
-    command = ["g++", *FLAGS, *UNITS[source], "-x", "c++", "-c", str(root / source), "-o", str(output)]
+    command = ["g++", *FLAGS, *UNITS[source], "-x", "c++", "-c", str(root / source), "-o", str(output), *EXTRA]
     subprocess.run(command, check=True)
     return output
 
 
 def link(objects: list[Path], library: Path) -> Path:
     """Functions that several objects have are those of the first."""
-    command = ["g++", "-shared", "-fsanitize=address", *map(str, objects), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = [
+        "g++",
+        "-shared",
+        "-fsanitize=address",
+        *EXTRA,
+        *map(str, objects),
+        f"-L{TORCH / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     subprocess.run([*command, "-o", str(library)], check=True)
     return library
 

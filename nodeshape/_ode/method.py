@@ -65,8 +65,7 @@ class Method:
     @property
     def ends_with_slope(self) -> bool:
         """Whether the last stage is the state at the end."""
-        last, b = self.a[-1], self.b
-        return self.c[-1] == 1.0 and (last == b or (last[-1] == 0.0 and b[-1] == 0.0 and last[:-1] == b[:-1]))
+        return self.c[-1] == 1.0 and self.a[-1] == self.b
 
 
 def _explicit(*rows: Weights) -> tuple[Weights, ...]:
