@@ -4,6 +4,7 @@ import io
 import json
 import os
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,8 +17,8 @@ from nodeshape import ShapeClassifier, _cli, export, odeint
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._errors import UserError
 from nodeshape._exporting import export_folder, smaller, verify
-from nodeshape._exporting.solvers import try_solvers
-from nodeshape._exporting.verify import Agreement, check_images, compare
+from nodeshape._exporting.solvers import plot_solvers, try_solvers
+from nodeshape._exporting.verify import Agreement, CheckImages, check_images, compare
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._training.checkpoint import save_checkpoint
 
@@ -143,15 +144,18 @@ def test_metadata_says_all_that_a_consumer_needs(exported):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["circle", "triangle", "rectangle"]
     assert metadata["nodeshape_version"] and "[0, 1]" in metadata["preprocessing"]
-    assert {name: metadata[name] for name in ("image_size", "channels", "method", "steps")} == {
+    assert {name: metadata[name] for name in ("image_size", "channels", "input", "method", "steps")} == {
         "image_size": "24",
         "channels": "grey",
+        "input": "float32",
         "method": model.ode.method,
         "steps": str(STEPS),
     }
-    extra = {"metadata.json": ""}
+    extra = {"metadata.json": "", "classes.txt": "", **dict.fromkeys(metadata, "")}
     torch.jit.load(out / "model.ts", _extra_files=extra)
-    assert json.loads(extra["metadata.json"]) == metadata
+    assert json.loads(extra.pop("metadata.json")) == metadata
+    assert extra.pop("classes.txt").decode().splitlines() == json.loads(metadata["classes"])
+    assert {name: text.decode() for name, text in extra.items()} == metadata
     (image,), (logits, trajectory) = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape) == ("image", "tensor(float)", ["batch", 1, 24, 24])
     assert (logits.name, logits.shape) == ("logits", ["batch", 3])
@@ -187,9 +191,37 @@ def test_colour_and_a_users_folder_are_checked_on_the_users_images(tmp_path):
     assert report["channels"] == "rgb"
     assert Image.open(tmp_path / "out" / "example.png").mode == "RGB"
 
-    images, source = check_images(model, {"task": None, "data": str(tmp_path / "gone")})
-    assert images.shape == (1000, 3, 16, 16) and 0 <= images.min() < images.max() <= 1
-    assert source == f"none of the user's own ({tmp_path / 'gone'}: no such folder), 1000 drawn (compound)"
+    state = {"task": None, "data": str(tmp_path / "photos"), "classes": ["dog", "cat", "bird"]}
+    checked = check_images(model, state, 14)
+    # A fifth of each class is of the test set; what was trained on, is drawn or of no class of the model has no label.
+    assert checked.labels.tolist() == [1, 0, *[-1] * 12]
+    assert torch.equal(check_images(model, state, 14, "train").images[9:12], checked.images[:3])
+    assert checked.accuracy(torch.eye(3)[[1, 1, *[2] * 12]]) == 0.5
+
+    checked = check_images(model, state | {"data": str(tmp_path / "gone")})
+    assert checked.images.shape == (1000, 3, 16, 16) and checked.images.dtype == torch.uint8
+    assert checked.accuracy(torch.eye(3)[[0] * 1000]) is None
+    assert checked.source == f"none of the user's own ({tmp_path / 'gone'}: no such folder), 1000 drawn (compound)"
+
+
+@pytest.mark.parametrize("exported", ["euler"], indirect=True)
+def test_files_of_bytes_give_the_very_logits_of_files_of_floats(exported, tmp_path, few_images):
+    model, floats, _ = exported
+    export.main([str(floats.parent / "best.pt"), "--trajectory", "--input", "uint8", "--out", str(tmp_path / "bytes")])
+    images = shapes(40)
+    pixels = (images * 255).round().to(torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), model(images))
+    for name in FILES:
+        assert torch.equal(load(tmp_path / "bytes" / name)(pixels), load(floats / name)(images)), name
+    session = onnxruntime.InferenceSession(tmp_path / "bytes" / "model.onnx")
+    (image,) = session.get_inputs()
+    assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", 1, 24, 24])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["input"] == "uint8" and "values as uint8," in metadata["preprocessing"]
+    assert json.loads((tmp_path / "bytes" / "report.json").read_text())["input"] == "uint8"
+    found = [Image.open(folder / "example.png") for folder in (tmp_path / "bytes", floats)]
+    assert np.array_equal(*map(np.asarray, found))
 
 
 def test_a_disagreement_leaves_nothing_behind(tmp_path, few_images, monkeypatch):
@@ -265,6 +297,7 @@ def test_a_different_class_is_a_tie_only_within_the_difference():
         (["."], ".: is a folder; name a checkpoint"),
         (["text.pt"], "text.pt: not a readable checkpoint"),
         (["best.pt", "--method", "rk4"], "'rk4'"),
+        (["best.pt", "--input", "int8"], "'int8'"),
         (["best.pt", "--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
         (["best.pt", "--max-difference", "nan"], "--max-difference: expected a finite number above 0, got 'nan'"),
         (["best.pt", "--max-difference", "0"], "--max-difference: expected a finite number above 0, got '0'"),
@@ -321,18 +354,27 @@ def test_a_smaller_file_that_changes_classes_is_refused(tmp_path, monkeypatch):
         smaller.judge(tmp_path / "model.int8.onnx", torch.zeros(4), torch.eye(3)[[0, 1, 2, 1]])
 
 
-def test_the_quickest_solver_within_a_tolerance_is_taken():
+def test_the_quickest_solver_within_a_tolerance_is_taken(tmp_path):
     model, _ = untrained(method="implicit_midpoint")
     images = shapes(6)
-    tried, best = try_solvers(model, images, 0.02)
+    labels = model.with_solver("implicit_midpoint", 200)(images).argmax(dim=1)
+    labels[0], labels[1] = -1, (labels[1] + 1) % 3  # one is not known, one of five is wrong
+    checked = CheckImages((images * 255).round().to(torch.uint8), labels, "")
+    tried, best = try_solvers(model, checked, 0.02)
     with torch.no_grad():
         exact = model.with_solver("implicit_midpoint", 200)(images)
         found = model.with_solver(best.method, best.steps)(images)
     assert (found - exact).abs().max() <= 0.02 * 1.2
     assert all(best.milliseconds <= x.milliseconds for x in tried if x.difference <= 0.02)
     assert any(x.difference > 0.02 for x in tried)
+    assert best.accuracy == pytest.approx(0.8) and min(x.same_class for x in tried) < 1.0
+    unknown = CheckImages(checked.images, torch.full((6,), -1), "")
+    assert unknown.accuracy(exact) is None
+    plot_solvers(tried, 0.02, tmp_path / "both.png")
+    plot_solvers([replace(x, accuracy=None) for x in tried], 0.02, tmp_path / "one.png")
+    assert Image.open(tmp_path / "both.png").width == 2 * Image.open(tmp_path / "one.png").width
     with pytest.raises(UserError, match=r"--tolerance 1e-09"):
-        try_solvers(model, images, 1e-9)
+        try_solvers(model, checked, 1e-9)
 
 
 @pytest.mark.slow

@@ -71,7 +71,9 @@ async function run({ pixels }) {
 
 /** Logits; with a trajectory also its states [steps + 1, channels, height, width], and their logits if there is a head. */
 async function classify({ session, head, size, channels }, pixels) {
-  const image = new ort.Tensor("float32", Float32Array.from(pixels, (value) => value / 255), [1, channels, size, size]);
+  const { type } = session.inputMetadata[0];
+  const values = type === "uint8" ? Uint8Array.from(pixels) : Float32Array.from(pixels, (value) => value / 255);
+  const image = new ort.Tensor(type, values, [1, channels, size, size]);
   const { logits, trajectory } = await session.run({ image });
   if (!trajectory) return { logits: logits.data };
   const states = trajectory.reshape(trajectory.dims.slice(1));
