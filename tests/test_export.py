@@ -17,6 +17,7 @@ from nodeshape import ShapeClassifier, _cli, export, odeint
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._errors import UserError
 from nodeshape._exporting import export_folder, smaller, verify
+from nodeshape._exporting.graph import nodes
 from nodeshape._exporting.solvers import plot_solvers, try_solvers
 from nodeshape._exporting.verify import Agreement, CheckImages, check_images, compare
 from nodeshape._ode.method import SOURCE_METHODS
@@ -334,8 +335,20 @@ def test_smaller_files_give_nearly_the_same_logits(tmp_path, few_images, monkeyp
     for name, closest in (("model.half.onnx", 0.02), ("model.int8.onnx", 0.5)):
         assert 0 < (load(tmp_path / "out" / name)(images) - exact).abs().max() < closest
         assert report["files"][name]["bytes"] < report["files"]["model.onnx"]["bytes"]
-    with pytest.raises(UserError, match="--quantize takes explicit methods"):
-        export.export(path, tmp_path / "other", method="implicit_euler", quantize=True)
+
+
+@pytest.mark.slow
+def test_implicit_methods_are_quantized_with_stages_of_another_tolerance(tmp_path, few_images, monkeypatch):
+    path, _ = checkpoint(tmp_path, method="implicit_euler")
+    monkeypatch.setattr(smaller, "MOST_CHANGED", 1.0)
+    times = iter([1.0, 2.0] * 3 + [2.0, 1.5] * 3)
+    monkeypatch.setattr(smaller, "milliseconds", lambda *_: next(times))
+    report = export.export(path, tmp_path / "out", quantize=True)
+    assert report["files"]["model.int8.onnx"]["latency_ms"] == 1.0
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {*FILES, "model.int8.onnx", "report.json", "example.png"}
+    with pytest.raises(UserError, match=r"takes 2.00 ms for one image and the float32 file 1.50 ms .*leave out --quan"):
+        export.export(path, tmp_path / "other", quantize=True)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("exported", ["implicit_midpoint"], indirect=True)
@@ -346,6 +359,26 @@ def test_half_of_a_file_with_loops_is_that_of_its_weights(exported, tmp_path):
     exact, half = (load(path)(images) for path in (out / "model.onnx", tmp_path / "half.onnx"))
     assert 0 < (half - exact).abs().max() < 0.05
     assert (tmp_path / "half.onnx").stat().st_size < 0.85 * (out / "model.onnx").stat().st_size
+
+
+@pytest.mark.parametrize("exported", ["implicit_midpoint"], indirect=True)
+def test_convolutions_in_loops_take_and_give_bytes(exported, tmp_path):
+    _, out, _ = exported
+    source, path = out / "model.onnx", tmp_path / "int8.onnx"
+    smaller.write_int8(source, path, shapes(40))
+    images = shapes(9)
+    exact, found = (load(x)(images) for x in (source, path))
+    assert 0 < (found - exact).abs().max() < 0.1 * (exact.max() - exact.min())
+    assert path.stat().st_size < 0.8 * source.stat().st_size
+    graph = onnx.load(path).graph
+    constants = {x.name for x in graph.initializer}
+    makers = {name: node for node in nodes(graph) for name in node.output}
+    convolutions = [x for x in nodes(graph) if x.op_type == "Conv" and x.input[0] not in constants]
+    inside = [x for x in convolutions if x not in graph.node]
+    assert len(inside) >= 2
+    for node in convolutions:
+        assert all(makers[name].op_type == "DequantizeLinear" for name in node.input if name in makers), node.name
+        assert makers[node.input[1]].input[0] in constants
 
 
 def test_a_smaller_file_that_changes_classes_is_refused(tmp_path, monkeypatch):

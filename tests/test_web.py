@@ -416,7 +416,9 @@ def test_webgpu_gives_the_answers_of_webassembly(small, tmp_path):
         for (name, probabilities), (same_name, same) in zip(found["wasm"], found["webgpu"], strict=True):
             assert name == same_name and probabilities == pytest.approx(same, abs=1e-4)
         open_page(browser, url)
-        assert browser.run("document.body.dataset.backend") == "wasm", "a GPU that the CPU plays is taken on demand only"
+        assert browser.run("document.body.dataset.backend") == "wasm", (
+            "a GPU that the CPU plays is taken on demand only"
+        )
 
 
 def about(browser):

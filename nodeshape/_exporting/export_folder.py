@@ -31,7 +31,7 @@ from nodeshape._exporting.module import (
     write_pt2,
     write_torchscript,
 )
-from nodeshape._exporting.smaller import judge, logits_of, write_half, write_int8
+from nodeshape._exporting.smaller import STAGE_TOLERANCE, judge, judge_time, logits_of, write_half, write_int8
 from nodeshape._exporting.solvers import plot_solvers, try_solvers
 from nodeshape._exporting.verify import (
     BATCH_SIZES,
@@ -49,6 +49,8 @@ from nodeshape._ode.options import steps_of
 
 TOLERANCE = 1e-4
 ONNX, TORCHSCRIPT, PT2, REPORT, EXAMPLE = "model.onnx", "model.ts", "model.pt2", "report.json", "example.png"
+#: The file of which that of integers is made, where stages end at another tolerance there.
+LOOSE = "model.loose.onnx"
 INT8, HALF, SOLVERS = "model.int8.onnx", "model.half.onnx", "solvers.png"
 FILES = {ONNX, TORCHSCRIPT, PT2, REPORT, EXAMPLE}
 #: Those, and what is written where it is asked for.
@@ -122,11 +124,9 @@ def write_export_folder(
                 chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
             checked = check_images(model, state, image_count)
             images = checked.typed(input_type)
-            report = _write(partial, model, list(classes), images, tolerance, trajectory, native) | chosen
+            ranges = check_images(model, state, RANGE_IMAGES, "train").typed(input_type) if quantize else None
+            report = _write(partial, model, list(classes), images, tolerance, trajectory, native, ranges, half) | chosen
             report["images"] = {"count": len(images), "source": checked.source}
-            if quantize or half:
-                ranges = check_images(model, state, RANGE_IMAGES, "train").typed(input_type)
-                report["files"] |= _smaller(partial, images, ranges, quantize, half)
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -143,6 +143,8 @@ def _write(
     tolerance: float,
     trajectory: bool,
     native: bool,
+    ranges: Tensor | None,
+    half: bool,
 ) -> dict[str, Any]:
     metadata = metadata_of(model, classes, _input_type(images))
     seconds = dict.fromkeys(("reference", "choice", "writing", "proof"), 0.0)
@@ -205,6 +207,19 @@ def _write(
         seconds["writing"] += perf_counter() - start
         for name, load in readers:
             prove(name, load(folder / name))
+    if ranges is not None:
+        source, loose = folder / ONNX, subject.loose(STAGE_TOLERANCE)
+        if loose is not None:
+            source = folder / LOOSE
+            write_classifier_onnx(model, trials, source, metadata, trajectory, tolerance, loose)
+        write_int8(source, folder / INT8, ranges)
+        files[INT8] = judge(folder / INT8, images, logits_of(folder / ONNX, images))
+        if loose is not None:
+            judge_time(folder / INT8, folder / ONNX, images[:1], files[INT8])
+            source.unlink()
+    if half:
+        write_half(folder / ONNX, folder / HALF)
+        files[HALF] = judge(folder / HALF, images, logits_of(folder / ONNX, images))
     reason = custom_ops.why_missing() if native else None
     return {
         **{key: metadata[key] for key in ("nodeshape_version", "channels", "input", "method")},
@@ -221,19 +236,6 @@ def _write(
         "versions": {"torch": str(torch.__version__), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
         "seconds": seconds,
     }
-
-
-def _smaller(folder: Path, images: Tensor, ranges: Tensor, quantize: bool, half: bool) -> dict[str, Any]:
-    """Write the ONNX file in smaller numbers; figures for the report."""
-    reference = logits_of(folder / ONNX, images)
-    files = {}
-    if quantize:
-        write_int8(folder / ONNX, folder / INT8, ranges)
-        files[INT8] = judge(folder / INT8, images, reference)
-    if half:
-        write_half(folder / ONNX, folder / HALF)
-        files[HALF] = judge(folder / HALF, images, reference)
-    return files
 
 
 def metadata_of(model: ShapeClassifier, classes: Sequence[str], input_type: str) -> dict[str, str]:
