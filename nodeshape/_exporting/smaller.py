@@ -166,6 +166,9 @@ def _convolve_bytes(
             nodes.append(node)
             continue
         image, weight, result = node.input[0], node.input[1], node.output[0]
+        if ranges[image] == (0.0, 0.0) or ranges[result] == (0.0, 0.0):  # of a loop that no image has entered
+            nodes.append(node)
+            continue
         worth = rounded(image, f"{node.name}/image")
         values = constants[weight]
         scales = np.maximum(np.abs(values).reshape(len(values), -1).max(axis=1) / 127, 1e-12).astype(np.float32)
