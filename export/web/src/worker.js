@@ -63,7 +63,7 @@ async function load({ model: source, head: headSource, backend }) {
       const { session: _, head: __, Tensor: ___, ...told } = next;
       return { ...told, seconds: (performance.now() - start) / 1000 };
     } catch (error) {
-      errors.push({ name, error: error.message });
+      errors.push({ name, error: String(error?.message ?? error) }); // onnxruntime throws numbers too
     }
   }
   throw new Error(`the model does not run here (${errors.map(({ name, error }) => `${name}: ${error}`).join("; ")})`);
