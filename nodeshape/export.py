@@ -8,7 +8,7 @@ from typing import Any
 
 from nodeshape._cli import Parser, positive_float, positive_int, run, say, shell_word, user_input
 from nodeshape._errors import UserError
-from nodeshape._exporting.export_folder import EXAMPLE, ONNX, TOLERANCE, write_export_folder
+from nodeshape._exporting.export_folder import EXAMPLE, INPUTS, ONNX, TOLERANCE, write_export_folder
 from nodeshape._exporting.verify import IMAGES
 from nodeshape._ode.method import SOURCE_METHODS, get_method
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="T",
         help="try every solver and take the quickest whose logits are within T of a converged solve's",
     )
+    parser.add_argument(
+        "--input",
+        choices=tuple(INPUTS),
+        default="float32",
+        help="what images the files take: float32 in [0, 1], or uint8 as they are read (default: %(default)s)",
+    )
     parser.add_argument("--quantize", action="store_true", help="also write model.int8.onnx, of 8-bit integers")
     parser.add_argument("--half", action="store_true", help="also write model.half.onnx, of 16-bit floating point")
     parser.add_argument("--trajectory", action="store_true", help="give the states of the ODE as a second output")
@@ -67,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         native=args.native,
         tolerance=args.tolerance,
         images=args.images,
+        input_type=args.input,
     )
     _print(report, args.checkpoint, out)
 
@@ -84,6 +91,7 @@ def export(
     native: bool = False,
     tolerance: float | None = None,
     images: int | None = None,
+    input_type: str = "float32",
 ) -> dict[str, Any]:
     """Export a checkpoint, ``best.pt`` or ``last.pt`` of a run folder, as :func:`write_export_folder` does.
 
@@ -92,6 +100,7 @@ def export(
         tolerance: take the quickest solver whose logits are within it of a converged solve's instead.
         max_difference, trajectory, quantize, half, native: as there.
         images: its ``image_count``.
+        input_type: as there.
 
     Raises:
         UserError: the checkpoint or ``out`` cannot be used, or an exported file disagrees with PyTorch.
@@ -114,16 +123,18 @@ def export(
         native=native,
         solver_tolerance=tolerance,
         image_count=images,
+        input_type=input_type,
     )
 
 
 def _print(report: dict[str, Any], checkpoint: Path, out: Path) -> None:
     if "solvers" in report:
-        say(f"{'method':<18}{'steps':>6}{'difference':>13}{'same class':>13}{'one image':>13}")
+        say(f"{'method':<18}{'steps':>6}{'difference':>13}{'same class':>13}{'accuracy':>11}{'one image':>13}")
         for x in report["solvers"]["tried"]:
             mark = " <-" if (x["method"], x["steps"]) == (report["method"], report["steps"]) else ""
+            accuracy = "-" if x["accuracy"] is None else f"{x['accuracy']:.2%}"
             say(
-                f"{x['method']:<18}{x['steps']:>6}{x['difference']:>13.1e}{x['same_class']:>13.2%}"
+                f"{x['method']:<18}{x['steps']:>6}{x['difference']:>13.1e}{x['same_class']:>13.2%}{accuracy:>11}"
                 f"{x['milliseconds']:>10.2f} ms{mark}"
             )
     solver = f"{report['method']}, {report['steps']} steps"

@@ -35,6 +35,8 @@ from nodeshape._errors import UserError
 
 #: Images, and values in them, that are in memory at a time.
 BATCH, BATCH_VALUES = 64, 2**22
+#: Types that a model's images may have.
+INPUT_TYPES = ("tensor(float)", "tensor(uint8)")
 #: What stands in the table for the class of a picture with nothing on it.
 EMPTY = "(empty)"
 
@@ -95,12 +97,14 @@ class Model:
         classes: names, by index of the logits.
         image_size: side of its square images in pixels.
         channels: ``"grey"`` or ``"rgb"``.
+        takes_bytes: whether its images are of uint8, rather than of float32 in [0, 1].
     """
 
     session: Any
     classes: list[str]
     image_size: int
     channels: str
+    takes_bytes: bool
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The probability of every class, ``[batch, classes]``, of images ``[batch, channels, size, size]``.
@@ -110,8 +114,9 @@ class Model:
         Raises:
             UserError: the model fails, or gives something else than logits of its classes.
         """
+        given = images if self.takes_bytes else images.astype(np.float32) / 255
         try:
-            (logits,) = self.session.run(["logits"], {"image": images.astype(np.float32) / 255})
+            (logits,) = self.session.run(["logits"], {"image": given})
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise UserError(f"the model fails: {error}") from error
         if logits.shape != (len(images), len(self.classes)):
@@ -176,7 +181,10 @@ def load_model(path: Path, threads: int | None = None) -> Model:
     wrong = _wrong(metadata, inputs, outputs)
     if wrong:
         raise UserError(f"{path}: not a model of nodeshape's: {wrong}; {anew}")
-    return Model(session, json.loads(metadata["classes"]), int(metadata["image_size"]), metadata["channels"])
+    takes_bytes = inputs[0].type == "tensor(uint8)"
+    return Model(
+        session, json.loads(metadata["classes"]), int(metadata["image_size"]), metadata["channels"], takes_bytes
+    )
 
 
 def _wrong(metadata: Mapping[str, str], inputs: Sequence[Any], outputs: Sequence[Any]) -> str | None:
@@ -194,10 +202,10 @@ def _wrong(metadata: Mapping[str, str], inputs: Sequence[Any], outputs: Sequence
         return f"expected an image size of 1 to {MAX_IMAGE_SIZE} pixels, got {size[:20]!r}"
     if channels not in CHANNELS:
         return f"expected channels to be one of {', '.join(CHANNELS)}, got {channels[:20]!r}"
-    image = ("image", "tensor(float)", [CHANNELS[channels], int(size), int(size)])
-    given = [(x.name, x.type, x.shape[1:]) for x in inputs]
-    if given != [image] or isinstance(inputs[0].shape[0], int):
-        return f"expected the one input image [batch, {', '.join(map(str, image[2]))}] of float"
+    image = ("image", [CHANNELS[channels], int(size), int(size)])
+    given = [(x.name, x.shape[1:]) for x in inputs]
+    if given != [image] or inputs[0].type not in INPUT_TYPES or isinstance(inputs[0].shape[0], int):
+        return f"expected the one input image [batch, {', '.join(map(str, image[1]))}] of float or uint8"
     logits = ("logits", "tensor(float)", [len(classes)])
     if logits not in [(x.name, x.type, x.shape[1:]) for x in outputs]:
         return f"expected an output logits [batch, {len(classes)}] of float, one per class"

@@ -15,7 +15,7 @@ from nodeshape import ShapeClassifier, load_classifier
 from nodeshape._benchmarking.trained import checkpoint
 from nodeshape._data.images import load_image
 from nodeshape._data.shapes import CLASSES, draw
-from nodeshape._exporting.export_folder import write_classifier_onnx, write_classifier_torchscript
+from nodeshape._exporting.export_folder import write_classifier_onnx
 from nodeshape.export import export
 
 ROOT = Path(__file__).parents[1] / "export"
@@ -28,8 +28,9 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("consumers")
     model = ShapeClassifier(3, width=32, steps=3).eval()
     metadata = {"classes": '["circle", "triangle", "rectangle"]', "image_size": "32", "channels": "grey"}
-    for write, name in ((write_classifier_onnx, "model.onnx"), (write_classifier_torchscript, "model.ts")):
-        write(model, torch.rand(2, 1, 32, 32), folder / name, metadata)
+    images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    write_classifier_onnx(model, images / 255, folder / "model.onnx", metadata)
+    write_classifier_onnx(model, images, folder / "bytes.onnx", metadata)
     Image.fromarray(draw("single", 0, 0)[0]).save(folder / "example.png")
     image = torch.tensor(load_image(folder / "example.png", 32))[None] / 255
     with torch.no_grad():
@@ -47,10 +48,11 @@ def expect(line, probabilities):
     assert float(probability) == pytest.approx(probabilities[name], abs=1e-4)
 
 
-def test_the_python_program_needs_no_nodeshape_and_agrees(exported):
+@pytest.mark.parametrize("name", ["model.onnx", "bytes.onnx"])
+def test_the_python_program_needs_no_nodeshape_and_agrees(exported, name):
     folder, probabilities = exported
     code = ROOT / "python" / "classify.py"
-    expect(run(sys.executable, "-I", code, folder / "model.onnx", folder / "example.png"), probabilities)
+    expect(run(sys.executable, "-I", code, folder / name, folder / "example.png"), probabilities)
 
 
 def test_the_python_program_says_that_a_picture_is_empty(exported, tmp_path):
@@ -114,16 +116,18 @@ def test_the_cpp_program_agrees_on_images_of_every_kind(tmp_path):
     run("cmake", "-S", ROOT / "cpp", "-B", build, f"-DTORCH={torch_folder}", f"-DCMAKE_PREFIX_PATH={torch_folder}")
     run("cmake", "--build", build)
 
-    out = tmp_path / "export"
-    export(checkpoint(quick=True), out, native=True)
+    for kind in ("float32", "uint8"):
+        export(checkpoint(quick=True), tmp_path / kind, native=True, input_type=kind)
+    out = tmp_path / "float32"
     model, classes = load_classifier(checkpoint(quick=True))
     (tmp_path / "images").mkdir()
     files = [picture(number, tmp_path / "images" / str(number)) for number in range(100)]
     images = torch.tensor(np.stack([load_image(file, model.image_size) for file in files])) / 255
     with torch.no_grad():
         expected = model(images).softmax(dim=1)
-    for name in ("model.ts", "model.fused.ts", "model.fused.pt2"):
-        lines = run(build / "classify", out / name, *files).splitlines()
+    names = ("model.ts", "model.fused.ts", "model.fused.pt2")
+    for name in (tmp_path / kind / name for kind in ("float32", "uint8") for name in names):
+        lines = run(build / "classify", name, *files).splitlines()
         for file, line, row in zip(files, lines, expected, strict=True):
             allowed = 0.05 if file.suffix == ".jpg" else 1e-3  # JPEG leaves a decoder some freedom
             best, second = row.topk(2).values.tolist()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,8 +17,9 @@ from nodeshape import ShapeClassifier, _cli, export, odeint
 from nodeshape._data.shapes import CLASSES, draw_set
 from nodeshape._errors import UserError
 from nodeshape._exporting import export_folder, smaller, verify
-from nodeshape._exporting.solvers import try_solvers
-from nodeshape._exporting.verify import Agreement, check_images, compare
+from nodeshape._exporting.graph import nodes
+from nodeshape._exporting.solvers import plot_solvers, try_solvers
+from nodeshape._exporting.verify import Agreement, CheckImages, check_images, compare
 from nodeshape._ode.method import SOURCE_METHODS
 from nodeshape._training.checkpoint import save_checkpoint
 
@@ -143,15 +145,18 @@ def test_metadata_says_all_that_a_consumer_needs(exported):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == ["circle", "triangle", "rectangle"]
     assert metadata["nodeshape_version"] and "[0, 1]" in metadata["preprocessing"]
-    assert {name: metadata[name] for name in ("image_size", "channels", "method", "steps")} == {
+    assert {name: metadata[name] for name in ("image_size", "channels", "input", "method", "steps")} == {
         "image_size": "24",
         "channels": "grey",
+        "input": "float32",
         "method": model.ode.method,
         "steps": str(STEPS),
     }
-    extra = {"metadata.json": ""}
+    extra = {"metadata.json": "", "classes.txt": "", **dict.fromkeys(metadata, "")}
     torch.jit.load(out / "model.ts", _extra_files=extra)
-    assert json.loads(extra["metadata.json"]) == metadata
+    assert json.loads(extra.pop("metadata.json")) == metadata
+    assert extra.pop("classes.txt").decode().splitlines() == json.loads(metadata["classes"])
+    assert {name: text.decode() for name, text in extra.items()} == metadata
     (image,), (logits, trajectory) = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape) == ("image", "tensor(float)", ["batch", 1, 24, 24])
     assert (logits.name, logits.shape) == ("logits", ["batch", 3])
@@ -187,9 +192,37 @@ def test_colour_and_a_users_folder_are_checked_on_the_users_images(tmp_path):
     assert report["channels"] == "rgb"
     assert Image.open(tmp_path / "out" / "example.png").mode == "RGB"
 
-    images, source = check_images(model, {"task": None, "data": str(tmp_path / "gone")})
-    assert images.shape == (1000, 3, 16, 16) and 0 <= images.min() < images.max() <= 1
-    assert source == f"none of the user's own ({tmp_path / 'gone'}: no such folder), 1000 drawn (compound)"
+    state = {"task": None, "data": str(tmp_path / "photos"), "classes": ["dog", "cat", "bird"]}
+    checked = check_images(model, state, 14)
+    # A fifth of each class is of the test set; what was trained on, is drawn or of no class of the model has no label.
+    assert checked.labels.tolist() == [1, 0, *[-1] * 12]
+    assert torch.equal(check_images(model, state, 14, "train").images[9:12], checked.images[:3])
+    assert checked.accuracy(torch.eye(3)[[1, 1, *[2] * 12]]) == 0.5
+
+    checked = check_images(model, state | {"data": str(tmp_path / "gone")})
+    assert checked.images.shape == (1000, 3, 16, 16) and checked.images.dtype == torch.uint8
+    assert checked.accuracy(torch.eye(3)[[0] * 1000]) is None
+    assert checked.source == f"none of the user's own ({tmp_path / 'gone'}: no such folder), 1000 drawn (compound)"
+
+
+@pytest.mark.parametrize("exported", ["euler"], indirect=True)
+def test_files_of_bytes_give_the_very_logits_of_files_of_floats(exported, tmp_path, few_images):
+    model, floats, _ = exported
+    export.main([str(floats.parent / "best.pt"), "--trajectory", "--input", "uint8", "--out", str(tmp_path / "bytes")])
+    images = shapes(40)
+    pixels = (images * 255).round().to(torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), model(images))
+    for name in FILES:
+        assert torch.equal(load(tmp_path / "bytes" / name)(pixels), load(floats / name)(images)), name
+    session = onnxruntime.InferenceSession(tmp_path / "bytes" / "model.onnx")
+    (image,) = session.get_inputs()
+    assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", 1, 24, 24])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["input"] == "uint8" and "values as uint8," in metadata["preprocessing"]
+    assert json.loads((tmp_path / "bytes" / "report.json").read_text())["input"] == "uint8"
+    found = [Image.open(folder / "example.png") for folder in (tmp_path / "bytes", floats)]
+    assert np.array_equal(*map(np.asarray, found))
 
 
 def test_a_disagreement_leaves_nothing_behind(tmp_path, few_images, monkeypatch):
@@ -265,6 +298,7 @@ def test_a_different_class_is_a_tie_only_within_the_difference():
         (["."], ".: is a folder; name a checkpoint"),
         (["text.pt"], "text.pt: not a readable checkpoint"),
         (["best.pt", "--method", "rk4"], "'rk4'"),
+        (["best.pt", "--input", "int8"], "'int8'"),
         (["best.pt", "--steps", "0"], "--steps: expected a whole number of at least 1, got '0'"),
         (["best.pt", "--max-difference", "nan"], "--max-difference: expected a finite number above 0, got 'nan'"),
         (["best.pt", "--max-difference", "0"], "--max-difference: expected a finite number above 0, got '0'"),
@@ -301,8 +335,20 @@ def test_smaller_files_give_nearly_the_same_logits(tmp_path, few_images, monkeyp
     for name, closest in (("model.half.onnx", 0.02), ("model.int8.onnx", 0.5)):
         assert 0 < (load(tmp_path / "out" / name)(images) - exact).abs().max() < closest
         assert report["files"][name]["bytes"] < report["files"]["model.onnx"]["bytes"]
-    with pytest.raises(UserError, match="--quantize takes explicit methods"):
-        export.export(path, tmp_path / "other", method="implicit_euler", quantize=True)
+
+
+@pytest.mark.slow
+def test_implicit_methods_are_quantized_with_stages_of_another_tolerance(tmp_path, few_images, monkeypatch):
+    path, _ = checkpoint(tmp_path, method="implicit_euler")
+    monkeypatch.setattr(smaller, "MOST_CHANGED", 1.0)
+    times = iter([1.0, 2.0] * 3 + [2.0, 1.5] * 3)
+    monkeypatch.setattr(smaller, "milliseconds", lambda *_: next(times))
+    report = export.export(path, tmp_path / "out", quantize=True)
+    assert report["files"]["model.int8.onnx"]["latency_ms"] == 1.0
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {*FILES, "model.int8.onnx", "report.json", "example.png"}
+    with pytest.raises(UserError, match=r"takes 2.00 ms for one image and the float32 file 1.50 ms .*leave out --quan"):
+        export.export(path, tmp_path / "other", quantize=True)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("exported", ["implicit_midpoint"], indirect=True)
@@ -315,24 +361,81 @@ def test_half_of_a_file_with_loops_is_that_of_its_weights(exported, tmp_path):
     assert (tmp_path / "half.onnx").stat().st_size < 0.85 * (out / "model.onnx").stat().st_size
 
 
+def test_convolutions_in_loops_take_and_give_bytes(tmp_path):
+    """y becomes 0.5 conv(y), three times in one loop and never in another."""
+    rng = np.random.default_rng(0)
+    make, info, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.numpy_helper.from_array
+    kind, shape = onnx.TensorProto.FLOAT, ["batch", 8, 6, 6]
+
+    def loop(name, before, count):
+        body = onnx.helper.make_graph(
+            [
+                make("Conv", [f"{name}/y", "weight", "bias"], [f"{name}/z"], f"{name}/conv", pads=[1, 1, 1, 1]),
+                make("Mul", [f"{name}/z", "half"], [f"{name}/next"], f"{name}/mul"),
+                make("Identity", [f"{name}/go"], [f"{name}/on"], f"{name}/identity"),
+            ],
+            name,
+            [info(f"{name}/i", 7, []), info(f"{name}/go", 9, []), info(f"{name}/y", kind, shape)],
+            [info(f"{name}/on", 9, []), info(f"{name}/next", kind, shape)],
+        )
+        return make("Loop", [count, "", before], [name], f"{name}/loop", body=body)
+
+    constants = {
+        "weight": rng.normal(size=(8, 8, 3, 3)).astype(np.float32) / 6,
+        "bias": rng.normal(size=8),
+        "half": 0.5,
+    }
+    constants = {name: np.asarray(value, np.float32) for name, value in constants.items()}
+    constants |= {"three": np.array(3), "none": np.array(0)}
+    graph = onnx.helper.make_graph(
+        [loop("first", "image", "three"), loop("logits", "first", "none")],
+        "graph",
+        [info("image", kind, shape)],
+        [info("logits", kind, shape)],
+        [tensor(value, name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    images = torch.from_numpy(rng.normal(size=(40, 8, 6, 6)).astype(np.float32))
+    smaller.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images)
+
+    exact, found = (load(tmp_path / name)(images) for name in ("model.onnx", "int8.onnx"))
+    assert 0 < (found - exact).abs().max() < 0.03 * (exact.max() - exact.min())
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    makers = {name: node for node in nodes(graph) for name in node.output}
+    entered, not_entered = (node for node in nodes(graph) if node.op_type == "Conv")
+    assert [makers[name].op_type for name in entered.input] == 3 * ["DequantizeLinear"]
+    assert {x.name: x.data_type for x in graph.initializer}["weight/byte"] == onnx.TensorProto.INT8
+    assert list(not_entered.input) == ["logits/y", "weight", "bias"], "nothing is known of its range"
+
+
 def test_a_smaller_file_that_changes_classes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(smaller, "logits_of", lambda *_: torch.eye(3)[[0, 1, 2, 2]])
     with pytest.raises(UserError, match=r"model.int8.onnx gives 1 of 4 images another class.*leave out --quantize"):
         smaller.judge(tmp_path / "model.int8.onnx", torch.zeros(4), torch.eye(3)[[0, 1, 2, 1]])
 
 
-def test_the_quickest_solver_within_a_tolerance_is_taken():
+def test_the_quickest_solver_within_a_tolerance_is_taken(tmp_path):
     model, _ = untrained(method="implicit_midpoint")
     images = shapes(6)
-    tried, best = try_solvers(model, images, 0.02)
+    labels = model.with_solver("implicit_midpoint", 200)(images).argmax(dim=1)
+    labels[0], labels[1] = -1, (labels[1] + 1) % 3  # one is not known, one of five is wrong
+    checked = CheckImages((images * 255).round().to(torch.uint8), labels, "")
+    tried, best = try_solvers(model, checked, 0.02)
     with torch.no_grad():
         exact = model.with_solver("implicit_midpoint", 200)(images)
         found = model.with_solver(best.method, best.steps)(images)
     assert (found - exact).abs().max() <= 0.02 * 1.2
     assert all(best.milliseconds <= x.milliseconds for x in tried if x.difference <= 0.02)
     assert any(x.difference > 0.02 for x in tried)
+    assert best.accuracy == pytest.approx(0.8) and min(x.same_class for x in tried) < 1.0
+    unknown = CheckImages(checked.images, torch.full((6,), -1), "")
+    assert unknown.accuracy(exact) is None
+    plot_solvers(tried, 0.02, tmp_path / "both.png")
+    plot_solvers([replace(x, accuracy=None) for x in tried], 0.02, tmp_path / "one.png")
+    assert Image.open(tmp_path / "both.png").width == 2 * Image.open(tmp_path / "one.png").width
     with pytest.raises(UserError, match=r"--tolerance 1e-09"):
-        try_solvers(model, images, 1e-9)
+        try_solvers(model, checked, 1e-9)
 
 
 @pytest.mark.slow

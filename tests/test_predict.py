@@ -20,12 +20,13 @@ from nodeshape._exporting.export_folder import write_classifier_onnx
 CLASSES = ["circle", "a longer name", "Dreieck ∆"]
 
 
-def write_model(path, channels="grey", size=24, **metadata):
+def write_model(path, channels="grey", size=24, dtype=torch.float32, **metadata):
     torch.manual_seed(1)
     count = 1 if channels == "grey" else 3
     model = ShapeClassifier(3, image_size=size, in_channels=count, width=8, steps=2).eval()
     metadata = {"classes": json.dumps(CLASSES), "image_size": str(size), "channels": channels, **metadata}
-    write_classifier_onnx(model, torch.rand(2, count, size, size), Path(path), metadata)
+    images = (255 * torch.rand(2, count, size, size)).to(dtype)
+    write_classifier_onnx(model, images if dtype == torch.uint8 else images / 255, Path(path), metadata)
     return model
 
 
@@ -49,9 +50,9 @@ def expected(model, path, channels="grey"):
         return model(image).softmax(dim=1)[0].numpy()
 
 
-@pytest.mark.parametrize("channels", ["grey", "rgb"])
-def test_json_gives_pytorchs_probabilities_for_any_size_and_format(folder, tmp_path, capsys, channels):
-    model = write_model(tmp_path / "model.onnx", channels)
+@pytest.mark.parametrize(("channels", "dtype"), [("grey", "float32"), ("rgb", "float32"), ("grey", "uint8")])
+def test_json_gives_pytorchs_probabilities_for_any_size_and_format(folder, tmp_path, capsys, channels, dtype):
+    model = write_model(tmp_path / "model.onnx", channels, dtype=getattr(torch, dtype))
     predict.main([str(tmp_path / "model.onnx"), str(folder / "images"), "--json"])
     items = json.loads(capsys.readouterr().out)
     names = ["a.png", "b.jpg", "c.webp", "sub/d.bmp"]

@@ -31,6 +31,8 @@ WEB = Path(__file__).parents[1] / "export" / "web"
 MODULES = WEB / "node_modules"
 
 pytestmark = pytest.mark.slow
+#: A WebGPU that the CPU plays, where this Chromium has one.
+SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan,WebGPU")
 needs_chromium = pytest.mark.skipif(EXECUTABLE is None, reason="needs Chromium")
 needs_modules = pytest.mark.skipif(not MODULES.is_dir(), reason="needs `npm ci` in export/web")
 
@@ -370,6 +372,117 @@ def test_a_page_without_a_model_or_a_server_says_so(browser, site, tmp_path):
         assert "model.onnx: 404" in message(browser)
         browser.draw(paper(browser, [(0.3, 0.3), (0.6, 0.6)]))
         assert verdict(browser) == "There is no model" and "404" in message(browser)
+
+
+@pytest.fixture
+def small(site, tmp_path):
+    """A copy of the page with a small untrained model that takes uint8, and a few images of shapes."""
+    dist = shutil.copytree(site[0], tmp_path / "dist")
+    torch.manual_seed(3)
+    untrained = ShapeClassifier(3, width=16, image_size=24, steps=2).eval()
+    metadata = {"classes": '["a", "b", "c"]', "image_size": "24", "channels": "grey"}
+    images = torch.randint(0, 256, (4, 1, 24, 24), dtype=torch.uint8)
+    write_classifier_onnx(untrained, images, dist / "model.onnx", metadata)
+    (dist / "service-worker.js").unlink()
+    files = []
+    for i, (kind, drawing) in enumerate(zip(KINDS, wobbly_drawings()[::10])):
+        files.append(tmp_path / f"{kind}-{i}.png")
+        picture(drawing).save(files[-1])
+    return dist, files
+
+
+def answers(browser, files):
+    found = []
+    for file in files:
+        browser.choose("#image", file)
+        found.append(answer(browser))
+        clear(browser)
+    return found
+
+
+@in_chromium
+def test_webgpu_gives_the_answers_of_webassembly(small, tmp_path):
+    dist, files = small
+    with serving(dist) as url, Chromium(tmp_path / "profile", *SWIFTSHADER) as browser:
+        browser.open(url)
+        adapter = "navigator.gpu?.requestAdapter().then(adapter => !!adapter, () => false) ?? false"
+        if not browser.run(adapter):
+            pytest.skip("needs an adapter for WebGPU, which this Chromium has none of")
+        found = {}
+        for backend in ("wasm", "webgpu"):
+            open_page(browser, f"{url}?backend={backend}")
+            assert browser.run("document.body.dataset.backend") == backend, about(browser)
+            found[backend] = answers(browser, files)
+        for (name, probabilities), (same_name, same) in zip(found["wasm"], found["webgpu"], strict=True):
+            assert name == same_name and probabilities == pytest.approx(same, abs=1e-4)
+        open_page(browser, url)
+        assert browser.run("document.body.dataset.backend") == "wasm", (
+            "a GPU that the CPU plays is taken on demand only"
+        )
+
+
+def about(browser):
+    return browser.run("document.getElementById('about').textContent")
+
+
+@in_chromium
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("{ requestAdapter: async () => null }", ""),
+        ("{ requestAdapter: () => Promise.reject(new Error('no driver')) }", ""),
+        (
+            "{ requestAdapter: async () => ({ features: new Set(), limits: {}, info: {},"
+            " requestDevice: async () => { throw new Error('no device') } }) }",
+            "does not run it",
+        ),
+    ],
+)
+def test_where_webgpu_fails_webassembly_runs_the_model(browser, small, gpu, said):
+    dist, files = small
+    worker = dist / "worker.js"
+    stub = f"Object.defineProperty(navigator, 'gpu', {{ value: {gpu} }});"
+    worker.write_text(f"{stub}\n{worker.read_text()}")
+    with serving(dist) as url:
+        open_page(browser, url)
+        assert browser.run("document.body.dataset.backend") == "wasm"
+        assert "runs on WebAssembly" in about(browser)
+        assert ("WebGPU" in about(browser)) == bool(said) and said in about(browser)
+        assert all(answers(browser, files))
+
+
+@in_chromium
+def test_where_webgpu_goes_away_webassembly_runs_the_model_from_then_on(browser, small):
+    """A stand-in for onnxruntime on a GPU: it computes once, to warm up, and fails then."""
+    dist, files = small
+    runtime, worker = dist / "runtime", dist / "worker.js"
+    stub = "Object.defineProperty(navigator, 'gpu', { value: { requestAdapter: async () => ({}) } });"
+    worker.write_text(f"{stub}\n{worker.read_text()}")
+    for file in runtime.glob("ort-wasm-simd-threaded.asyncify.*"):
+        shutil.copy(runtime / file.name.replace(".asyncify", ""), file)
+    (runtime / "ort.webgpu.min.mjs").write_text("""
+        import * as ort from "./ort.wasm.min.mjs?its-own";
+        export const { env, Tensor } = ort;
+        export const InferenceSession = {
+          async create(bytes) {
+            const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+            let runs = 0;
+            const run = (given) => (runs++ ? Promise.reject(new Error("the device is lost")) : session.run(given));
+            const { inputMetadata, inputNames, outputNames } = session;
+            return { run, inputMetadata, inputNames, outputNames };
+          },
+        };
+    """)
+    with serving(dist) as url:
+        open_page(browser, url)
+        assert browser.run("document.body.dataset.backend") == "webgpu"
+        browser.choose("#image", files[0])
+        browser.wait("document.body.dataset.backend === 'wasm'")
+        browser.wait("document.getElementById('message').textContent.includes('from now on')")
+        assert "the device is lost" in message(browser)
+        first = answer(browser)
+        clear(browser)
+        assert answers(browser, files)[0] == first
 
 
 @in_chromium

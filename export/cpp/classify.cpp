@@ -20,9 +20,10 @@
 namespace fs = std::filesystem;
 
 struct Model {
-  std::function<torch::Tensor(torch::Tensor)> logits;  // of images, float32 [batch, channels, size, size] in [0, 1]
+  std::function<torch::Tensor(torch::Tensor)> logits;  // of images [batch, channels, size, size]
   std::vector<std::string> classes;
   int size, channels;
+  bool takes_bytes;  // uint8, rather than float32 in [0, 1]
 };
 
 /// The ops of native files.
@@ -41,7 +42,7 @@ Model read_model(const fs::path& path) {
     model.logits = [loader](torch::Tensor images) { return loader->run({images})[0]; };
   } else {
     torch::jit::ExtraFilesMap extra;
-    for (const char* name : {"classes.txt", "image_size", "channels"}) extra[name] = "";
+    for (const char* name : {"classes.txt", "image_size", "channels", "input"}) extra[name] = "";
     auto module = torch::jit::load(path.string(), torch::kCPU, extra);
     for (const auto& [name, text] : extra) texts[name] = text;
     model.logits = [module](torch::Tensor images) mutable {
@@ -54,13 +55,15 @@ Model read_model(const fs::path& path) {
   if (texts["image_size"].empty()) throw std::runtime_error(path.string() + ": not written by nodeshape.export");
   model.size = std::stoi(texts["image_size"]);
   model.channels = texts["channels"] == "rgb" ? 3 : 1;
+  model.takes_bytes = texts["input"] == "uint8";
   return model;
 }
 
-torch::Tensor as_tensor(const Picture& picture) {
+torch::Tensor as_tensor(const Picture& picture, bool bytes) {
   const auto pixels = torch::from_blob(const_cast<uint8_t*>(picture.pixels.data()),
                                        {1, picture.height, picture.width, picture.channels}, torch::kUInt8);
-  return pixels.permute({0, 3, 1, 2}).to(torch::kFloat32).contiguous() / 255;
+  const auto planes = pixels.permute({0, 3, 1, 2}).contiguous();
+  return bytes ? planes : planes.to(torch::kFloat32) / 255;
 }
 
 int main(int argc, char** argv) {
@@ -81,7 +84,7 @@ int main(int argc, char** argv) {
         failed = 2;
         continue;
       }
-      const auto probabilities = torch::softmax(model.logits(as_tensor(picture)), 1)[0];
+      const auto probabilities = torch::softmax(model.logits(as_tensor(picture, model.takes_bytes)), 1)[0];
       const auto best = probabilities.argmax().item<int64_t>();
       std::printf("%s  %s  %.4f\n", argv[i], model.classes.at(best).c_str(), probabilities[best].item<double>());
     }

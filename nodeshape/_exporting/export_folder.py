@@ -31,7 +31,7 @@ from nodeshape._exporting.module import (
     write_pt2,
     write_torchscript,
 )
-from nodeshape._exporting.smaller import judge, logits_of, write_half, write_int8
+from nodeshape._exporting.smaller import STAGE_TOLERANCE, judge, judge_time, logits_of, write_half, write_int8
 from nodeshape._exporting.solvers import plot_solvers, try_solvers
 from nodeshape._exporting.verify import (
     BATCH_SIZES,
@@ -49,6 +49,8 @@ from nodeshape._ode.options import steps_of
 
 TOLERANCE = 1e-4
 ONNX, TORCHSCRIPT, PT2, REPORT, EXAMPLE = "model.onnx", "model.ts", "model.pt2", "report.json", "example.png"
+#: The file of which that of integers is made, where stages end at another tolerance there.
+LOOSE = "model.loose.onnx"
 INT8, HALF, SOLVERS = "model.int8.onnx", "model.half.onnx", "solvers.png"
 FILES = {ONNX, TORCHSCRIPT, PT2, REPORT, EXAMPLE}
 #: Those, and what is written where it is asked for.
@@ -60,19 +62,14 @@ SOLVER_IMAGES = 200
 #: Images that decide how few evaluations of f an implicit stage takes.
 TRIAL_IMAGES = 100
 Writer = Callable[..., tuple[ExportReport, Run]]
+#: Types of the images that files take, and what the values of their pixels are.
+INPUTS = {"float32": "float32 in [0, 1]", "uint8": "uint8"}
+#: Types of the images that files take, and what the values of their pixels are.
+INPUTS = {"float32": "float32 in [0, 1]", "uint8": "uint8"}
 PREPROCESSING = (
     "Scale the picture to fit a square of image_size pixels, aspect kept, centred on its border's median colour; grey"
-    " or RGB values as float32 in [0, 1], [batch, channels, image_size, image_size]. Normalisation is in the model."
+    " or RGB values as {}, [batch, channels, image_size, image_size]. Normalisation is in the model."
 )
-#: What a classifier's ONNX files call their output, and say of it and others.
-NAMED: dict[str, Any] = {
-    "output": "logits",
-    "docs": {
-        "image": PREPROCESSING,
-        "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
-        "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
-    },
-}
 
 
 def write_export_folder(
@@ -88,6 +85,7 @@ def write_export_folder(
     native: bool = False,
     solver_tolerance: float | None = None,
     image_count: int | None = None,
+    input_type: str = "float32",
 ) -> dict[str, Any]:
     """Write ``FILES`` to the folder ``out``: all, or nothing.
 
@@ -102,6 +100,7 @@ def write_export_folder(
         solver_tolerance: take the quickest solver whose logits are within it of a converged solve's.
         native: also write the files of :func:`nodeshape.to_native`, which give the logits alone.
         image_count: images to compare the files on; None for 1,000.
+        input_type: of the files' images, of ``INPUTS``.
 
     Returns:
         the report.
@@ -118,16 +117,16 @@ def write_export_folder(
         try:
             chosen: dict[str, Any] = {}
             if solver_tolerance is not None:
-                tried, best = try_solvers(model, check_images(model, state, SOLVER_IMAGES)[0], solver_tolerance)
+                tried, best = try_solvers(model, check_images(model, state, SOLVER_IMAGES), solver_tolerance)
                 with picture(partial / SOLVERS):
                     plot_solvers(tried, solver_tolerance, partial / SOLVERS)
                 model = model.with_solver(best.method, best.steps)
                 chosen["solvers"] = {"tolerance": solver_tolerance, "tried": [asdict(x) for x in tried]}
-            images, source = check_images(model, state, image_count)
-            report = _write(partial, model, list(classes), images, tolerance, trajectory, native) | chosen
-            report["images"] = {"count": len(images), "source": source}
-            if quantize or half:
-                report["files"] |= _smaller(partial, model, state, images, quantize, half)
+            checked = check_images(model, state, image_count)
+            images = checked.typed(input_type)
+            ranges = check_images(model, state, RANGE_IMAGES, "train").typed(input_type) if quantize else None
+            report = _write(partial, model, list(classes), images, tolerance, trajectory, native, ranges, half) | chosen
+            report["images"] = {"count": len(images), "source": checked.source}
         except StageSolveError as error:
             raise UserError(str(error)) from error
         report["seconds"]["total"] = perf_counter() - start
@@ -144,14 +143,16 @@ def _write(
     tolerance: float,
     trajectory: bool,
     native: bool,
+    ranges: Tensor | None,
+    half: bool,
 ) -> dict[str, Any]:
-    metadata = metadata_of(model, classes)
+    metadata = metadata_of(model, classes, _input_type(images))
     seconds = dict.fromkeys(("reference", "choice", "writing", "proof"), 0.0)
     with tqdm(total=len(images), desc="PyTorch's logits", unit=" images", delay=2, disable=None) as progress:
         start = perf_counter()
         reference = classify_all(model, images, TRIAL_IMAGES, progress)
         seconds["reference"] = perf_counter() - start
-    pixels = (images[0] * 255).round().to(torch.uint8).numpy()
+    pixels = (images[0] if images.dtype == torch.uint8 else (images[0] * 255).round().to(torch.uint8)).numpy()
     grey = model.in_channels == 1
     Image.fromarray(pixels[0] if grey else pixels.transpose(1, 2, 0)).save(folder / EXAMPLE)
 
@@ -202,13 +203,26 @@ def _write(
         files[name] |= {"nodes": written.nodes, "stage_iterations": written.stage_iterations}
     if native:
         start = perf_counter()
-        readers = native_files.write_native(folder, model, images, metadata, tolerance, NAMED)
+        readers = native_files.write_native(folder, model, images, metadata, tolerance, _named(images))
         seconds["writing"] += perf_counter() - start
         for name, load in readers:
             prove(name, load(folder / name))
+    if ranges is not None:
+        source, loose = folder / ONNX, subject.loose(STAGE_TOLERANCE)
+        if loose is not None:
+            source = folder / LOOSE
+            write_classifier_onnx(model, trials, source, metadata, trajectory, tolerance, loose)
+        write_int8(source, folder / INT8, ranges)
+        files[INT8] = judge(folder / INT8, images, logits_of(folder / ONNX, images))
+        if loose is not None:
+            judge_time(folder / INT8, folder / ONNX, images[:1], files[INT8])
+            source.unlink()
+    if half:
+        write_half(folder / ONNX, folder / HALF)
+        files[HALF] = judge(folder / HALF, images, logits_of(folder / ONNX, images))
     reason = custom_ops.why_missing() if native else None
     return {
-        **{key: metadata[key] for key in ("nodeshape_version", "channels", "method")},
+        **{key: metadata[key] for key in ("nodeshape_version", "channels", "input", "method")},
         "classes": classes,
         "image_size": model.image_size,
         "steps": int(metadata["steps"]),
@@ -224,29 +238,8 @@ def _write(
     }
 
 
-def _smaller(
-    folder: Path,
-    model: ShapeClassifier,
-    state: Mapping[str, Any],
-    images: Tensor,
-    quantize: bool,
-    half: bool,
-) -> dict[str, Any]:
-    """Write the ONNX file in smaller numbers; figures for the report."""
-    reference = logits_of(folder / ONNX, images)
-    files = {}
-    if quantize:
-        ranges, _ = check_images(model, state, RANGE_IMAGES, "train")
-        write_int8(folder / ONNX, folder / INT8, ranges)
-        files[INT8] = judge(folder / INT8, images, reference)
-    if half:
-        write_half(folder / ONNX, folder / HALF)
-        files[HALF] = judge(folder / HALF, images, reference)
-    return files
-
-
-def metadata_of(model: ShapeClassifier, classes: Sequence[str]) -> dict[str, str]:
-    """What a program needs to know of a classifier's file.
+def metadata_of(model: ShapeClassifier, classes: Sequence[str], input_type: str) -> dict[str, str]:
+    """What a program needs to know of a classifier's file, whose images are of a type of ``INPUTS``.
 
     Raises:
         UserError: the model chooses its steps by error control.
@@ -260,10 +253,28 @@ def metadata_of(model: ShapeClassifier, classes: Sequence[str]) -> dict[str, str
         "classes": json.dumps(list(classes)),
         "image_size": str(model.image_size),
         "channels": "grey" if model.in_channels == 1 else "rgb",
+        "input": input_type,
         "method": model.ode.method,
         "steps": str(model.ode.steps or steps_of(1.0, model.ode.step_size or 1.0)),
         "nodeshape_version": __version__,
-        "preprocessing": PREPROCESSING,
+        "preprocessing": PREPROCESSING.format(INPUTS[input_type]),
+    }
+
+
+def _input_type(images: Tensor) -> str:
+    """The name of the images' type, in ``INPUTS``."""
+    return str(images.dtype).removeprefix("torch.")
+
+
+def _named(images: Tensor) -> dict[str, Any]:
+    """What the ONNX file of a classifier of such images calls its output, and says of it and others."""
+    return {
+        "output": "logits",
+        "docs": {
+            "image": PREPROCESSING.format(INPUTS[_input_type(images)]),
+            "logits": "[batch, classes]; their softmax are the probabilities of the classes in the metadata",
+            "trajectory": "states of the ODE from t=0 to t=1, [batch, steps + 1, channels, height, width]",
+        },
     }
 
 
@@ -278,7 +289,7 @@ def write_classifier_onnx(
 ) -> tuple[ExportReport, Run]:
     """ONNX, ``image`` to ``logits``; ``subject`` is one of the model and these images, where files share it."""
     settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
-    return write_onnx(model, images, path, metadata=metadata, **settings, **NAMED)
+    return write_onnx(model, images, path, metadata=metadata, **settings, **_named(images))
 
 
 def _with_texts(write: Writer) -> Writer:
@@ -293,7 +304,8 @@ def _with_texts(write: Writer) -> Writer:
         tolerance: float = TOLERANCE,
         subject: Subject | None = None,
     ) -> tuple[ExportReport, Run]:
-        files = {"metadata.json": json.dumps(metadata), "classes.txt": "\n".join(json.loads(metadata["classes"]))}
+        classes = "\n".join(json.loads(metadata["classes"]))
+        files = {**metadata, "metadata.json": json.dumps(metadata), "classes.txt": classes}
         settings: dict[str, Any] = {"trajectory": trajectory, "tolerance": tolerance, "subject": subject}
         return write(model, images, path, files=files, **settings)
 

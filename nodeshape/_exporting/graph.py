@@ -27,7 +27,7 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """All nodes of a graph, those of loops too."""
     for node in graph.node:
         yield node
-        for body in _bodies(node):
+        for body in bodies(node):
             yield from nodes(body)
 
 
@@ -41,11 +41,11 @@ def simplify(graph: onnx.GraphProto, unroll: bool) -> None:
     _fold(graph)
     _merge_factors(graph)
     _share(graph)
-    _drop_unused(graph)
+    drop_unused(graph)
     _shorten(graph)
 
 
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -62,7 +62,7 @@ def _outer(graph: onnx.GraphProto) -> set[str]:
 
 def _inputs(node: onnx.NodeProto) -> set[str]:
     """Names that a node reads, in its bodies too."""
-    return {name for name in node.input if name}.union(*(_outer(body) for body in _bodies(node)))
+    return {name for name in node.input if name}.union(*(_outer(body) for body in bodies(node)))
 
 
 def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
@@ -71,7 +71,7 @@ def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
         for i, name in enumerate(field):
             if name in names:
                 field[i] = names[name]
-    for body in _bodies(node):
+    for body in bodies(node):
         for inner in body.node:
             _rename(inner, names)
         for value in (*body.input, *body.output, *body.initializer):
@@ -83,7 +83,7 @@ def _names_within(graph: onnx.GraphProto) -> Iterator[str]:
     yield from (x.name for x in (*graph.input, *graph.initializer))
     for node in graph.node:
         yield from (name for name in node.output if name)
-        for body in _bodies(node):
+        for body in bodies(node):
             yield from _names_within(body)
 
 
@@ -98,18 +98,18 @@ def _name_constants(graph: onnx.GraphProto) -> None:
                 graph.initializer.add().CopyFrom(value)
                 graph.initializer[-1].name = node.output[0]
                 continue
-            for body in _bodies(node):
+            for body in bodies(node):
                 move(body)
             kept.append(node)
         if within is not graph:
             graph.initializer.extend(within.initializer)
             del within.initializer[:]
-        _replace_nodes(within, kept)
+        replace_nodes(within, kept)
 
     move(graph)
 
 
-def _replace_nodes(graph: onnx.GraphProto, kept: list[onnx.NodeProto]) -> None:
+def replace_nodes(graph: onnx.GraphProto, kept: list[onnx.NodeProto]) -> None:
     copies = []
     for node in kept:
         copies.append(onnx.NodeProto())
@@ -129,7 +129,7 @@ def _constant_shapes(graph: onnx.GraphProto) -> None:
                 if sizes.count(-1) <= 1 and 0 not in sizes:
                     known[value.name] = sizes
         for node in within.node:
-            for body in _bodies(node):
+            for body in bodies(node):
                 collect(body)
 
     collect(graph)
@@ -168,7 +168,7 @@ def _unroll(graph: onnx.GraphProto) -> None:
         if node.op_type != "Scan" or not count or not all(name in constants for name in over):
             result.append(node)
             continue
-        (body,) = _bodies(node)
+        (body,) = bodies(node)
         length = len(numpy_helper.to_array(constants[over[0]]))
         if length * sum(1 for _ in nodes(body)) > MOST_NODES:
             _drop_unread(node, read)
@@ -176,12 +176,12 @@ def _unroll(graph: onnx.GraphProto) -> None:
             continue
         result += _steps(graph, node, [numpy_helper.to_array(constants[name]) for name in over], f"solve{number}")
         number += 1
-    _replace_nodes(graph, result)
+    replace_nodes(graph, result)
 
 
 def _drop_unread(scan: onnx.NodeProto, read: set[str]) -> None:
     """Let a scan not collect what nobody reads."""
-    (body,) = _bodies(scan)
+    (body,) = bodies(scan)
     carried = len(body.input) - next(x.i for x in scan.attribute if x.name == "num_scan_inputs")
     for i in reversed(range(carried, len(scan.output))):
         if scan.output[i] not in read:
@@ -192,7 +192,7 @@ def _drop_unread(scan: onnx.NodeProto, read: set[str]) -> None:
 
 
 def _steps(graph: onnx.GraphProto, scan: onnx.NodeProto, over: list[NDArray[Any]], prefix: str) -> list[onnx.NodeProto]:
-    (body,) = _bodies(scan)
+    (body,) = bodies(scan)
     carried = len(scan.input) - len(over)
     state, result = list(scan.input)[:carried], list[onnx.NodeProto]()
     given = [x.name for x in body.input]
@@ -258,11 +258,11 @@ def _fold_within(
             made.update(values)
             constants.update(values)
             continue
-        for body in _bodies(node):
+        for body in bodies(node):
             _fold_within(body, constants, made, {x.name for x in body.output}, dict(names))
         producers.update(dict.fromkeys(node.output, node))
         kept.append(node)
-    _replace_nodes(graph, kept)
+    replace_nodes(graph, kept)
 
 
 def _passed_on(
@@ -289,7 +289,7 @@ def _axis(node: onnx.NodeProto) -> int:
 
 def _folded(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | None:
     """The outputs of a node whose inputs are constants, if they are small."""
-    if node.domain or node.op_type in RANDOM | COSTLY or next(_bodies(node), None) is not None:
+    if node.domain or node.op_type in RANDOM | COSTLY or next(bodies(node), None) is not None:
         return None
     inputs = [name for name in node.input if name]
     if not inputs or not all(name in constants for name in inputs):
@@ -338,7 +338,7 @@ def _merge_factors(graph: onnx.GraphProto) -> None:
             return True
 
         for node in graph.node:
-            for body in _bodies(node):
+            for body in bodies(node):
                 within(body)
             if node.op_type == "Mul" and node.input[1] in constants and constants[node.input[1]].ndim == 0:
                 before = producers.get(node.input[0])
@@ -373,7 +373,7 @@ def _share(graph: onnx.GraphProto) -> None:
     kept = []
     for node in graph.node:
         _rename(node, names)
-        if next(_bodies(node), None) is None and node.op_type not in RANDOM and not outputs.intersection(node.output):
+        if next(bodies(node), None) is None and node.op_type not in RANDOM and not outputs.intersection(node.output):
             key_node = onnx.NodeProto()
             key_node.CopyFrom(node)
             key_node.ClearField("name")
@@ -385,21 +385,21 @@ def _share(graph: onnx.GraphProto) -> None:
                 continue
             computed[key] = list(node.output)
         kept.append(node)
-    _replace_nodes(graph, kept)
+    replace_nodes(graph, kept)
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
     """Leave out what no output needs."""
     for node in graph.node:
-        for body in _bodies(node):
-            _drop_unused(body)
+        for body in bodies(node):
+            drop_unused(body)
     needed = Counter(x.name for x in graph.output)
     kept: list[onnx.NodeProto] = []
     for node in reversed(graph.node):
         if any(needed[name] for name in node.output if name):
             kept.insert(0, node)
             needed.update(_inputs(node))
-    _replace_nodes(graph, kept)
+    replace_nodes(graph, kept)
     given = {x.name for x in graph.input}
     initializers = [
         onnx.TensorProto.FromString(x.SerializeToString())
@@ -438,7 +438,7 @@ def tidy(graph: onnx.GraphProto, rename: Callable[[str], str]) -> None:
     for node in nodes(graph):
         node.ClearField("doc_string")
         del node.metadata_props[:]
-        for body in _bodies(node):
+        for body in bodies(node):
             del body.value_info[:], body.metadata_props[:]
     for value in (*graph.input, *graph.output):
         for dimension in value.type.tensor_type.shape.dim:

@@ -425,6 +425,14 @@ class Subject:
             other._allowed = other._difference()
         return other
 
+    def loose(self, tolerance: float) -> Subject | None:
+        """The same with implicit stages solved to a tolerance and nothing compared; None where there is no stage."""
+        if not self._how.implicit:
+            return None
+        other = self._with(tolerance=tolerance)
+        other.tolerance = float("inf")
+        return other
+
     def _with(self, **changes: Any) -> Subject:
         other = copy(self)
         other._how = replace(self._how, counts=set(), **changes)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nodeshape._errors import StageSolveError, UserError
-from nodeshape._exporting.verify import classify_all, milliseconds
+from nodeshape._exporting.verify import CheckImages, classify_all, milliseconds
 from nodeshape._models.classifier import ShapeClassifier
 from nodeshape._models.fewest_steps import converged
 from nodeshape._ode.method import SOURCE_METHODS
@@ -25,6 +25,7 @@ class Tried:
 
     Attributes:
         same_class: part of the images in the converged solve's class.
+        accuracy: part of the images that are classified right; None where no right class is known.
         milliseconds: of one image in PyTorch.
     """
 
@@ -32,15 +33,17 @@ class Tried:
     steps: int
     difference: float
     same_class: float
+    accuracy: float | None
     milliseconds: float
 
 
-def try_solvers(model: ShapeClassifier, images: Tensor, tolerance: float) -> tuple[list[Tried], Tried]:
+def try_solvers(model: ShapeClassifier, checked: CheckImages, tolerance: float) -> tuple[list[Tried], Tried]:
     """Every method at several numbers of steps, and the quickest whose logits are within ``tolerance`` of converged.
 
     Raises:
         UserError: no solver is, or the converged solve does not reach the tolerance.
     """
+    images = checked.images
     try:
         with torch.no_grad():
             exact = torch.cat([converged(model, batch, tolerance) for batch in images.split(BATCH)])
@@ -55,9 +58,10 @@ def try_solvers(model: ShapeClassifier, images: Tensor, tolerance: float) -> tup
                 logits = classify_all(solver, images, BATCH, progress)
             except StageSolveError:  # steps too long for their equations
                 continue
-        same = (logits.argmax(dim=1) == exact.argmax(dim=1)).double().mean()
+        same = float((logits.argmax(dim=1) == exact.argmax(dim=1)).double().mean())
         difference = float((logits - exact).abs().max())
-        tried.append(Tried(method, steps, difference, float(same), milliseconds(solver, images[:1], budget=0.1)))
+        time = milliseconds(solver, images[:1], budget=0.1)
+        tried.append(Tried(method, steps, difference, same, checked.accuracy(logits), time))
     good = [x for x in tried if x.difference <= tolerance]
     if not good:
         closest = min(tried, key=lambda x: x.difference)
@@ -69,22 +73,24 @@ def try_solvers(model: ShapeClassifier, images: Tensor, tolerance: float) -> tup
 
 
 def plot_solvers(tried: list[Tried], tolerance: float, path: Path) -> None:
-    """Difference against time of one image, a line per method."""
+    """Difference, and accuracy where it is known, against time of one image, a line per method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for method in SOURCE_METHODS:
-        own = [x for x in tried if x.method == method]
-        axes.plot([x.milliseconds for x in own], [x.difference for x in own], "o-", label=method)
-        for x in own:
-            axes.annotate(str(x.steps), (x.milliseconds, x.difference), textcoords="offset points", xytext=(4, 4))
-    axes.axhline(tolerance, color="grey", linestyle="--", label="--tolerance")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="one image, ms (numbers are steps)",
-        ylabel="largest difference of a logit\nfrom the converged solve's",
-    )
-    axes.legend()
+    panels: list[tuple[str, Callable[[Tried], float | None]]] = [
+        ("largest difference of a logit\nfrom the converged solve's", lambda x: x.difference)
+    ]
+    if any(x.accuracy is not None for x in tried):
+        panels.append(("images classified right", lambda x: x.accuracy))
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    (first, *_), *_ = grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (label, of) in zip(grid[0], panels):
+        for method in SOURCE_METHODS:
+            own = [x for x in tried if x.method == method]
+            axes.plot([x.milliseconds for x in own], [of(x) for x in own], "o-", label=method)
+            for x in own:
+                axes.annotate(str(x.steps), (x.milliseconds, of(x)), textcoords="offset points", xytext=(4, 4))
+        axes.set(xscale="log", xlabel="one image, ms (numbers are steps)", ylabel=label)
+    first.set_yscale("log")
+    first.axhline(tolerance, color="grey", linestyle="--", label="--tolerance")
+    first.legend()
     figure.savefig(path, dpi=150)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nodeshape._data.folder import scan_folder
+from nodeshape._data.folder import Folder, scan_folder
 from nodeshape._data.images import load_folder
 from nodeshape._data.shapes import MIN_IMAGE_SIZE, draw_set
 from nodeshape._errors import UserError
@@ -58,6 +57,31 @@ def compare(logits: Tensor, reference: Tensor) -> Agreement:
     return Agreement(len(logits), float(difference.max()), int(same.sum()), int(ties.sum()))
 
 
+@dataclass(frozen=True)
+class CheckImages:
+    """Images of the kind that a checkpoint was trained on.
+
+    Attributes:
+        images: uint8 ``[n, channels, height, width]``.
+        labels: int64 ``[n]``, of the checkpoint's classes; -1 where the image is of none or was trained on.
+        source: what they are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    source: str
+
+    def typed(self, input_type: str) -> Tensor:
+        """The images as they are, or float32 in [0, 1]."""
+        return self.images if input_type == "uint8" else self.images.to(torch.float32) / 255
+
+    def accuracy(self, logits: Tensor) -> float | None:
+        """Part of the images with labels whose class the logits give; None where there are none."""
+        known = self.labels >= 0
+        right = logits.argmax(dim=1)[known] == self.labels[known]
+        return float(right.double().mean()) if len(right) else None
+
+
 @torch.no_grad()
 def classify_all(classify: Classify, images: Tensor, batch_size: int, progress: Any) -> Tensor:
     """The logits of all images, taken ``batch_size`` at a time."""
@@ -70,33 +94,56 @@ def classify_all(classify: Classify, images: Tensor, batch_size: int, progress: 
 
 def check_images(
     model: ShapeClassifier, state: Mapping[str, Any], count: int | None = None, split: str = "test"
-) -> tuple[Tensor, str]:
-    """Images of the kind a checkpoint was trained on, ``count`` or ``IMAGES``, float32 in [0, 1], and what they are.
+) -> CheckImages:
+    """Images of the kind a checkpoint was trained on, ``count`` or ``IMAGES``.
 
     They are drawn images of its task; or those of the user's folder, those of the ``split`` first, and as many drawn
     shapes as are missing.
     """
     count = IMAGES if count is None else count
-    parts, sources = [], []
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    sources = []
     task, seed = state.get("task"), state.get("seed", 0)
     if task is None and state.get("data"):
         try:
             folder = scan_folder(state["data"], seed)
-            first, last = (folder.test, folder.train) if split == "test" else (folder.train, folder.test)
-            files = list(islice(chain(first, last), count))
-            own = load_folder(files, model.image_size, "grey" if model.in_channels == 1 else "rgb").images
+            own, known = _users_own(folder, state, count, split, model)
         except UserError as error:
             sources.append(f"none of the user's own ({error})")
         else:
-            parts.append(torch.from_numpy(own))
+            images.append(own)
+            labels.append(known)
             sources.append(f"{len(own)} of the user's own")
-    missing = count - sum(map(len, parts))
+    missing = count - sum(map(len, images))
     if missing:
-        side, task = model.image_size, task or "compound"
-        drawn = draw_set(task, split, missing, seed, max(side, MIN_IMAGE_SIZE))[0][:, :, :side, :side]
-        parts.append(torch.from_numpy(drawn).expand(-1, model.in_channels, -1, -1))
-        sources.append(f"{missing} drawn ({task})")
-    return torch.cat(parts).to(torch.float32) / 255, ", ".join(sources)
+        side, of = model.image_size, task or "compound"
+        drawn, known_of = draw_set(of, split, missing, seed, max(side, MIN_IMAGE_SIZE))
+        images.append(torch.from_numpy(drawn[:, :, :side, :side]).expand(-1, model.in_channels, -1, -1))
+        labels.append(torch.from_numpy(known_of) if task and split == "test" else torch.full((missing,), -1))
+        sources.append(f"{missing} drawn ({of})")
+    return CheckImages(torch.cat(images), torch.cat(labels), ", ".join(sources))
+
+
+def _users_own(
+    folder: Folder, state: Mapping[str, Any], count: int, split: str, model: ShapeClassifier
+) -> tuple[Tensor, Tensor]:
+    """At most ``count`` images of a user's folder, those of the split first, and their labels."""
+    channels = "grey" if model.in_channels == 1 else "rgb"
+    classes = list(state["classes"])
+    indices = [classes.index(name) if name in classes else -1 for name in folder.classes]
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for files in (folder.test, folder.train) if split == "test" else (folder.train, folder.test):
+        taken = min(len(files), count - sum(map(len, images)))
+        if not taken:
+            continue
+        evenly = [i * len(files) // taken for i in range(taken)]  # they lie class by class
+        loaded = load_folder(files.take(evenly), model.image_size, channels)
+        images.append(torch.from_numpy(loaded.images))
+        seen = files is folder.train
+        labels.append(torch.tensor([-1 if seen else indices[label] for label in loaded.labels.tolist()]))
+    return torch.cat(images), torch.cat(labels)
 
 
 def milliseconds(classify: Classify, image: Tensor, budget: float = 0.5) -> float:

@@ -37,7 +37,8 @@ class ShapeClassifier(nn.Module):
         method, step_size, steps, adjoint, rtol, atol, eval_rtol, eval_atol, options: the solver, as in
             :class:`nodeshape.ODEBlock`.
 
-    Shapes: images ``[batch, in_channels, image_size, image_size]`` in [0, 1] to logits ``[batch, num_classes]``.
+    Shapes: images ``[batch, in_channels, image_size, image_size]`` in [0, 1], or uint8, which are divided by 255, to
+    logits ``[batch, num_classes]``.
 
     Raises:
         ValueError: an argument is out of its range, or images have another shape.
@@ -96,6 +97,8 @@ class ShapeClassifier(nn.Module):
         if image.dim() != 4 or image.shape[1:] != expected:
             sizes = ", ".join(map(str, expected))
             raise ValueError(f"ShapeClassifier expects images [batch, {sizes}], got {list(image.shape)}")
+        if image.dtype == torch.uint8:
+            image = image.to(next(self.parameters()).dtype) / 255
         logits: Tensor = self.head(self.ode(self.stem(image).contiguous()))
         return logits
 

@@ -52,13 +52,13 @@ function startWorker() {
   };
 }
 
-async function loadModel(source, head) {
+async function loadModel(source, head, backend = query.get("backend")) {
   loading++;
   element("loading").hidden = false;
   element("progress").value = 0;
   if (!model) document.body.dataset.state = "loading";
   try {
-    model = await ask({ type: "load", model: source, head, backend: query.get("backend") });
+    model = { ...(await ask({ type: "load", model: source, head, backend })), source, head };
     showModel();
   } catch (error) {
     if (!model) {
@@ -93,8 +93,9 @@ function showModel() {
 
 function about(milliseconds) {
   const time = milliseconds === undefined ? "" : `, ${milliseconds.toFixed(0)} ms per picture`;
+  const instead = model.failures.map(({ name, error }) => ` ${BACKENDS[name] ?? name} does not run it: ${error}`).join("");
   element("about").textContent =
-    `The model, of ${model.size} × ${model.size} pixels, was loaded in ${model.seconds.toFixed(1)} s and runs on ${BACKENDS[model.backend]}${time}.`;
+    `The model, of ${model.size} × ${model.size} pixels, was loaded in ${model.seconds.toFixed(1)} s and runs on ${BACKENDS[model.backend]}${time}.${instead}`;
 }
 
 /** Classify what is on the paper; while one picture is being classified, only the latest one waits. */
@@ -105,19 +106,25 @@ async function classify() {
   if (running) return;
   running = true;
   element("answer").setAttribute("aria-busy", true);
+  const current = model;
   try {
-    const current = model;
     const pixels = square(drawing.image, current.size, current.channels);
     if (isEmpty(pixels, current.channels)) return showEmpty();
     const result = await ask({ type: "run", pixels });
     if (current === model && !drawing.isBlank) show(result);
   } catch (error) {
     complain(error.message);
+    if (current.backend === "webgpu") told(replaceWebGPU)(current, error); // such as a GPU that has gone away
   } finally {
     running = false;
     if (again) classify();
     else element("answer").setAttribute("aria-busy", false);
   }
+}
+
+async function replaceWebGPU({ source, head }, { message }) {
+  await loadModel(source, head, "wasm");
+  complain(`WebGPU does not run the model any more (${message}); from now on WebAssembly does.`);
 }
 
 function waiting() {

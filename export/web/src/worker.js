@@ -1,7 +1,9 @@
 // Loads a model and runs it, beside the page, which stays quick. Messages: {load} and {run}, answered by their id.
 import { metadata } from "./metadata.js";
+import { fetchProgram, streamed } from "./program.js";
 
-let ort = null;
+let ort = null; // the promise of onnxruntime
+let ortOf = null; // the backend that it was loaded for
 let model = null; // { session, head, ... }, see load
 let before = Promise.resolve(); // one message after the other: a model is not replaced in the middle of a run
 
@@ -17,17 +19,19 @@ async function answer({ id, type, ...given }) {
 }
 
 /**
- * Load a model, and its head if there is one; each is a URL or bytes. WebGPU where there is one, unless told `wasm`.
- * Returns what the file says of itself, and which backend runs it.
+ * Load a model, and its head if there is one; each is a URL or bytes. WebGPU where there is one, unless told `wasm`, and
+ * WebAssembly where that fails. Returns what the file says of itself, which backend runs it, and why others do not.
  */
 async function load({ model: source, head: headSource, backend }) {
   const start = performance.now();
-  const steps = ort ? { model: [0, 1] } : { runtime: [0, 1], model: [0, 1] };
+  const names = await backends(backend);
+  const steps = ort && ortOf === names[0] ? { model: [0, 1] } : { runtime: [0, 1], model: [0, 1] };
   const progress = (name) => (loaded, total) => {
     steps[name] = [loaded, Math.max(total, loaded)];
     const [done, all] = Object.values(steps).reduce(([a, b], [c, d]) => [a + c, b + d]);
     self.postMessage({ progress: done / all });
   };
+  prepare(names[0], progress("runtime")); // onnxruntime and the model come at the same time
   const [bytes, headBytes] = await Promise.all([
     bytesOf(source, progress("model")),
     headSource && bytesOf(headSource, () => {}),
@@ -35,16 +39,19 @@ async function load({ model: source, head: headSource, backend }) {
   const described = metadata(bytes);
   if (!described.classes || !described.image_size) throw new Error("not a model that nodeshape exported");
   const errors = [];
-  for (const name of await backends(backend)) {
+  for (const name of names) {
     try {
-      ort ??= await runtime(name, progress("runtime"));
+      prepare(name, progress("runtime"));
+      const { InferenceSession, Tensor } = await ort;
       const options = { executionProviders: [name], graphOptimizationLevel: "all" };
-      const session = await ort.InferenceSession.create(bytes, options);
-      const head = headBytes ? await ort.InferenceSession.create(headBytes, options) : null;
+      const session = await InferenceSession.create(bytes, options);
+      const head = headBytes ? await InferenceSession.create(headBytes, options) : null;
       const next = {
         session,
         head,
+        Tensor,
         backend: name,
+        failures: errors,
         classes: JSON.parse(described.classes),
         size: Number(described.image_size),
         channels: described.channels === "rgb" ? 3 : 1,
@@ -53,14 +60,21 @@ async function load({ model: source, head: headSource, backend }) {
       };
       await classify(next, new Uint8Array(next.channels * next.size ** 2)); // compiles what is compiled on first use
       model = next;
-      const { session: _, head: __, ...told } = next;
+      const { session: _, head: __, Tensor: ___, ...told } = next;
       return { ...told, seconds: (performance.now() - start) / 1000 };
     } catch (error) {
-      ort = null;
-      errors.push(`${name}: ${error.message}`);
+      errors.push({ name, error: String(error?.message ?? error) }); // onnxruntime throws numbers too
     }
   }
-  throw new Error(`the model does not run here (${errors.join("; ")})`);
+  throw new Error(`the model does not run here (${errors.map(({ name, error }) => `${name}: ${error}`).join("; ")})`);
+}
+
+/** Let onnxruntime be on its way, for a backend. */
+function prepare(name, progress) {
+  if (ort && ortOf === name) return;
+  ortOf = name;
+  ort = runtime(name, progress);
+  ort.catch(() => (ort = null)); // told where it is awaited; the next one is fetched anew
 }
 
 async function run({ pixels }) {
@@ -70,8 +84,10 @@ async function run({ pixels }) {
 }
 
 /** Logits; with a trajectory also its states [steps + 1, channels, height, width], and their logits if there is a head. */
-async function classify({ session, head, size, channels }, pixels) {
-  const image = new ort.Tensor("float32", Float32Array.from(pixels, (value) => value / 255), [1, channels, size, size]);
+async function classify({ session, head, Tensor, size, channels }, pixels) {
+  const { type } = session.inputMetadata[0];
+  const values = type === "uint8" ? Uint8Array.from(pixels) : Float32Array.from(pixels, (value) => value / 255);
+  const image = new Tensor(type, values, [1, channels, size, size]);
   const { logits, trajectory } = await session.run({ image });
   if (!trajectory) return { logits: logits.data };
   const states = trajectory.reshape(trajectory.dims.slice(1));
@@ -80,37 +96,28 @@ async function classify({ session, head, size, channels }, pixels) {
   return result;
 }
 
+/** What may run the model, the best first. A GPU that the CPU plays is slower than WebAssembly, so only on demand. */
 async function backends(wanted) {
-  if (wanted) return [wanted];
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  const fallback = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter; // a GPU that the CPU plays
-  return adapter && !fallback ? ["webgpu", "wasm"] : ["wasm"];
+  if (wanted) return wanted === "wasm" ? ["wasm"] : [wanted, "wasm"];
+  try {
+    const adapter = await navigator.gpu?.requestAdapter();
+    const played = adapter?.info?.isFallbackAdapter ?? adapter?.isFallbackAdapter;
+    return adapter && !played ? ["webgpu", "wasm"] : ["wasm"];
+  } catch {
+    return ["wasm"];
+  }
 }
 
 async function runtime(name, progress) {
-  const folder = new URL("./runtime/", import.meta.url).href;
-  const file = name === "webgpu" ? "ort-wasm-simd-threaded.asyncify" : "ort-wasm-simd-threaded";
+  fetchProgram(name === "webgpu" ? "ort-wasm-simd-threaded.asyncify" : "ort-wasm-simd-threaded", progress);
   const found = await import(`./runtime/ort.${name}.min.mjs`);
   found.env.logLevel = "error";
   found.env.wasm.numThreads = 1; // more need a server that sends cross-origin isolation headers
-  found.env.wasm.wasmPaths = { mjs: `${folder}${file}.mjs` };
-  found.env.wasm.wasmBinary = await bytesOf(`${folder}${file}.wasm`, progress);
+  found.env.wasm.wasmPaths = { mjs: new URL("./program.js", import.meta.url).href };
   return found;
 }
 
 async function bytesOf(source, progress) {
   if (typeof source !== "string") return source;
-  const response = await fetch(source);
-  const name = new URL(source).pathname.split("/").pop();
-  if (!response.ok) throw new Error(`${name}: ${response.status} ${response.statusText}`);
-  const total = Number(response.headers.get("content-length") ?? 0);
-  const parts = [];
-  let loaded = 0;
-  for (const reader = response.body.getReader(); ; ) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    parts.push(value);
-    progress((loaded += value.length), total);
-  }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
+  return new Uint8Array(await new Response(await streamed(source, progress)).arrayBuffer());
 }
