@@ -36,7 +36,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Files with checks of the ops. What else they decide, where a buffer lies for example, is not changed.
-CPP = [f"csrc/{name}" for name in ("arguments.h", "program_ops.h", "program_plan.h", "sizes.h", "ops.h")]
+CPP = [f"csrc/{name}" for name in ("arguments.h", "solve_ops.h", "program_plan.h", "sizes.h")]
 CPP += ["csrc/cpu/adaptive_ops.cpp"]
 #: Files with checks of the solver; the functions and classes of which all conditions are changed, not only those that
 #: raise.
