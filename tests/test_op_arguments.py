@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nodeshape._ode import fused, program_op
+from nodeshape._ode import adaptive_op, fused, program_op
 from nodeshape._ode.method import METHODS
 from nodeshape._ode.program import CONSTANTS, FORMAT, KINDS, MOST_DIMS, NUMBERS
 
@@ -621,7 +621,7 @@ def test_a_backward_pass_that_does_not_fit_is_refused(changed: dict[str, Any], m
 
 # ---- error control ---------------------------------------------------------------------------------------------------
 
-BOSH3 = program_op._embedded["bosh3"]
+BOSH3 = adaptive_op._embedded["bosh3"]
 
 
 def adaptive(**changed: Any) -> Any:
