@@ -271,6 +271,19 @@ def test_an_f_that_returns_one_buffer_again_and_again_is_refused(method: str) ->
     assert float(ns.odeint(lambda t, y: shift, y0, [0.0, 1.0], method=method)[-1, 0, 0]) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_complex_states_may_be_taken_anew_for_their_gradient(method: str) -> None:
+    rate = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    y0 = torch.tensor([1 + 0.5j, 0.2j], dtype=torch.complex128, requires_grad=True)
+    found = []
+    for recompute in (False, True):
+        options = {"recompute": recompute}
+        ys = ns.odeint(lambda t, y: 1j * y * rate, y0, [0.0, 1.0], method=method, steps=5, options=options)
+        found.append(torch.autograd.grad(ys[-1].abs().square().sum() + ys[-1].real.sum(), [y0, rate]))
+    for record, anew in zip(*found):
+        torch.testing.assert_close(record, anew, rtol=1e-13, atol=1e-13)
+
+
 def test_complex_slopes_of_real_states_are_refused_in_tuples_too() -> None:
     with pytest.raises(ValueError, match="give a complex y0"):
         ns.odeint(lambda t, y: (1j * y[0],), (ONE,), [0.0, 1.0])

@@ -221,7 +221,7 @@ class Plan:
 
     def recorder(self, stored: bool, discovers: bool) -> Recorder:
         """For a gradient that takes steps anew, from stored states or from states found by undoing them."""
-        equations = self._equations()
+        equations = self._equations(solves=not (stored and self.method.explicit))
         every = self.settings.get("checkpoint_every")
         drift = self.settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * STAGE_TOLERANCE[self.field.time_dtype])
         return Recorder(self.field, self.method, self.times, stored, every, drift, discovers, equations)
@@ -229,9 +229,9 @@ class Plan:
     def _stage_solver(self) -> StageEquations | None:
         return None if self.method.explicit else self._equations()
 
-    def _equations(self) -> StageEquations:
+    def _equations(self, solves: bool = True) -> StageEquations:
         get, dtype = self.settings.get, self.field.time_dtype
-        if self.field.dtype.is_complex:
+        if self.field.dtype.is_complex and solves:
             raise ValueError(f"{self.method.name} solves equations for real states only, got {self.field.dtype}")
         tolerance = get("stage_tolerance", COARSE_TOLERANCE if self.field.coarse else STAGE_TOLERANCE[dtype])
         iterations = get("max_stage_iterations", MAX_STAGE_ITERATIONS)
