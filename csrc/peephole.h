@@ -81,6 +81,7 @@ class Peephole {
     const int64_t value = value_;
     value_ = 1;
     copy(pixels, 0, 0);
+    expect(value_ != value);  // which is still to be read
     if (good_ && layer_ < program_.layer_count && program_.layers[layer_].a.buffer == value_) copy(pixels, 1, 0);
     const int64_t joined = value_;
     value_ = value;

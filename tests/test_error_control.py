@@ -234,14 +234,23 @@ def test_gradients_of_the_samples_that_live_on_are_finite_and_right() -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "dopri5", "implicit_midpoint", "trapezoid"])
-def test_a_sample_that_overflows_in_given_steps_spoils_no_gradient(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *((method, {}) for method in ("euler", "midpoint", "rk4", "dopri5", "implicit_midpoint", "trapezoid")),
+        ("rk4", {"compile": True}),
+    ],
+)
+def test_a_sample_that_overflows_in_given_steps_spoils_no_gradient(
+    method: str, more: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda step: step)
     torch.manual_seed(0)
     layer = nn.Linear(2, 2).double()
     y0 = torch.tensor([[0.1, 0.2], [30.0, 40.0], [0.3, -0.1]], dtype=torch.float64)
     solve = {"method": method, "steps": 6}
     results = []
-    for start, options in ((y0, {"on_failure": "nan"}), (y0[::2], {})):
+    for start, options in ((y0, {"on_failure": "nan", **more}), (y0[::2], {})):
         start = start.clone().requires_grad_()
         ys, stats = ns.odeint(
             lambda t, y: layer(y) + y**3, start, [0.0, 0.5, 1.0], options=options, return_stats=True, **solve

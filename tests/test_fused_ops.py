@@ -15,9 +15,11 @@ from fused_reference import ADJOINTS, random_conv
 from torch import nn
 
 import nodeshape as ns
+from nodeshape._models.dynamics import conv_program, mlp_program
 from nodeshape._ode import fused, program_op
 from nodeshape._ode.method import METHODS as ALL_METHODS
 from nodeshape._ode.method import SOURCE_METHODS
+from nodeshape._ode.program import Builder, Ref
 
 pytestmark = pytest.mark.skipif(fused._missing is not None, reason=str(fused._missing))
 TIMES = torch.tensor([0.0, 0.5, 0.75], dtype=torch.float64)
@@ -498,3 +500,76 @@ def test_weights_that_do_not_fit_the_state_are_named():
         ns.odeint(turned, torch.randn(5, 3), TIMES, steps=3)
     with pytest.raises(ValueError, match="y0 has 3 channels, so parameter 0 of ConvDynamics must be"):
         ns.odeint(ns.ConvDynamics(4), torch.randn(2, 3, 5, 5), TIMES, steps=3)
+
+
+@pytest.mark.parametrize("make", [lambda f, y0: f, ns.fuse], ids=["ours", "fused"])
+@pytest.mark.parametrize("method", ["euler", "implicit_midpoint", "rk4"])
+def test_times_too_coarse_for_the_state_are_refused_by_kernels_too(make, method):
+    y0 = torch.zeros(2, 1)
+    f = make(ns.MLPDynamics(1, ()), y0)
+    with pytest.raises(ValueError, match=r"float32 times near 1e\+08 are 12 apart, too coarse for steps of 1"):
+        ns.odeint(f, y0, [1e8, 1e8 + 20], method=method, steps=20)
+    with pytest.raises(ValueError, match=r"too coarse for steps of 0\.5"):
+        ns.odeint(f, y0, [1e8, 1e8 + 20], method=method, step_size=0.5)
+    assert ns.odeint(f, y0.clone(), [1e4, 1e4 + 1], method=method, steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize(("dynamics", "shape"), CASES)
+def test_a_program_first_made_in_inference_mode_is_trained_with_later(dynamics, shape):
+    conv_program.cache_clear()
+    mlp_program.cache_clear()
+    torch.compiler.reset()
+    block, y0 = ns.ODEBlock(dynamics(), method="euler", steps=2), torch.randn(shape)
+    with torch.inference_mode():
+        expected = block(y0)
+    found = torch.compile(block, backend="aot_eager", fullgraph=True)(y0.requires_grad_())
+    found.sum().backward()
+    assert torch.equal(found, expected) and bool(y0.grad.isfinite().all())
+
+
+def test_time_by_way_of_the_buffer_that_is_still_to_be_read_is_not_taken_for_convdynamics():
+    def program(own_buffer):
+        c, h, w = 2, 3, 4
+        builder = Builder([c * h * w, 1])
+        value = builder.norm(Ref(0), (c, h, w), c, builder.weight(), builder.weight(), inner=h * w, count=c)
+        for _ in range(2):
+            active = builder.unary("relu", value, (c, h, w))
+            joined = builder.buffer((c + 1, h, w))
+            via = builder.buffer((h * w,)) if own_buffer else Ref(active.buffer)
+            builder.move(Ref(1), (0,), via, (1,), (h * w,), "time")
+            builder.move(via, (1,), joined, (1,), (h * w,), "time")
+            builder.move(active, (1,), Ref(joined.buffer, h * w), (1,), (c * h * w,), "state")
+            weights = builder.weight(), builder.weight()
+            value = builder.conv(joined, (c + 1, h, w), (c, h, w), (3, 3), (1, 1), (1, 1), 1, *weights)
+            weights = builder.weight(), builder.weight()
+            value = builder.norm(value, (c, h, w), c, *weights, inner=h * w, count=c)
+        return builder.finish(value)
+
+    torch.manual_seed(0)
+    weights = [x.detach().double() for x in random_conv(2).parameters()]
+    y0, tableau = torch.randn(5, 2, 3, 4, dtype=torch.float64), program_op.tableau_of(ALL_METHODS["euler"])[0]
+    for own_buffer in (True, False):
+        made = program(own_buffer)
+        scheme = (made.code, made.constants, tableau, [3], 1e-6, 50, 1)
+        chosen, layers = (solve(y0, TIMES[:2], weights, *scheme, kept, 0, 1e-2) for kept in (0, 1))
+        assert chosen[1].numel() == (3 if own_buffer else 1) * layers[1].numel() or chosen[1].dim() == 1
+        torch.testing.assert_close(chosen[0], layers[0], rtol=1e-12, atol=1e-12)
+
+
+def test_settings_and_weights_are_judged_by_what_computes():
+    f, y0 = ns.ConvDynamics(4), torch.randn(2, 4, 5, 5)
+    f.channels = 2
+    for norm in (f.norm1, f.norm2, f.norm3):
+        norm.num_groups = 2
+    assert ns.backend(f, y0, method="euler", steps=2).reason == "the settings of a GroupNorm were changed"
+    bare = ns.MLPDynamics(3, (5,))
+    bare.layers[0].bias = None
+    compiled = torch.compile(ns.ODEBlock(bare, method="euler", steps=2), backend="aot_eager")
+    y0 = torch.randn(4, 3)
+    torch.testing.assert_close(compiled(y0), ns.odeint(bare, y0, [0.0, 1.0], method="euler", steps=2)[-1])
+    with pytest.raises(ValueError, match=r"empty feature map: a sample is \[2, 0, 3\]"):
+        ns.odeint(ns.ConvDynamics(2), torch.zeros(2, 2, 0, 3), [0.0, 1.0], method="euler", steps=2)
+    empty = ns.MLPDynamics(3)
+    empty.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="MLPDynamics has no layers"):
+        ns.odeint(empty, y0, [0.0, 1.0], method="euler", steps=2)

@@ -1,4 +1,4 @@
-// Programs under error control, of one instruction set and dtype; setup.py compiles this file as it does kernels.cpp.
+// Programs under error control, of one instruction set and dtype; setup.py compiles this file as it does conv.cpp.
 #include "adaptive.h"
 #include "program_dynamics.h"
 #include "kernels.h"

@@ -64,8 +64,6 @@ TRIAL_IMAGES = 100
 Writer = Callable[..., tuple[ExportReport, Run]]
 #: Types of the images that files take, and what the values of their pixels are.
 INPUTS = {"float32": "float32 in [0, 1]", "uint8": "uint8"}
-#: Types of the images that files take, and what the values of their pixels are.
-INPUTS = {"float32": "float32 in [0, 1]", "uint8": "uint8"}
 PREPROCESSING = (
     "Scale the picture to fit a square of image_size pixels, aspect kept, centred on its border's median colour; grey"
     " or RGB values as {}, [batch, channels, image_size, image_size]. Normalisation is in the model."

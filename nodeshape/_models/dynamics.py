@@ -138,7 +138,7 @@ def _conv_weights(dynamics: ConvDynamics, compiling: bool) -> list[Tensor] | str
         own = _layer_weights(layer, layer_class, compiling)
         if isinstance(own, str):
             return own
-        if layer_class is nn.GroupNorm and layer.num_groups != min(32, dynamics.__dict__["channels"]):
+        if layer_class is nn.GroupNorm and layer.num_groups != min(32, len(own[0])):
             return "the settings of a GroupNorm were changed"
         weights += own
     return weights
@@ -172,7 +172,7 @@ def _layer_weights(layer: Any, layer_class: type[nn.Module], compiling: bool) ->
             return f"the settings of a {layer_class.__name__} were changed"
     weights = [attributes["_parameters"].get(name) for name in ("weight", "bias")]
     for name, x in zip(("weight", "bias"), weights):
-        if type(x) is not nn.Parameter and type(x) is not Tensor and not compiling:
+        if x is None or (type(x) is not nn.Parameter and type(x) is not Tensor and not compiling):
             return f"the {name} of a {layer_class.__name__} is a {type(x).__name__}"
     return weights
 
@@ -204,6 +204,8 @@ def conv_program(state: Shape, shapes: tuple[Shape, ...]) -> Program:
         ValueError: they do not fit together.
     """
     channels, height, width = state
+    if height < 1 or width < 1:
+        raise ValueError(f"y0 has an empty feature map: a sample is {list(state)}")
     for number, shape in enumerate(shapes):
         expected = (channels, channels + 1, 3, 3) if number in (2, 6) else (channels,)
         if tuple(shape) != expected:
@@ -239,6 +241,8 @@ def mlp_program(state: Shape, shapes: tuple[Shape, ...], activation: str) -> Pro
         ValueError: they do not fit together.
     """
     (dim,) = state
+    if not shapes:
+        raise ValueError("MLPDynamics has no layers")
     inputs, layers = dim + 1, len(shapes) // 2
     builder = Builder([dim, 1])
     value = builder.buffer((inputs,))

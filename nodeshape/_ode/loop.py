@@ -252,7 +252,7 @@ class Loop:
 
     def _given(self, y: Tensor, times: Sequence[Tensor], h: Size, known: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The state after one step, and the slopes of its stages, of which the first may be known."""
-        if self.compiled is not None:
+        if self.compiled is not None and self.field.frozen is None:
             size = h if isinstance(h, Tensor) else torch.tensor(h, dtype=self.field.time_dtype)
             self.field.evaluations += len(self.method.c)
             return self.compiled(y, times, size), []

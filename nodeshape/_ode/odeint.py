@@ -231,8 +231,13 @@ def odeint(
             how = replace(how, steps=unrolled.steps, options=kept, tolerances=(None, None))
     weights = fused_weights(func, y0, how, event_fn is None and not return_dense, t)
     if not isinstance(weights, str):
-        solve = _fused_adaptive if how.adaptive else _fused
-        return solve(func, weights, y0, t, times, how, return_stats)
+        if how.adaptive:
+            return _fused_adaptive(func, weights, y0, t, times, how, return_stats)
+        if not symbolic:
+            grid = how.options.get("grid_constructor")
+            points = times if grid is None or len(times) < 2 else grid.points(times)
+            check_resolution(tensors[0], points, how.steps, how.step_size, False)
+        return _fused(func, weights, y0, t, times, how, return_stats)
     _check_results(times, event_fn is not None, return_stats, return_dense)
     one_each = not how.adaptive and how.steps is None and how.step_size is None
     steps = 1 if one_each and "grid_constructor" not in how.options else how.steps

@@ -224,12 +224,15 @@ class Builder:
 
     def finish(self, result: Ref, maps_kept: int = 1) -> Program:
         """The program whose dy/dt is the whole buffer ``result``."""
-        # Of buffers, as a tracer's tensors would be its own.
         header = [FORMAT, len(self.sizes), len(self.records), result.buffer, self.weights, len(self.constants)]
         code = [*header, *self.sizes, *(number for record in self.records for number in record)]
+        with torch.inference_mode(False):  # and of buffers, as a tracer's tensors would be its own
+            tensors = (
+                torch.frombuffer(array("q", code), dtype=torch.int64),
+                torch.frombuffer(array("d", self.constants), dtype=torch.float64),
+            )
         return Program(
-            torch.frombuffer(array("q", code), dtype=torch.int64),
-            torch.frombuffer(array("d", self.constants), dtype=torch.float64),
+            *tensors,
             self.sizes[STATE],
             tuple(self.lines),
             sum(line[2] for line in self.lines),

@@ -11,7 +11,10 @@ shift || true
 python=${PYTHON:-python}
 work=${FUZZ:-build/fuzz}
 targets=("$@")
-if [ ${#targets[@]} = 0 ]; then mapfile -t targets < <(echo solve; "$python" tests/fuzz/readers.py --list); fi
+if [ ${#targets[@]} = 0 ]; then
+  readers=$(PYTHONPATH="$PWD" "$python" tests/fuzz/readers.py --list 2>/dev/null)
+  mapfile -t targets <<<"solve"$'\n'"$readers"
+fi
 
 build_solve() {
   local clang
