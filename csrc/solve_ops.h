@@ -193,6 +193,42 @@ inline Adjoint adjoint_of(const Common& common) {
   if (common.adjoint == kDiscrete) return Adjoint::discrete;
   return common.adjoint == kReversible ? Adjoint::reversible : Adjoint::continuous;
 }
+
+// ---- the ops of a device, whose Backend has
+//     kLargestSample                                                  elements of a sample that its kernels can count
+//     check(common, name, y0)                                         whether the state, so called, can be read
+//     run<T>(common, owner, y0, kept_per_step)                        -> SolveResult
+//     run_backward<T>(common, owner, y0, arguments, kept_per_step)    -> GradientResult
+
+template <class Backend>
+SolveResult solve(Tensor y0, Tensor t, std::vector<Tensor> weights, Tensor program, Tensor constants, Tensor tableau,
+                  std::vector<int64_t> steps, double tolerance, int64_t max_iterations, int64_t adjoint,
+                  int64_t kept_per_step, int64_t checkpoint_every, double drift_tolerance) {
+  const Common common = common_of("solve", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
+                                  checkpoint_every, drift_tolerance);
+  Backend::check(common, "y0", y0);
+  common.check_arguments(y0, Backend::kLargestSample);
+  const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau}, kept_per_step);
+  return y0.scalar_type() == ScalarType::Float ? Backend::template run<float>(common, owner, y0, kept_per_step)
+                                               : Backend::template run<double>(common, owner, y0, kept_per_step);
+}
+
+template <class Backend>
+GradientResult solve_backward(Tensor grad_ys, Tensor ys, Tensor stages, Tensor t, std::vector<Tensor> weights,
+                              Tensor program, Tensor constants, Tensor tableau, std::vector<int64_t> steps,
+                              double tolerance, int64_t max_iterations, int64_t adjoint, int64_t kept_per_step,
+                              int64_t checkpoint_every, double drift_tolerance) {
+  const Common common = common_of("solve_backward", t, std::move(steps), tableau, tolerance, max_iterations, adjoint,
+                                  checkpoint_every, drift_tolerance);
+  const Tensor y0 = first(common.op, ys);
+  Backend::check(common, "ys", y0);
+  common.check_arguments(y0, Backend::kLargestSample);
+  const ProgramOwner owner(common, y0, {std::move(weights), program, constants, tableau}, kept_per_step);
+  const BackwardArguments arguments{grad_ys, ys, stages};
+  return y0.scalar_type() == ScalarType::Float
+             ? Backend::template run_backward<float>(common, owner, y0, arguments, kept_per_step)
+             : Backend::template run_backward<double>(common, owner, y0, arguments, kept_per_step);
+}
 #endif
 
 }  // namespace nodeshape
