@@ -1,4 +1,4 @@
-// Activations and their derivatives, a vector at a time; the including file brings the vectors
+// What activations are made of, a vector at a time; the including file brings the vectors
 // (cpu/simd.h, cuda/block.cuh).
 #pragma once
 

@@ -120,8 +120,7 @@ class Records {
 using AdaptiveResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-AdaptiveResult run_adaptive(const AdaptiveOwner& owner, const AdaptiveKernels<T>& kernels, const Tensor& y0,
-                            const Control& control, bool record) {
+AdaptiveResult run_adaptive(const AdaptiveOwner& owner, const Tensor& y0, const Control& control, bool record) {
   const int64_t samples = y0.size(0), count = int64_t(owner.times().size()), sample = owner.model().program.state();
   Sizes sizes = sizes_of(y0);
   sizes.insert(sizes.begin(), count);
@@ -133,11 +132,12 @@ AdaptiveResult run_adaptive(const AdaptiveOwner& owner, const AdaptiveKernels<T>
   int64_t* counted = data<int64_t>(counts);
   Records<T> records(samples, sample);
   const Interruptible interruptible(kUnknownWork);
-  kernels.forward(owner.model(),
-                  {owner.times().data(), count, samples, control, data<T>(start), data<T>(ys), counted,
-                   counted + samples, counted + 2 * samples, data<int64_t>(outcomes), data<double>(failures),
-                   data<int64_t>(last), record ? &Records<T>::more : nullptr, &records},
-                  executor());
+  kernels().of<T>().adaptive.forward(
+      owner.model(),
+      {owner.times().data(), count, samples, control, data<T>(start), data<T>(ys), counted, counted + samples,
+       counted + 2 * samples, data<int64_t>(outcomes), data<double>(failures), data<int64_t>(last),
+       record ? &Records<T>::more : nullptr, &records},
+      executor());
   interruptible.check();
   if (!record) {
     const Tensor none = empty({0}, aoti_torch_dtype_int64());
@@ -166,9 +166,8 @@ AdaptiveResult solve_adaptive(Tensor y0, Tensor t, std::vector<Tensor> weights, 
   NODESHAPE_CHECK(first_step >= 0 && min_step >= 0 && max_step >= 0 && safety > 0 && grow > 0 && shrink > 0, op,
                   "what bounds the steps may not be negative");
   NODESHAPE_CHECK(order >= 1 && most_attempts >= 1, op, "order and most_attempts must be at least 1");
-  return y0.scalar_type() == ScalarType::Float
-             ? run_adaptive<float>(owner, kernels().float32.adaptive, y0, control, record)
-             : run_adaptive<double>(owner, kernels().float64.adaptive, y0, control, record);
+  return y0.scalar_type() == ScalarType::Float ? run_adaptive<float>(owner, y0, control, record)
+                                               : run_adaptive<double>(owner, y0, control, record);
 }
 
 using AdaptiveGradients = std::tuple<Tensor, std::vector<Tensor>, Tensor>;
@@ -179,8 +178,7 @@ struct Recorded {
 };
 
 template <class T>
-AdaptiveGradients run_adaptive_backward(const std::string& op, const AdaptiveOwner& owner,
-                                        const AdaptiveKernels<T>& kernels, const Tensor& grad_ys,
+AdaptiveGradients run_adaptive_backward(const std::string& op, const AdaptiveOwner& owner, const Tensor& grad_ys,
                                         const Recorded& recorded) {
   const int64_t samples = grad_ys.size(1), count = int64_t(owner.times().size()),
                 sample = owner.model().program.state();
@@ -207,10 +205,11 @@ AdaptiveGradients run_adaptive_backward(const std::string& op, const AdaptiveOwn
   const Tensor grad_y0 = empty(sizes, dtype_of<T>()), evaluations = empty({samples}, aoti_torch_dtype_int64());
   const auto grad_parameters = std::make_unique_for_overwrite<T[]>(owner.model().program.parameters());
   const Interruptible interruptible(double(steps) * double(sample));
-  kernels.backward(owner.model(),
-                   {owner.times().data(), count, samples, data<T>(cotangents), data<T>(recorded.states), spans, before,
-                    last, data<T>(grad_y0), grad_parameters.get(), data<int64_t>(evaluations)},
-                   executor());
+  kernels().of<T>().adaptive.backward(
+      owner.model(),
+      {owner.times().data(), count, samples, data<T>(cotangents), data<T>(recorded.states), spans, before, last,
+       data<T>(grad_y0), grad_parameters.get(), data<int64_t>(evaluations)},
+      executor());
   interruptible.check();
   return {grad_y0, parted<T>(grad_parameters.get(), owner.tensors()), evaluations};
 }
@@ -221,9 +220,8 @@ AdaptiveGradients solve_adaptive_backward(Tensor grad_ys, Tensor states, Tensor 
   const std::string op = "solve_adaptive_backward";
   const AdaptiveOwner owner(op, first(op, grad_ys), t, {std::move(weights), program, constants, tableau});
   const Recorded recorded{states, spans, before, last};
-  return grad_ys.scalar_type() == ScalarType::Float
-             ? run_adaptive_backward<float>(op, owner, kernels().float32.adaptive, grad_ys, recorded)
-             : run_adaptive_backward<double>(op, owner, kernels().float64.adaptive, grad_ys, recorded);
+  return grad_ys.scalar_type() == ScalarType::Float ? run_adaptive_backward<float>(op, owner, grad_ys, recorded)
+                                                    : run_adaptive_backward<double>(op, owner, grad_ys, recorded);
 }
 
 }  // namespace
