@@ -264,17 +264,21 @@ def mlp_program(state: Shape, shapes: tuple[Shape, ...], activation: str) -> Pro
 
 
 @torch.compiler.assume_constant_result
-def _program(activation: str, state: Shape, shapes: tuple[Shape, ...]) -> Program:
-    """Of MLPDynamics; of ConvDynamics where there is no activation to choose. For compilers a constant."""
-    return mlp_program(state, shapes, activation) if activation else conv_program(state, shapes)
+def _conv_constant(state: Shape, shapes: tuple[Shape, ...]) -> Program:
+    return conv_program(state, shapes)
+
+
+@torch.compiler.assume_constant_result
+def _mlp_constant(state: Shape, shapes: tuple[Shape, ...], activation: str) -> Program:
+    return mlp_program(state, shapes, activation)
 
 
 def _conv_of(dynamics: ConvDynamics, weights: list[Tensor], y0: Tensor) -> Program:
-    return _program("", *_sizes(weights, y0))  # type: ignore[no-any-return]
+    return _conv_constant(*_sizes(weights, y0))  # type: ignore[no-any-return]
 
 
 def _mlp_of(dynamics: MLPDynamics, weights: list[Tensor], y0: Tensor) -> Program:
-    return _program(dynamics.__dict__["activation"], *_sizes(weights, y0))  # type: ignore[no-any-return]
+    return _mlp_constant(*_sizes(weights, y0), dynamics.__dict__["activation"])  # type: ignore[no-any-return]
 
 
 def _sizes(weights: list[Tensor], y0: Tensor) -> tuple[Shape, tuple[Shape, ...]]:
