@@ -29,6 +29,7 @@ from nodeshape._ode.options import (
     read_options,
     steps_of,
 )
+from nodeshape._ode.program import Program
 from nodeshape._ode.recompute import recomputed_solution
 from nodeshape._ode.solver import Plan, controller_of, most_attempts_of
 from nodeshape._ode.stage import MAX_STAGE_ITERATIONS, STAGE_TOLERANCE
@@ -233,11 +234,7 @@ def odeint(
     if not isinstance(weights, str):
         if how.adaptive:
             return _fused_adaptive(func, weights, y0, t, times, how, return_stats)
-        if not symbolic:
-            grid = how.options.get("grid_constructor")
-            points = times if grid is None or len(times) < 2 else grid.points(times)
-            check_resolution(tensors[0], points, how.steps, how.step_size, False)
-        return _fused(func, weights, y0, t, times, how, return_stats)
+        return _fused(func, weights, y0, t, times, symbolic, how, return_stats)
     _check_results(times, event_fn is not None, return_stats, return_dense)
     one_each = not how.adaptive and how.steps is None and how.step_size is None
     steps = 1 if one_each and "grid_constructor" not in how.options else how.steps
@@ -510,8 +507,22 @@ def _backward_plan(plan: Plan, settings: dict[str, Any]) -> tuple[Plan, dict[str
     return backward, own
 
 
+def _program(func: Any, weights: list[Tensor], y0: Any) -> tuple[Program, Tensor, Callable[[Tensor], Any]]:
+    """What the ops are given for f and its state, and what makes their solution the caller's."""
+    if isinstance(func, Fused):
+        return func.program, func.pack(y0), func.unpack
+    return fused.program_of(func, weights, y0), y0, lambda ys: ys
+
+
 def _fused(
-    func: Any, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
+    func: Any,
+    weights: list[Tensor],
+    y0: Any,
+    t: Tensor,
+    times: list[float],
+    symbolic: bool,
+    how: Request,
+    return_stats: bool,
 ) -> Any:
     scheme, settings = how.method, how.options
     grid, observed = settings.get("grid_constructor"), times
@@ -522,11 +533,12 @@ def _fused(
         counts = [int(how.steps or 1)] * (len(times) - 1)
     else:
         counts = [steps_of(end - start, how.step_size) for start, end in pairwise(times)]
-    traced = isinstance(func, Fused)
-    start = func.pack(y0) if traced else y0
+    program, start, unpack = _program(func, weights, y0)
+    if not symbolic:
+        check_resolution(start, times, how.steps, how.step_size, False)
     tolerance = STAGE_TOLERANCE[start.dtype]
     ys, evaluations, residual = program_op.solve(
-        func.program if traced else fused.program_of(func, weights, y0),
+        program,
         weights,
         start,
         t,
@@ -539,7 +551,7 @@ def _fused(
         settings.get("drift_tolerance", DRIFT_PER_STAGE_TOLERANCE * tolerance),
     )
     seen = ys if times is observed else _between(ys, times, observed)
-    solution: Any = func.unpack(seen) if traced else seen
+    solution = unpack(seen)
     if not return_stats:
         return solution
     return solution, _fused_stats(scheme, sum(counts), evaluations, program_op.backward_evaluations(ys), residual)
@@ -574,17 +586,15 @@ def _between(states: Tensor, grid: list[float], t: Sequence[float] | Tensor) -> 
 def _fused_adaptive(
     func: Any, weights: list[Tensor], y0: Any, t: Tensor, times: list[float], how: Request, return_stats: bool
 ) -> Any:
-    traced = isinstance(func, Fused)
-    start = func.pack(y0) if traced else y0
+    program, start, unpack = _program(func, weights, y0)
     check_resolution(start, times, None, None, True)
     rtol, atol = (default if value is None else value for value, default in zip(how.tolerances, TOLERANCES))
     _check_tolerances(rtol, atol)
     control = controller_of(how.method, how.options, float(rtol), float(atol), rms)
     most, on_failure = most_attempts_of(how.options), how.options.get("on_failure", "raise")
     kept = t if t.is_cpu and t.dtype in (torch.float32, torch.float64) else t.to("cpu", torch.float64)
-    program = func.program if traced else fused.program_of(func, weights, y0)
     found = adaptive_op.solve_adaptive(program, weights, start, kept, how.method, control, most, on_failure)
-    solution = func.unpack(found.ys) if traced else found.ys
+    solution = unpack(found.ys)
     if not return_stats:
         return solution
     stats = SolverStats.zeros(start.shape[0], start.device)
