@@ -205,19 +205,23 @@ def _write(
         seconds["writing"] += perf_counter() - start
         for name, load in readers:
             prove(name, load(folder / name))
+    smaller, loose = [], None
     if ranges is not None:
+        smaller.append(INT8)
         source, loose = folder / ONNX, subject.loose(STAGE_TOLERANCE)
         if loose is not None:
             source = folder / LOOSE
             write_classifier_onnx(model, trials, source, metadata, trajectory, tolerance, loose)
         write_int8(source, folder / INT8, ranges)
-        files[INT8] = judge(folder / INT8, images, logits_of(folder / ONNX, images))
-        if loose is not None:
-            judge_time(folder / INT8, folder / ONNX, images[:1], files[INT8])
-            source.unlink()
     if half:
+        smaller.append(HALF)
         write_half(folder / ONNX, folder / HALF)
-        files[HALF] = judge(folder / HALF, images, logits_of(folder / ONNX, images))
+    if smaller:
+        of_onnx = logits_of(folder / ONNX, images)
+        files |= {name: judge(folder / name, images, of_onnx) for name in smaller}
+    if loose is not None:
+        judge_time(folder / INT8, folder / ONNX, images[:1], files[INT8])
+        (folder / LOOSE).unlink()
     reason = custom_ops.why_missing() if native else None
     return {
         **{key: metadata[key] for key in ("nodeshape_version", "channels", "input", "method")},
