@@ -264,6 +264,26 @@ def test_a_sample_that_overflows_in_given_steps_spoils_no_gradient(
     assert relative_error([found, of_y0[::2], *of_layer], [expected, expected_y0, *expected_layer]) < 1e-12
 
 
+@pytest.mark.parametrize("y0", [[[50.0], [60.0]], 50.0], ids=["a batch", "no batch"])
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_where_every_sample_overflows_gradients_stay_finite(method: str, y0: object) -> None:
+    rate = torch.tensor(2.0, requires_grad=True)
+    start = torch.tensor(y0, requires_grad=True)
+    ys, stats = ns.odeint(
+        lambda t, y: rate * y**3,
+        start,
+        [0.0, 1.0],
+        method=method,
+        steps=10,
+        options={"on_failure": "nan"},
+        return_stats=True,
+    )
+    assert bool(ys[-1].isnan().all()) and len(stats.failures) == start.numel()
+    loss = ys[0].sum() + ys[-1].nan_to_num().sum()
+    of_y0, of_rate = torch.autograd.grad(loss, [start, rate], materialize_grads=True)
+    assert torch.equal(of_y0, torch.ones_like(start)) and float(of_rate) == 0.0
+
+
 def test_too_many_steps_raise_with_the_remedy() -> None:
     y0 = torch.ones(1, 1, dtype=torch.float64)
     with pytest.raises(ns.StepSizeError, match=r"as many attempts as allowed.*use an implicit method"):

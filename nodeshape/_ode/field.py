@@ -204,11 +204,18 @@ class Field:
         """f, neither counted nor guarded."""
         if self.frozen is None:
             return self._of_state(t, y)
-        many = (-1, *(1,) * (y.dim() - 1)) if self.batched else ()
-        frozen = self.frozen.reshape(many)
-        if self.batched and not bool(self.frozen.all()):  # f of numbers that are not finite has no finite gradient
-            y = torch.where(frozen, y.detach()[(~self.frozen).nonzero()[0, 0]], y)
-        return self._of_state(t, y).masked_fill(frozen, 0.0)
+        return self._of_state(t, self.without_frozen(y)).masked_fill(self.column(self.frozen, y), 0.0)
+
+    def without_frozen(self, y: Tensor) -> Tensor:
+        """A state with another's, or zeros, for frozen samples: f of what is not finite has no finite gradient."""
+        assert self.frozen is not None
+        good = (~self.frozen).nonzero()[:, 0].tolist() if self.batched else []
+        harmless = y.detach()[good[0]] if good else torch.zeros_like(y.detach())
+        return torch.where(self.column(self.frozen, y), harmless, y)
+
+    def column(self, x: Tensor, y: Tensor) -> Tensor:
+        """One number per sample ``[samples]`` as it goes with a state."""
+        return x.reshape(-1, *(1,) * (y.dim() - 1)) if self.batched else x.reshape(())
 
     def _of_state(self, t: Tensor, y: Tensor) -> Tensor:
         if self.coarse:

@@ -443,12 +443,7 @@ class Loop:
         """The first state, without samples that are not finite if they may fail."""
         if self.on_failure == "raise":
             return y
-        lost = self._lost(y, self.times[0])
-        if lost is not None:
-            good = (~lost).nonzero()[:, 0]
-            harmless = y.detach()[good[0]] if self.field.batched and len(good) else torch.zeros_like(y.detach())
-            y = torch.where(self._column(lost, y), harmless, y)
-        return y
+        return y if self._lost(y, self.times[0]) is None else self.field.without_frozen(y)
 
     def _lost(self, y: Tensor, time: float) -> Tensor | None:
         """Samples ``[samples]`` that are not finite, which fail by it; None if there are none."""
@@ -463,10 +458,7 @@ class Loop:
         frozen = self.field.frozen
         if frozen is None or not self.field.batched:
             return y if frozen is None else torch.full_like(y, torch.nan)
-        return y.masked_fill(self._column(frozen, y[0] if lead else y), torch.nan)
-
-    def _column(self, x: Tensor, y: Tensor) -> Tensor:
-        return x.reshape(-1, *(1,) * (y.dim() - 1)) if self.field.batched else x.reshape(())
+        return y.masked_fill(self.field.column(frozen, y[0] if lead else y), torch.nan)
 
     def _give_up(self, estimate: Tensor | None, control: Controller, y: Tensor, message: str) -> None:
         """Raise, or freeze the samples whose own error is too large while the others live on."""
