@@ -110,7 +110,8 @@ NODESHAPE_FUNCTION void solve_forward(D& f, Arena& arena, const ForwardProblem<t
     for (int64_t k = 0; k < grid.steps[j]; ++k) {
       if (interrupted()) return;
       const double t = grid.times[j] + double(k) * h;
-      stages.solve(group.count, y, grid.theta * h, [&](const Batch<T>& b) { f.eval(t + grid.theta * h, b); });
+      const double at = t + grid.theta * h;
+      stages.solve(group.count, y, grid.theta * h, at, [&](const Batch<T>& b) { f.eval(at, b); });
       for (int s = 0; s < group.count; ++s) {
         const auto& stage = stages[s];
         if (p.store == kStoreStages) f.keep(s, stage.value, slots.members(s), stored(row, s));
@@ -238,14 +239,14 @@ class BackwardSweep {
       members[s] = slots_.members(s);
       f_.unpack(rows[s], members[s], y_[s]);
     }
-    rebuilt_.solve(group_.count, y_, 0.0,
-                   [&](const Batch<T>& b) { f_.recall(t + p_.grid.theta * h, rows, members, b); });
+    const double at = t + p_.grid.theta * h;
+    rebuilt_.solve(group_.count, y_, 0.0, at, [&](const Batch<T>& b) { f_.recall(at, rows, members, b); });
   }
 
   /// reversible: Y = y_{k+1} - (1 - theta) h f(Y), the very stage of the forward step.
   NODESHAPE_FUNCTION NODESHAPE_OUTLINE void rebuild_stage(int64_t step, double t, double h) {
-    const double theta = p_.grid.theta;
-    rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, [&](const Batch<T>& b) { f_.eval(t + theta * h, b); });
+    const double theta = p_.grid.theta, at = t + theta * h;
+    rebuilt_.solve(group_.count, y_, -(1.0 - theta) * h, at, [&](const Batch<T>& b) { f_.eval(at, b); });
     judge(rebuilt_, size_, step, Sweep::reversed, t, h, nullptr, y_);
   }
 
@@ -260,9 +261,9 @@ class BackwardSweep {
 
   /// w = lambda + theta h J^T w, then lambda += h J^T w; returns dL/dh and dL/dt of the step.
   NODESHAPE_FUNCTION NODESHAPE_OUTLINE TimeGradient transposed_step(int64_t step, double t, double h) {
-    const double theta = p_.grid.theta;
-    transposed_.solve(group_.count, lam_, theta * h, [&](const Batch<T>& b) { f_.vjp(b); });
-    f_.accumulate(t + theta * h, h, group_.count);
+    const double theta = p_.grid.theta, at = t + theta * h;
+    transposed_.solve(group_.count, lam_, theta * h, at, [&](const Batch<T>& b) { f_.vjp(b); });
+    f_.accumulate(at, h, group_.count);
     const double to_t = f_.time_product();
     const double to_h = detail::value_dot_slope(size_, group_.count, transposed_, rebuilt_) + theta * to_t;
     for (int s = 0; s < group_.count; ++s) detail::add(size_, T(h), transposed_[s].slope, lam_[s]);
@@ -273,7 +274,7 @@ class BackwardSweep {
   /// continuous (Chen et al. 2018, section 2): (y, a)' = (f, -J^T a), stepped with -h from t + h.
   NODESHAPE_FUNCTION NODESHAPE_OUTLINE void augmented_step(int64_t step, double t, double h) {
     const double theta = p_.grid.theta, at = t + (1.0 - theta) * h;
-    rebuilt_.solve(group_.count, y_, -theta * h, [&](const Batch<T>& b) {
+    rebuilt_.solve(group_.count, y_, -theta * h, at, [&](const Batch<T>& b) {
       f_.eval(at, b);
       Batch<T> adjoints;
       for (int i = 0; i < b.count; ++i) adjoints.add(b.slot[i], b.in[i] + size_, b.out[i] + size_);

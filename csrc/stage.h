@@ -13,6 +13,10 @@ namespace nodeshape::NODESHAPE_TARGET {
 
 /// Iterates of history Anderson acceleration keeps.
 inline constexpr int kAndersonMemory = 5;
+/// The first iterate follows the line through the last two slopes where they differ by at most this part of the last.
+inline constexpr double kMostTrend = 0.5;
+/// That line goes on for at most so many times the distance between the two.
+inline constexpr double kMostAhead = 2.0;
 /// A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the newer ones.
 inline constexpr double kDependent = 1e-3;
 
@@ -57,6 +61,7 @@ class StageSolver {
       Sample& sample = samples_[s];
       sample.stage.slope = arena.template take<T>(size);
       if (explicit_) continue;
+      sample.before = arena.template take<T>(size);
       sample.value = arena.template take<T>(size);
       sample.residual = arena.template take<T>(size);
       for (int m = 0; m < kAndersonMemory; ++m) {
@@ -77,8 +82,11 @@ class StageSolver {
   NODESHAPE_FUNCTION const Totals& totals(int s) const { return samples_[s].totals; }
 
   /// Solve for samples 0 ... count - 1. The last call of `function` for a sample is at the Y it ends with.
+  ///
+  /// The slopes are taken for a smooth function of `at`, where the first iterate of a stage comes from the two before
+  /// it; in stages of several kinds, whose `at` is NaN, from the one before.
   template <class Function>
-  NODESHAPE_FUNCTION void solve(int count, T* const* base, double c, Function&& function) {
+  NODESHAPE_FUNCTION void solve(int count, T* const* base, double c, double at, Function&& function) {
     Batch<T> batch;
     if (explicit_) {
       for (int s = 0; s < count; ++s) {
@@ -88,8 +96,9 @@ class StageSolver {
       }
       function(batch);
     } else {
+      const double ahead = stages_ < 2 ? 0.0 : (at - at_[0]) / (at_[0] - at_[1]);
       for (int s = 0; s < count; ++s) {
-        begin(samples_[s], base[s], T(c));
+        begin(samples_[s], base[s], T(c), ahead > 0 && ahead <= kMostAhead ? T(ahead) : T(0));
         batch.add(s, samples_[s].value, samples_[s].stage.slope);
       }
       while (batch.count > 0) {
@@ -104,7 +113,9 @@ class StageSolver {
         }
       }
     }
-    started_ = true;
+    at_[1] = at_[0];
+    at_[0] = at;
+    ++stages_;
     for (int s = 0; s < count; ++s) {
       const Stage& stage = samples_[s].stage;
       Totals& totals = samples_[s].totals;
@@ -118,6 +129,7 @@ class StageSolver {
     Stage stage{};
     Totals totals{};
     const T* base;
+    T* before;  // the slope of the stage before
     T* value;
     T* residual;
     T* difference[kAndersonMemory];  // of residuals, the newest first
@@ -145,19 +157,38 @@ class StageSolver {
            })));
   }
 
-  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void begin(Sample& sample, const T* base, T c) {
-    T *value = sample.value, *slope = sample.stage.slope;
+  /// The first iterate; the last slope becomes the one before.
+  NODESHAPE_FUNCTION NODESHAPE_OUTLINE void begin(Sample& sample, const T* base, T c, T ahead) {
+    T *value = sample.value, *slope = sample.stage.slope, *before = sample.before;
     const Vec<T> factor = splat(c);
-    if (started_)
-      each<T>(size_, [=](int64_t i) { store(value + i, fma(factor, load(slope + i), load(base + i))); });
-    else
+    if (stages_ == 0) {
       each<T>(size_, [=](int64_t i) { store(value + i, load(base + i)); });
-    sample.stage = {value, slope, 0, 0.0, false};
+    } else if (ahead != T(0) && is_trend(slope, before, ahead)) {
+      const Vec<T> further = splat(ahead);
+      each<T>(size_, [=](int64_t i) {
+        const Vec<T> last = load(slope + i), next = fma(further, last - load(before + i), last);
+        store(value + i, fma(factor, next, load(base + i)));
+      });
+    } else {
+      each<T>(size_, [=](int64_t i) { store(value + i, fma(factor, load(slope + i), load(base + i))); });
+    }
+    sample.before = slope;
+    sample.stage = {value, before, 0, 0.0, false};
     sample.base = base;
     sample.base_norm = norm(base);
     sample.broken = !__builtin_isfinite(sample.base_norm);
     sample.history = 0;
     sample.mixing = 1.0;
+  }
+
+  /// Whether the line through two slopes is worth following, `ahead` times as far as they lie apart.
+  NODESHAPE_FUNCTION bool is_trend(const T* last, const T* before, T ahead) const {
+    const double change = double(total<T>(size_, [=](int64_t i) {
+      const Vec<T> d = load(last + i) - load(before + i);
+      return d * d;
+    }));
+    const double length = double(total<T>(size_, [=](int64_t i) { return load(last + i) * load(last + i); }));
+    return double(ahead) * double(ahead) * change <= kMostTrend * kMostTrend * length;
   }
 
   /// Take in a new F(Y): the residual, and whether the iteration ends here.
@@ -268,7 +299,8 @@ class StageSolver {
   const bool explicit_;
   Sample samples_[kMaxGroup];
   T *step_, *rest_, *q_[kAndersonMemory], *x_[kAndersonMemory];  // of the sample at hand
-  bool started_ = false;
+  int64_t stages_ = 0;                                           // so far
+  double at_[2] = {};                                            // where the last two were
 };
 
 }  // namespace nodeshape::NODESHAPE_TARGET

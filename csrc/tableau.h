@@ -170,7 +170,7 @@ class TableauSolve {
         f_.eval(at, batch);
         ++evaluations_;
       } else {
-        solver_.solve(group_.count, stage, tableau_.at(i, i) * h, [&](const Batch<T>& b) { f_.eval(at, b); });
+        solver_.solve(group_.count, stage, tableau_.at(i, i) * h, at, [&](const Batch<T>& b) { f_.eval(at, b); });
         for (int s = 0; s < group_.count; ++s) {
           const T* from = solver_[s].slope;
           T* to = slope_[i][s];
@@ -335,7 +335,8 @@ class TableauSweep {
         detail::combine(size_, w_[s], static_cast<const T*>(nullptr), terms.count, terms.factor, terms.x);
       }
       if (tableau_.at(i, i) != 0) {
-        solver_.solve(group_.count, w_, h * tableau_.at(i, i), [&](const Batch<T>& b) { f_.vjp(b); });
+        const double nowhere = __builtin_nan("");  // the equations of a step's stages have little in common
+        solver_.solve(group_.count, w_, h * tableau_.at(i, i), nowhere, [&](const Batch<T>& b) { f_.vjp(b); });
         for (int s = 0; s < group_.count; ++s) {
           const T* from = solver_[s].value;
           T* to = w_[s];

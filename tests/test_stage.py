@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nodeshape as ns
-from nodeshape._ode.stage import STAGE_TOLERANCE, anderson_stage, newton_stage
+from nodeshape._ode.stage import STAGE_TOLERANCE, anderson_stage, newton_stage, predicted
 
 IMPLICIT = ("implicit_euler", "implicit_midpoint")
 
@@ -123,3 +123,41 @@ def test_newton_serves_the_backward_pass_of_stiff_dynamics(method: str, adjoint:
     z = -rates / 20
     factor = 1 / (1 - z) if method == "implicit_euler" else (1 + z / 2) / (1 - z / 2)
     torch.testing.assert_close(found[0], factor**20, rtol=1e-8, atol=1e-14)
+
+
+class _Line(torch.nn.Module):
+    """A slope that is linear in time, whatever the state."""
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return 0.0 * y + 2.0 * t + 10.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("method", IMPLICIT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stages_start_on_the_line_through_the_slopes_of_the_two_before(
+    dtype: torch.dtype, method: str, fused: bool
+) -> None:
+    y0 = torch.ones(3, 2, dtype=dtype)
+    f = ns.fuse(_Line(), y0) if fused else _Line()
+
+    def evaluations(*times: float) -> int:
+        t, options = torch.tensor(times, dtype=dtype), {"fused": fused}
+        _, stats = ns.odeint(f, y0, t, method=method, steps=8, options=options, return_stats=True)
+        (count,) = set(stats.nfe_forward.tolist())
+        return int(count) - 8 * (len(times) - 1)
+
+    # The first two, which guess 0 and the slope before, are evaluated twice, the others where they guess.
+    assert evaluations(0.0, 1.0) == evaluations(1.0, 0.0) == 2
+    assert evaluations(0.0, 0.5, 0.75, 1.0) == 2
+    # So far beyond the last two that their line is no guess.
+    assert evaluations(0.0, 0.1, 10.0) > 2
+
+
+def test_a_slope_that_jumps_or_is_not_finite_is_guessed_to_stay() -> None:
+    last = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [0.0, 0.0]])
+    before = torch.tensor([[0.5, 2.0], [-1.0, 0.0], [torch.nan, 2.0], [0.0, 0.0]])
+    guess = predicted(last, before, 1.0, (-1, 2))
+    assert guess.tolist() == [[1.5, 2.0], [1.0, 2.0], [1.0, 2.0], [0.0, 0.0]]
+    assert predicted(last[:1], before[:1], 2.0, (-1, 2)).tolist() == [[2.0, 2.0]]  # twice as far
+    assert predicted(last[:1], before[:1], 3.0, (-1, 2)).tolist() == [[1.0, 2.0]]  # further than is worth it

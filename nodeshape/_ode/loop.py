@@ -23,6 +23,7 @@ from nodeshape._ode.control import Controller
 from nodeshape._ode.field import Field
 from nodeshape._ode.method import Method
 from nodeshape._ode.root import StageEquations
+from nodeshape._ode.stage import MOST_AHEAD, predicted
 from nodeshape._ode.step import Piece, Size, end, error, stages
 from nodeshape._ode.unrolled import current, is_recording, is_tracing
 
@@ -90,7 +91,7 @@ class Loop:
     accepted: int = 0
     rejected: int = 0
     pieces: list[Piece] = default(default_factory=list)
-    _guess: Tensor | None = None
+    _before: list[tuple[float, Tensor]] = default(default_factory=list)  # time and slope of stages, the latest first
     _attempts: int = 0
     _most: float = inf
 
@@ -138,19 +139,27 @@ class Loop:
         rows = [torch.stack(list(times)).reshape(count, -1) for (times, _), count in grids]
         if size is None:
             sizes = [torch.as_tensor(h, dtype=rows[0].dtype).expand(count, 1) for (_, h), count in grids]
-            rows = [torch.cat([row, h], dim=1) for row, h in zip(rows, sizes)]
+            # How far each step's stage lies ahead, which is of use where a step has one.
+            at = torch.cat(rows)[:, 0]
+            between = torch.cat([at.new_zeros(1), at.diff()])
+            ahead = torch.cat([at.new_zeros(1), between[1:] / between[:-1]])
+            ahead = torch.where((ahead > 0.0) & (ahead <= MOST_AHEAD), ahead, 0.0)[:, None]
+            rows = [torch.cat([torch.cat(rows), torch.cat(sizes), ahead], dim=1)]
+
+        one: Size = 1.0
 
         def step(carry: tuple[Tensor, ...], now: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-            y, guess = carry[0], carry[1] if len(carry) > 1 else None
-            times, h = now.unbind(), size
+            y, *before = carry
+            times, h, ahead = list(now.unbind()), size, one
             if h is None:
-                times, h = times[:-1], times[-1].to(self.field.dtype)
-            slopes = stages(self.field.alone, self.method, y, times, h, None, guess, self.solve)
+                *times, own, far = times
+                h, ahead = own.to(self.field.dtype), far.to(self.field.dtype)
+            slopes = stages(self.field.alone, self.method, y, times, h, None, self._guessed(before, ahead), self.solve)
             after = end(self.method, y, h, slopes).contiguous()
-            return (after, *(slopes[-1].clone().contiguous() for _ in carry[1:])), after.clone()
+            return (after, *self._latest(slopes, before)), after.clone()
 
         y = y.contiguous().clone()
-        carried = (y, torch.zeros_like(y)) if self.solve is not None else (y,)
+        carried = (y, *self._no_slopes(y))
         states: Tensor = scan(step, carried, torch.cat(rows))[1]
         return states
 
@@ -172,17 +181,33 @@ class Loop:
         def more(k: Tensor, *_: Tensor) -> Tensor:
             return k < count
 
-        def step(k: Tensor, y: Tensor, guess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def one(k: Tensor, y: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
             h = length / count
             times = [begin + (k.to(kind) + c) * h for c in self.method.c]
-            slopes = stages(self.field.alone, self.method, y, times, h, None, guess, self.solve)
+            slopes = stages(self.field.alone, self.method, y, times, h, None, self._guessed(before, 1.0), self.solve)
             after = end(self.method, y, h, slopes).contiguous()
-            return k + 1, after, slopes[-1].clone().contiguous() if self.solve is not None else guess.clone()
+            return k + 1, after, *self._latest(slopes, before)
 
         y = y.contiguous().clone()
-        guess = torch.zeros_like(y) if self.solve is not None else torch.zeros((), dtype=y.dtype, device=device)
-        _, y, _ = while_loop(more, step, (torch.zeros((), dtype=torch.long, device=device), y, guess))
-        return y
+        first = torch.zeros((), dtype=torch.long, device=device)
+        reached: Tensor = while_loop(more, one, (first, y, *self._no_slopes(y)))[1]
+        return reached
+
+    # The slopes before a step that is recorded are values that it takes and gives: those that guess its stage, first 0.
+
+    def _no_slopes(self, y: Tensor) -> tuple[Tensor, ...]:
+        if self.solve is None:
+            return ()
+        return tuple(torch.zeros_like(y) for _ in range(2 if self._extrapolates else 1))
+
+    def _guessed(self, before: Sequence[Tensor], ahead: Size) -> Tensor | None:
+        if len(before) < 2:
+            return before[0] if before else None
+        last, earlier = before
+        return predicted(last, earlier, ahead, self.field.rows)
+
+    def _latest(self, slopes: Sequence[Tensor], before: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(x.clone().contiguous() for x in (slopes[-1], *before[:1])[: len(before)])
 
     def on_grid(self, y: Tensor, grid: Sequence[float], traced: Tensor | None, cubic: bool) -> Tensor:
         """Step from point to point of a grid; observations between its points are interpolated.
@@ -232,10 +257,11 @@ class Loop:
                 known = slope if reused else None
                 now = times[k * per_step : (k + 1) * per_step]
                 before = self.recorder.before() if self.recorder is not None else None
-                after, slopes = self._given(y, now, h, known)
+                at = start + method.c[0] * length
+                after, slopes = self._given(y, at, now, h, known)
                 may_fail = self.on_failure == "nan" and self.recorder is None and not is_tracing()
                 if may_fail and self._lost(after, start + length) is not None:
-                    after, slopes = self._given(y, now, h, None)  # without them, as what they gave has no gradient
+                    after, slopes = self._given(y, at, now, h, None)  # without them, as what they gave has no gradient
                 if self.recorder is not None:
                     self.recorder.after(start, length, y, slopes, before)
                 slope = slopes[-1] if slopes and method.ends_with_slope else None
@@ -250,15 +276,36 @@ class Loop:
                 y = after
                 yield piece, y, slope
 
-    def _given(self, y: Tensor, times: Sequence[Tensor], h: Size, known: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The state after one step, and the slopes of its stages, of which the first may be known."""
+    def _given(
+        self, y: Tensor, at: float, times: Sequence[Tensor], h: Size, known: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The state after one step, and the slopes of its stages, of which the first may be known.
+
+        Args:
+            at: the time of the first stage, as a number.
+        """
         if self.compiled is not None and self.field.frozen is None:
             size = h if isinstance(h, Tensor) else torch.tensor(h, dtype=self.field.time_dtype)
             self.field.evaluations += len(self.method.c)
             return self.compiled(y, times, size), []
-        slopes = stages(self.field, self.method, y, times, h, known, self._guess, self.solve)
-        self._guess = slopes[-1].detach() if self.solve is not None else None
+        guess = None if self.solve is None else self._predicted(at)
+        slopes = stages(self.field, self.method, y, times, h, known, guess, self.solve)
+        if self.solve is not None:
+            self._before = [(at, slopes[-1].detach()), *(self._before[:1] if self._extrapolates else [])]
         return end(self.method, y, h, slopes), slopes
+
+    @property
+    def _extrapolates(self) -> bool:
+        """Whether the stages of successive steps are of one kind."""
+        return self.solve is not None and len(self.method.c) == 1
+
+    def _predicted(self, at: float) -> Tensor | None:
+        """The slope that a stage is guessed to have, from those before it."""
+        if len(self._before) < 2:
+            return self._before[0][1] if self._before else None
+        (latest, last), (earlier, before) = self._before
+        ahead = (at - latest) / (latest - earlier) if latest != earlier else 0.0
+        return predicted(last, before, ahead, self.field.rows) if 0.0 < ahead <= MOST_AHEAD else last
 
     def _grid_times(self, segment: Segment, first: int, count: int) -> tuple[Sequence[Tensor], Size]:
         """The times of all stages of ``count`` steps, in order, and the size of a step."""

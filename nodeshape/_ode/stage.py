@@ -11,7 +11,7 @@ Samples are rows and never mix: each has its own iteration history, stops at its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
@@ -26,6 +26,9 @@ Time = float | Tensor  # one number for the batch, or one per sample, [samples]
 
 #: Iterates of history Anderson acceleration keeps.
 ANDERSON_MEMORY = 5
+#: A stage is guessed to lie on the line through the slopes of the two before it where they differ by at most this part
+#: of the last, and where that line goes on for at most so many times their distance.
+MOST_TREND, MOST_AHEAD = 0.5, 2.0
 #: A residual difference this much shorter after orthogonalisation (relative) counts as dependent on the newer ones.
 DEPENDENT = 1e-3
 #: Relative residual at which a stage counts as solved, by dtype.
@@ -69,6 +72,22 @@ def _norm(x: Tensor) -> Tensor:
     peak = x.abs().amax(dim=-1, keepdim=True)
     unit = x / torch.where(peak > 0, peak, 1.0)
     return peak * _dot(unit, unit).sqrt()
+
+
+def predicted(last: Tensor, before: Tensor, ahead: Tensor | float, rows: Sequence[int]) -> Tensor:
+    """The slope that a stage is guessed to have, on the line through those of the two stages before it.
+
+    As Hairer & Wanner II, IV.8 start stages from the polynomial of the step before. A sample whose slopes differ by
+    much is guessed to keep its last one.
+
+    Args:
+        ahead: how far, in times the distance of the two.
+        rows: ``(samples, size)``, the shape in which a row is a sample.
+    """
+    change = ahead * (last - before)
+    each, whole = change.reshape(*rows), last.reshape(*rows)
+    follows = _dot(each, each) <= MOST_TREND**2 * _dot(whole, whole)
+    return last + torch.where(follows, each, 0.0).reshape(last.shape)
 
 
 def explicit_stage(function: Function, base: Tensor) -> Stage:
@@ -194,13 +213,16 @@ def traced_stage(
     def unsolved(value: Tensor, squared: Tensor) -> Tensor:
         return squared > tolerance**2 * torch.maximum(whole, _dot(*[value.detach()] * 2))
 
-    def moved(value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor, *history: Tensor) -> Tensor:
+    def moved(value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor | None, *history: Tensor) -> Tensor:
         """The next step of the iterate."""
-        step = mixing * residual
+        rest, along = residual, None
         if history:
             directions, moves = history
             along = residual[:, None] @ directions.mT
-            step = mixing * (residual - (along @ directions)[:, 0]) - (along @ moves)[:, 0]
+            rest = residual - (along @ directions)[:, 0]
+        step = rest if mixing is None else mixing * rest
+        if along is not None:
+            step = step - (along @ moves)[:, 0]
         return torch.where(unsolved(value, squared), step, 0.0)
 
     def learnt(difference: Tensor, move: Tensor, *history: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,40 +239,45 @@ def traced_stage(
         return (difference * scale)[:, None], (move * scale)[:, None]
 
     def improved(
-        value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor, *history: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """The state after one more evaluation, but for its history, and what that is to learn."""
+        value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor | None, *history: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The state after one more evaluation, and the differences of residuals and iterates that it has made."""
         move = moved(value, residual, squared, mixing, *history)
         value = value + move
         slope, after, squared_after = evaluated(value)
-        mixing = torch.where(squared_after > 4.0 * squared, 0.5 * mixing, mixing)
-        return (slope, value, after, squared_after, mixing), (after - residual).detach(), move.detach()
+        worse = squared_after > 4.0 * squared
+        mixing = torch.where(worse, 0.5, 1.0) if mixing is None else torch.where(worse, 0.5 * mixing, mixing)
+        return slope, value, after, squared_after, mixing, (after - residual).detach(), move.detach()
 
     slope, residual, squared = evaluated(guess)
-    state: tuple[Tensor, ...] = (slope, guess, residual, squared, torch.ones_like(squared))
-    history: tuple[Tensor, ...] = ()
-    for k in range(min(iterations, 2) if loop is not None else iterations)[1:]:
-        state, *news = improved(*state[1:], *history)
-        if k < iterations - 1:
+    if iterations > 1:
+        slope, value, residual, squared, mixing, *news = improved(guess, residual, squared, None)
+    else:
+        value = guess
+    if loop is None:
+        history: tuple[Tensor, ...] = ()
+        for _ in range(2, iterations):
             new = learnt(*news, *history)
             history = tuple(torch.cat(x, dim=1)[:, -memory:] for x in zip(history, new)) if history else new
-    if loop is not None and iterations > 2:
-        history = tuple(torch.nn.functional.pad(x, (0, 0, memory - 1, 0)) for x in history)
+            slope, value, residual, squared, mixing, *news = improved(value, residual, squared, mixing, *history)
+    elif iterations > 2:
+        # What the latest evaluation has taught is learnt when it is known that there will be another.
+        kept = memory - 1
 
         def more(k: Tensor, slope: Tensor, value: Tensor, residual: Tensor, squared: Tensor, *_: Tensor) -> Tensor:
             return (k < iterations) & unsolved(value, squared).any()
 
         def again(k: Tensor, slope: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            after, *news = improved(*state)
-            history = state[-2:]
-            kept = (torch.cat([x[:, 1:], new], dim=1) for x, new in zip(history, learnt(*news, *history)))
-            return (k + 1, *(x.contiguous() for x in (*after, *kept)))
+            value, residual, squared, mixing, difference, move, *before = state
+            history = [torch.cat(x, dim=1) for x in zip(before, learnt(difference, move, *before))]
+            after = improved(value, residual, squared, mixing, *history)
+            return (k + 1, *(x.contiguous() for x in (*after, *(x[:, -kept:] for x in history))))
 
-        start = torch.full_like(
-            squared[0, 0], 2, dtype=torch.long
-        )  # not of nothing, which a loop in a loop cannot take
-        _, *state, _, _ = loop(more, again, (start, *(x.contiguous().clone() for x in (*state, *history))))
-    slope, value, residual = state[:3]
+        # Not of nothing, which a loop in a loop cannot take.
+        start = torch.full_like(squared[0, 0], 2, dtype=torch.long)
+        nothing = torch.zeros_like(value)[:, None].expand(-1, kept, -1)
+        state = (slope, value, residual, squared, mixing, *news, nothing, nothing)
+        _, slope, value, residual, *_ = loop(more, again, (start, *(x.contiguous().clone() for x in state)))
     solved = _relative(residual.detach(), value.detach(), base.detach()) <= tolerance
     return slope, solved[:, None]
 
