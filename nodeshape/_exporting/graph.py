@@ -34,9 +34,9 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def simplify(graph: onnx.GraphProto, unroll: bool) -> None:
     """Write scans out if ``unroll``, fold what is constant, and leave each computation once and only if it is used."""
     _name_constants(graph)
+    _fold(graph)
     _constant_shapes(graph)
     if unroll:
-        _fold(graph)
         _unroll(graph)
     _fold(graph)
     _merge_factors(graph)
@@ -119,7 +119,7 @@ def replace_nodes(graph: onnx.GraphProto, kept: list[onnx.NodeProto]) -> None:
 
 
 def _constant_shapes(graph: onnx.GraphProto) -> None:
-    """The shape that a tensor is given is a constant where it is known but for the batch."""
+    """The shape that a tensor is given is a constant where it is known but for one size, mostly the batch."""
     known: dict[str, list[int]] = {}
 
     def collect(within: onnx.GraphProto) -> None:
@@ -134,23 +134,29 @@ def _constant_shapes(graph: onnx.GraphProto) -> None:
 
     collect(graph)
     constants = {x.name: x for x in graph.initializer}
+    measured: dict[str, str] = {}  # what nodes tell the shape of
+    made: set[str] = set()
     for node in nodes(graph):
+        if node.op_type == "Shape":
+            measured[node.output[0]] = node.input[0]
+        if node.op_type == "Reshape":
+            sizes = known.get(node.output[0], known.get(measured.get(node.input[1], "")))
+            if sizes is not None:
+                known[node.output[0]] = sizes
+                name = "shape_" + "_".join(map(str, sizes)).replace("-1", "batch")
+                if name not in made:
+                    graph.initializer.append(numpy_helper.from_array(np.array(sizes), name))
+                    made.add(name)
+                node.input[1] = name
         # A factor of one or a shift of zero, such as of a normalisation without weights.
         neutral = {"Mul": 1.0, "Add": 0.0}.get(node.op_type)
-        if neutral is not None and node.input[1] in constants and known.get(node.input[0]) == known.get(node.output[0]):
-            value = numpy_helper.to_array(constants[node.input[1]])
-            if node.input[0] in known and bool((value == neutral).all()):
+        if neutral is not None and node.input[0] in known and node.input[1] in constants:
+            value, sizes = numpy_helper.to_array(constants[node.input[1]]), known[node.input[0]]
+            widens = value.ndim > len(sizes) or any(n not in (1, m) for n, m in zip(value.shape[::-1], sizes[::-1]))
+            if not widens and bool((value == neutral).all()):
+                known[node.output[0]] = sizes
                 del node.input[1]
                 node.op_type = "Identity"
-    shapes = {node.output[0]: node for node in nodes(graph) if node.op_type == "Shape" and node.input[0] in known}
-    made: dict[str, str] = {}
-    for node in nodes(graph):
-        if node.op_type == "Reshape" and node.input[1] in shapes:
-            sizes = known[shapes[node.input[1]].input[0]]
-            name = "shape_" + "_".join(map(str, sizes)).replace("-1", "batch")
-            if name not in made:
-                graph.initializer.append(numpy_helper.from_array(np.array(sizes), name))
-            made[name] = node.input[1] = name
 
 
 def _unroll(graph: onnx.GraphProto) -> None:
@@ -249,6 +255,7 @@ def _fold_within(
     kept = []
     for node in graph.node:
         _rename(node, names)
+        _reshape_once(node, constants, producers)
         passed = _passed_on(node, constants, producers)
         if passed is not None and node.output[0] not in outputs:
             names[node.output[0]] = passed
@@ -263,6 +270,15 @@ def _fold_within(
         producers.update(dict.fromkeys(node.output, node))
         kept.append(node)
     replace_nodes(graph, kept)
+
+
+def _reshape_once(
+    node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]], producers: Mapping[str, onnx.NodeProto]
+) -> None:
+    """Let a node not reshape what was reshaped, if it says all sizes."""
+    before = producers.get(node.input[0]) if node.op_type == "Reshape" else None
+    if before is not None and before.op_type == "Reshape" and 0 not in constants.get(node.input[1], (0,)):
+        node.input[0] = before.input[0]
 
 
 def _passed_on(
@@ -421,13 +437,11 @@ def _shorten(graph: onnx.GraphProto) -> None:
         node.name = f"n{i}"
     for node in graph.node:
         _rename(node, names)
-    for i, x in enumerate(graph.initializer):
-        if "/" in x.name:
-            names[x.name] = f"c{i}"
+    constants = {x.name: f"c{i}" for i, x in enumerate(graph.initializer) if "/" in x.name}
     for node in graph.node:
-        _rename(node, {old: new for old, new in names.items() if new.startswith("c")})
+        _rename(node, constants)
     for x in graph.initializer:
-        x.name = names.get(x.name, x.name)
+        x.name = constants.get(x.name, x.name)
 
 
 def tidy(graph: onnx.GraphProto, rename: Callable[[str], str]) -> None:
