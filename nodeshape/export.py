@@ -9,7 +9,7 @@ from typing import Any
 from nodeshape._cli import Parser, positive_float, positive_int, run, say, shell_word, user_input
 from nodeshape._errors import UserError
 from nodeshape._exporting.export_folder import EXAMPLE, INPUTS, ONNX, TOLERANCE, write_export_folder
-from nodeshape._exporting.verify import IMAGES
+from nodeshape._exporting.verify import IMAGES, IMPLICIT_IMAGES
 from nodeshape._ode.method import SOURCE_METHODS, get_method
 from nodeshape._training.checkpoint import load_checkpoint, load_classifier
 
@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="largest allowed difference of a logit from PyTorch's (default: %(default)g)",
     )
     parser.add_argument(
-        "--images", type=positive_int, default=IMAGES, metavar="N", help="compare on so many (default: %(default)d)"
+        "--images",
+        type=positive_int,
+        metavar="N",
+        help=f"compare on so many (default: {IMAGES}, of implicit methods {IMPLICIT_IMAGES})",
     )
     parser.add_argument(
         "--tolerance",

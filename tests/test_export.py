@@ -75,6 +75,7 @@ def checkpoint(folder, **settings):
 def few_images(monkeypatch):
     """Verify with fewer images where the verification is not the subject."""
     monkeypatch.setattr(verify, "IMAGES", 20)
+    monkeypatch.setattr(verify, "IMPLICIT_IMAGES", 20)
 
 
 @pytest.fixture(
@@ -89,7 +90,7 @@ def exported(request, tmp_path_factory):
     path, model = checkpoint(tmp_path_factory.mktemp("run"), method=request.param)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(verify, "IMAGES", 1000 if request.param == "euler" else 100)
+        patch.setattr(verify, "IMPLICIT_IMAGES", 100)
         export.main([str(path), "--trajectory"])
     return model, path.parent / "export", printed.getvalue()
 

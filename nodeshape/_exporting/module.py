@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from copy import copy
 from dataclasses import dataclass, replace
@@ -336,7 +336,7 @@ class Subject:
         module: in evaluation mode.
         traced_with: its positional arguments as it is recorded.
         input_names, output_names: of the flat inputs and outputs.
-        batch_sizes: at which it is compared; ``(1,)`` for a module without a batch.
+        batch_sizes: at which it is compared, that of the examples among them; ``(1,)`` for a module without a batch.
         recordable: the module with what a file has besides.
         default_steps: of the input ``steps``; None where there is none.
         dimensions: what the recorded program calls its batch.
@@ -350,6 +350,7 @@ class Subject:
         trajectory: bool | nn.Module = False,
         loop: bool = False,
         native: bool = False,
+        batch_sizes: Collection[int] = (),
     ) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(
@@ -385,7 +386,10 @@ class Subject:
         form = "loop" if loop else "scan"
         self._how = Unrolled(iterations=MAX_ITERATIONS, steps=1, form=form, stops=True, native=native)
         self._program: torch.export.ExportedProgram | None = None
-        self.batch_sizes = (1,) if self._batch is None else tuple(sorted({1, self._batch, 2 * self._batch + 1}))
+        if self._batch is None:
+            self.batch_sizes: tuple[int, ...] = (1,)
+        else:
+            self.batch_sizes = tuple(sorted(batch_sizes or {1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
             self._expected = [self._outputs(self._sized(size if wide else None)) for size in self.batch_sizes]
         for name, y in zip(self.output_names, self._expected[0]):

@@ -16,8 +16,10 @@ from nodeshape._data.images import load_folder
 from nodeshape._data.shapes import MIN_IMAGE_SIZE, draw_set
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._ode.method import get_method
 
-IMAGES = 1000
+#: Images that are compared; of implicit methods, each of which takes several evaluations of f per step, fewer.
+IMAGES, IMPLICIT_IMAGES = 1000, 300
 #: All images go through in the largest batches; of smaller ones, which show that the batch is open, some do.
 BATCH_SIZES = (1, 7, 300)
 MOST_BATCHES = 20
@@ -82,6 +84,11 @@ class CheckImages:
         return float(right.double().mean()) if len(right) else None
 
 
+def image_count(model: ShapeClassifier) -> int:
+    """How many images a model's files are compared on where nobody says."""
+    return IMAGES if get_method(model.ode.method).explicit else IMPLICIT_IMAGES
+
+
 @torch.no_grad()
 def classify_all(classify: Classify, images: Tensor, batch_size: int, progress: Any) -> Tensor:
     """The logits of all images, taken ``batch_size`` at a time."""
@@ -95,12 +102,12 @@ def classify_all(classify: Classify, images: Tensor, batch_size: int, progress: 
 def check_images(
     model: ShapeClassifier, state: Mapping[str, Any], count: int | None = None, split: str = "test"
 ) -> CheckImages:
-    """Images of the kind a checkpoint was trained on, ``count`` or ``IMAGES``.
+    """Images of the kind a checkpoint was trained on, ``count``, or as many as :func:`image_count` says.
 
     They are drawn images of its task; or those of the user's folder, those of the ``split`` first, and as many drawn
     shapes as are missing.
     """
-    count = IMAGES if count is None else count
+    count = image_count(model) if count is None else count
     images: list[Tensor] = []
     labels: list[Tensor] = []
     sources = []
