@@ -364,16 +364,20 @@ def test_cases_of_the_deploy_suite_weigh_files_in_the_last_batch_alone(monkeypat
             assert case.describe.args[1] == (weighed if case.scale == batches[-1] else [])  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(("method", "quick"), [("euler", True), ("euler", False), ("implicit_euler", False)])
 def test_every_file_of_an_export_is_a_contender_and_what_cannot_be_written_is_a_reason(
-    quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import nodeshape.export
     from nodeshape._exporting import native
 
-    def export(path: Path, out: Path, method: str) -> None:
+    def export(path: Path, out: Path, method: str, quantize: bool = False, half: bool = False) -> None:
+        assert half is not quick
+        if quantize and method == "implicit_euler":
+            raise UserError("model.int8.onnx takes longer; nothing was written")
         out.mkdir()
-        for name in ("model.onnx", "model.int8.onnx", "model-half.onnx", "model.ts", "README.md"):
+        integers = ["model.int8.onnx"] if quantize else []
+        for name in ("model.onnx", *integers, "model-half.onnx", "model.ts", "model.pt2", "README.md"):
             (out / name).write_text("")
 
     def to_native(model: object, images: object, out: Path, package: bool) -> None:
@@ -392,21 +396,35 @@ def test_every_file_of_an_export_is_a_contender_and_what_cannot_be_written_is_a_
     monkeypatch.setattr(nodeshape.export, "export", export)
     monkeypatch.setattr(native, "to_native", to_native)
     monkeypatch.setattr(torch.onnx, "export", broken)
-    monkeypatch.setattr(nodeshape, "to_pt2", speechless)
-    monkeypatch.setattr(nodeshape, "to_onnx", lambda model, images, file, loop: file.write_text("looped"))
-    found = {variant.name: variant for variant in deploy._variants.__wrapped__("euler", quick)}
-    assert list(found)[:2] == [deploy.NODESHAPE, deploy.PLAIN] and list(found)[-1] == deploy.BASELINE
-    files = {deploy.ONNX, f"{deploy.ONNX}, int8", f"{deploy.ONNX}, half", "TorchScript", deploy.SCRIPT}
-    others = set() if quick else {"torch.export", f"{deploy.ONNX}, loop"}
-    assert found.keys() == {deploy.NODESHAPE, deploy.PLAIN, deploy.BASELINE} | files | others
-    unlike = {deploy.NODESHAPE, f"{deploy.ONNX}, int8", f"{deploy.ONNX}, half"}
+    monkeypatch.setattr(nodeshape, "to_onnx", speechless)
+    found = {variant.name: variant for variant in deploy._variants.__wrapped__(method, quick)}
+    explicit = method == "euler"
+    assert list(found)[:2] == [deploy.NODESHAPE, deploy.PLAIN]
+    files = {deploy.ONNX, f"{deploy.ONNX}, half", "TorchScript", "torch.export", deploy.SCRIPT}
+    others = set() if quick else {deploy.INT8, f"{deploy.ONNX}, loop"}
+    assert (
+        found.keys() == {deploy.NODESHAPE, deploy.PLAIN} | ({deploy.BASELINE} if explicit else set()) | files | others
+    )
+    unlike = {deploy.NODESHAPE, f"{deploy.ONNX}, half"} | (others & {deploy.INT8})
     assert {name for name, variant in found.items() if variant.like is None} == unlike
-    assert found[deploy.BASELINE].why_not == "cannot export: an operation"
-    with pytest.raises(Unavailable, match="cannot export: an operation"):
-        found[deploy.BASELINE].load()
+    if explicit:
+        assert list(found)[-1] == deploy.BASELINE
+        assert found[deploy.BASELINE].why_not == "cannot export: an operation"
+        with pytest.raises(Unavailable, match="cannot export: an operation"):
+            found[deploy.BASELINE].load()
     if not quick:
-        assert found["torch.export"].why_not == "cannot export: RuntimeError"
-        assert (tmp_path / "export-euler" / "looped.onnx").read_text() == "looped"
+        assert found[f"{deploy.ONNX}, loop"].why_not == "cannot export: RuntimeError"
+        assert found[deploy.INT8].why_not == ("" if explicit else "model.int8.onnx takes longer")
+
+
+def test_a_ratio_may_be_to_a_time_of_another_section() -> None:
+    results = [
+        Result(section, "batch 1", 1.0, 1, {"ONNX": Timing(seconds, seconds, seconds, 1)})
+        for section, seconds in (("slow", 6.0), ("quick", 2.0))
+    ]
+    target = AtMost("slow / quick", 2.5, "slow", "batch 1", "ONNX", "ONNX", of="quick")
+    assert target.measured(results) == 3.0 and not target.met(3.0)
+    assert target.measured(results[:1]) is None
 
 
 def test_files_are_loaded_as_what_they_are(tmp_path: Path) -> None:

@@ -24,16 +24,19 @@ from nodeshape._benchmarking.timing import CPU
 from nodeshape._benchmarking.trained import IMAGE_SIZE, checkpoint, images_of, trained_classifier
 from nodeshape._errors import UserError
 from nodeshape._models.classifier import ShapeClassifier
+from nodeshape._ode.method import get_method
 
 METHODS = ("euler", "implicit_midpoint", "implicit_euler")
 BATCHES, QUICK_BATCHES = (1, 7, 120), (1, 3)
 NODESHAPE, PLAIN, BASELINE = "PyTorch, fused", "PyTorch, plain", "torch.onnx.export"
 ONNX, SCRIPT, PACKAGE, FUSED_ONNX = "ONNX", "native TorchScript", "native AOTInductor", "ONNX, fused op"
 NATIVE = (SCRIPT, PACKAGE, FUSED_ONNX)
+INT8 = f"{ONNX}, int8"
 #: Files of an export folder by name; other ONNX files there are called by what stands before their suffix.
 NAMES = {
     "model.onnx": ONNX,
     "model.ts": "TorchScript",
+    "model.pt2": "torch.export",
     "model.fused.ts": SCRIPT,
     "model.fused.pt2": PACKAGE,
     "model.fused.onnx": FUSED_ONNX,
@@ -55,6 +58,12 @@ TARGETS: list[Target] = [
     *(AtMost(f"euler, batch 1: {name} / {ONNX}", 1.0, section("euler"), "batch 1", name, ONNX) for name in NATIVE),
     AtLeast(f"euler, batch 1: {BASELINE} / {ONNX}", 1.3, section("euler"), "batch 1", BASELINE, ONNX),
     AtLeast(f"euler, batch 120: {BASELINE} / {ONNX}", 1.3, section("euler"), "batch 120", BASELINE, ONNX),
+    AtLeast(f"euler, batch 120: {BASELINE} / {INT8}", 2.0, section("euler"), "batch 120", BASELINE, INT8),
+    *(
+        AtMost(f"{method}, {row}: {ONNX} / euler's", most, section(method), row, ONNX, ONNX, of=section("euler"))
+        for method, most in (("implicit_midpoint", 3.0), ("implicit_euler", 4.0))
+        for row in ("batch 1", "batch 120")
+    ),
 ]
 
 
@@ -175,7 +184,10 @@ def _describe(calls: Mapping[str, Call], footprints: Sequence[Variant], batch: i
 
 @lru_cache
 def _variants(method: str, quick: bool) -> list[Variant]:
-    """All there are, PyTorch's first; the files are written beside the checkpoint on first use."""
+    """All there are, PyTorch's first; the files are written beside the checkpoint on first use.
+
+    What torch's exporter makes of implicit stages by itself, sixteen evaluations of f each, takes it many minutes.
+    """
     from nodeshape._exporting.native import to_native
 
     path = checkpoint(quick)
@@ -197,7 +209,12 @@ def _variants(method: str, quick: bool) -> list[Variant]:
         from nodeshape.export import export
     except ImportError as error:
         raise UserError(f"--suite deploy: cannot export ({error}): pip install 'nodeshape[export]'") from error
-    export(path, out, method)
+    refused = ""
+    try:
+        export(path, out, method, quantize=not quick, half=not quick)
+    except UserError as error:  # of integers that change too much, or take longer
+        refused = str(error).split(";")[0]
+        export(path, out, method, half=not quick)
     with torch.no_grad():
         to_native(model, images, out, package=not quick)
     for file in sorted(out.iterdir()):
@@ -205,12 +222,14 @@ def _variants(method: str, quick: bool) -> list[Variant]:
             add(NAMES[file.name], file)
         elif file.suffix == ".onnx":
             add(f"{ONNX}, {file.stem.removeprefix('model.').removeprefix('model-')}", file)
-    import nodeshape as ns
-
+    if refused:
+        found.append(Variant(INT8, out / "model.int8.onnx", method, None, refused))
     if not quick:
-        add("torch.export", out / "exported.pt2", lambda file: ns.to_pt2(model, images, file))
+        import nodeshape as ns
+
         add(f"{ONNX}, loop", out / "looped.onnx", lambda file: ns.to_onnx(model, images, file, loop=True))
-    add(BASELINE, out / "baseline.onnx", lambda file: _plain_export(model, images, file))
+    if get_method(method).explicit:
+        add(BASELINE, out / "baseline.onnx", lambda file: _plain_export(model, images, file))
     return found
 
 
@@ -271,6 +290,7 @@ def _resident(key: str) -> int:
 def table(title: str, rows: Sequence[Result]) -> str:
     """A line for each way to run: size, load time, memory; of each batch p50, p95, and p50 over the baseline's."""
     names = list(dict.fromkeys(name for row in rows for name in (*row.seconds, *row.skipped)))
+    base_name = BASELINE if any(BASELINE in row.seconds for row in rows) else names[0]
     grid = [["", "MB", "load ms", "memory MB", *(f"{row.name}: p50, p95 ms, ×" for row in rows)]]
     figures = {key: value for row in rows for key, value in row.figures.items() if key[-3:] not in ("p50", "p95")}
     for name in names:
@@ -283,7 +303,7 @@ def table(title: str, rows: Sequence[Result]) -> str:
                 line.append("–")
                 continue
             p50, p95 = (1e3 * row.figures[f"{name}: {what}"] for what in ("p50", "p95"))
-            base = row.time(BASELINE) or row.time(names[0])
+            base = row.time(base_name) or row.time(names[0])
             ratio = "–" if base is None else f"{row.seconds[name].median / base:.2f}"
             line.append(f"{p50:8.3g} {p95:8.3g} {ratio:>6}")
         grid.append(line)
@@ -292,7 +312,7 @@ def table(title: str, rows: Sequence[Result]) -> str:
     lines = [
         line[0].ljust(widths[0]) + "".join("  " + x.rjust(w) for x, w in zip(line[1:], widths[1:])) for line in grid
     ]
-    return "\n".join([f"{title} (× is of {BASELINE}'s time)", *lines, *notes])
+    return "\n".join([f"{title} (× is of {base_name}'s time)", *lines, *notes])
 
 
 if __name__ == "__main__":

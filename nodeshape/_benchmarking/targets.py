@@ -29,7 +29,11 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class _Ratio:
-    """Time of ``contender`` over that of ``base`` in the case ``row`` of ``section``."""
+    """Time of ``contender`` over that of ``base`` in the case ``row`` of ``section``.
+
+    Attributes:
+        of: the section of the base; None for the contender's.
+    """
 
     name: str
     limit: float
@@ -37,13 +41,14 @@ class _Ratio:
     row: str
     contender: str
     base: str
+    of: str | None = None
 
     def measured(self, results: Sequence[Result]) -> float | None:
         """The ratio."""
-        result = _find(results, self.section, self.row)
-        if result is None:
+        result, beside = (_find(results, section, self.row) for section in (self.section, self.of or self.section))
+        if result is None or beside is None:
             return None
-        time, base = result.time(self.contender), result.time(self.base)
+        time, base = result.time(self.contender), beside.time(self.base)
         return None if time is None or base is None else time / base
 
 
