@@ -330,3 +330,26 @@ def test_times_between_the_points_of_a_grid_are_exported(fused: bool, tmp_path: 
 
     report = ns.to_onnx(Observed(), torch.randn(3, 2), tmp_path / "model.onnx")
     assert report.max_difference < 1e-5 and report.batch_sizes == (1, 3, 7)
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        normal = nn.functional.group_norm(self.conv(y), 2)
+        return normal.flatten(1).reshape(-1, 4, 5, 5) * t
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_file_holds_no_factor_of_one_no_sum_with_zero_and_no_shape_of_a_shape(shift: float, tmp_path: Path) -> None:
+    module = Around(lambda t, y: f(t, y) + torch.full((4, 1, 1), shift), method="euler", steps=4)  # type: ignore[arg-type]
+    f = module.kept = Normalised()
+    ns.to_onnx(module, states((3, 4, 5, 5)), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    count = {op: sum(node.op_type == op for node in graph.node) for op in ("Mul", "Add", "Reshape", "Shape")}
+    # In each of eight steps: times t and h (the first alone at t = 0), the sum of the step, with the shift where there
+    # is one, and in and out of groups.
+    assert count["Mul"] <= 16 and count["Add"] == (16 if shift else 8)
+    assert count["Reshape"] == 16 and count["Shape"] == 0
