@@ -353,3 +353,26 @@ def test_a_file_holds_no_factor_of_one_no_sum_with_zero_and_no_shape_of_a_shape(
     # is one, and in and out of groups.
     assert count["Mul"] <= 16 and count["Add"] == (16 if shift else 8)
     assert count["Reshape"] == 16 and count["Shape"] == 0
+
+
+class Picture(nn.Module):
+    """A map that is solved for and read by its largest and mean."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.block = ns.ODEBlock(Conv(), method=method, steps=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return torch.cat([y.amax(dim=(2, 3)), y.mean(dim=(2, 3)), y.amax(dim=(2, 3), keepdim=True).flatten(1)], dim=1)
+
+
+@pytest.mark.parametrize("method", ["rk4", "implicit_midpoint"])
+def test_tools_that_infer_shapes_take_a_file(method: str, tmp_path: Path) -> None:
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path = ns.to_onnx(Picture(method), states((3, 2, 4, 4)), tmp_path / "model.onnx").path
+    onnx.shape_inference.infer_shapes(onnx.load(path), check_type=True, strict_mode=True, data_prop=True)
+    quant_pre_process(path, tmp_path / "prepared.onnx")
+    x = states((5, 2, 4, 4))
+    torch.testing.assert_close(by_onnx(tmp_path / "prepared.onnx", (x,)), by_onnx(path, (x,)), atol=1e-5, rtol=0)

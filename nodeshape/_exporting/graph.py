@@ -40,6 +40,7 @@ def simplify(graph: onnx.GraphProto, unroll: bool) -> None:
         _unroll(graph)
     _fold(graph)
     _merge_factors(graph)
+    _plain_for_tools(graph)
     _share(graph)
     drop_unused(graph)
     _shorten(graph)
@@ -365,6 +366,52 @@ def _merge_factors(graph: onnx.GraphProto) -> None:
     within(graph)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in made.items())
     _fold(graph)
+
+
+def _plain_for_tools(graph: onnx.GraphProto) -> None:
+    """Write what onnxruntime's tools that infer shapes, as its quantizer does, do not take in another way.
+
+    These are loops without a limit and the largest of a map over given axes.
+    """
+    constants = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+    endless = "endless"
+
+    def within(graph: onnx.GraphProto) -> None:
+        kept: list[onnx.NodeProto] = []
+        for node in graph.node:
+            for body in bodies(node):
+                within(body)
+            if node.op_type == "Loop" and not node.input[0]:
+                constants[endless] = np.array(np.iinfo(np.int64).max)
+                node.input[0] = endless
+            kept.append(node)
+            keeps = next((x.i for x in node.attribute if x.name == "keepdims"), 1)
+            if node.op_type == "ReduceMax" and len(node.input) == 2 and node.input[1] in constants:
+                axes, rank = constants[node.input[1]], ranks.get(node.output[0])
+                if sorted(axes.tolist()) == [2, 3] and rank == (4 if keeps else 2):
+                    result = node.output[0]
+                    pooled = result if keeps else f"{result}/map"
+                    kept[-1] = helper.make_node("GlobalMaxPool", [node.input[0]], [pooled])
+                    if not keeps:
+                        kept.append(helper.make_node("Flatten", [pooled], [result], axis=1))
+        replace_nodes(graph, kept)
+
+    ranks = _ranks(graph)
+    within(graph)
+    if endless in constants:
+        graph.initializer.append(numpy_helper.from_array(constants[endless], endless))
+
+
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many dimensions values have, as far as it is said."""
+    found: dict[str, int] = {}
+    for value in (*graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            found[value.name] = len(value.type.tensor_type.shape.dim)
+    for node in graph.node:
+        for body in bodies(node):
+            found |= _ranks(body)
+    return found
 
 
 def _share(graph: onnx.GraphProto) -> None:
