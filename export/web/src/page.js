@@ -15,6 +15,7 @@ let model = null; // what the worker says of the loaded model
 let loading = 0; // models that are on their way: nothing is classified meanwhile
 let running = false;
 let again = false; // the drawing has changed since the run began
+let opened = Promise.resolve(); // what was chosen last has been dealt with
 let settled = false; // the pen is up: say the answer aloud
 
 const drawing = new Drawing(element("canvas"), element("cursor"), (isSettled) => {
@@ -173,7 +174,14 @@ function complain(text) {
 /** An action whose errors are shown. */
 const told = (action) => (...values) => Promise.resolve().then(() => action(...values)).catch((error) => complain(error.message));
 
-async function open(file) {
+/** Show a picture or load a model, one after the other: what is slow must not take away what came of a later one. */
+function open(file) {
+  const done = opened.then(() => opening(file));
+  opened = done.catch(() => {});
+  return done;
+}
+
+async function opening(file) {
   if (!file) return;
   complain("");
   try {
