@@ -330,3 +330,89 @@ def test_times_between_the_points_of_a_grid_are_exported(fused: bool, tmp_path: 
 
     report = ns.to_onnx(Observed(), torch.randn(3, 2), tmp_path / "model.onnx")
     assert report.max_difference < 1e-5 and report.batch_sizes == (1, 3, 7)
+
+
+class Reading(nn.Module):
+    """What a trace would hold as it was: a number out of the inputs."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, object]]]) -> None:
+        super().__init__()
+        self.layer, self.read = nn.Linear(2, 2), read
+
+    def forward(self, y: Tensor, t: Tensor) -> Tensor:
+        y, how = self.read(y, t)
+        return ns.odeint(lambda t, y: self.layer(y), y, t, **{"method": "euler", "steps": 2, **how})[-1]
+
+
+READERS = {
+    "step_size": lambda y, t: (y, {"steps": None, "step_size": 0.25}),
+    "item": lambda y, t: (y * y.max().item(), {}),
+    "branch": lambda y, t: (y if y.sum() > 0 else y + 1, {}),
+    "steps": lambda y, t: (y, {"steps": int(t[-1])}),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_numbers_read_out_of_inputs_are_refused_and_named(kind: str, tmp_path: Path) -> None:
+    module, examples = Reading(READERS[kind]), (torch.rand(3, 2), torch.tensor([0.0, 1.0, 4.0, 8.0]))
+    message = r"test_export_any.py:\d+ reads a number out of the inputs.*compute with tensors.*steps=\.\.\."
+    with pytest.raises(ValueError, match=message) as caught:
+        ns.to_torchscript(module, examples, tmp_path / "model.ts")
+    assert "\n" not in str(caught.value)
+    if kind in ("branch", "steps"):  # the others have a message of their own, or are recorded
+        with pytest.raises(ValueError, match=message):
+            ns.to_pt2(module, examples, tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_numbers_read_out_of_weights_and_checks_of_inputs_are_traced(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, y: Tensor) -> Tensor:
+            if y.isnan().any():
+                raise ValueError("not a number")
+            return ns.odeint(lambda t, y: -y, y, [0.0, float(self.end)], method="euler", steps=2)[-1]
+
+    assert ns.to_torchscript(Model(), torch.rand(3, 2), tmp_path / "model.ts").max_difference < 1e-6
+    with pytest.raises(ValueError, match=r"test_export_any.py:\d+ reads a number out of"):
+        ns.to_pt2(Model(), torch.rand(3, 2), tmp_path / "model.pt2")
+
+
+def test_what_shares_the_batch_by_accident_is_named(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor, t: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: -y, y, t, method="euler", steps=2)[-1]
+
+    message = r"forward takes the examples, but not a batch of 7.*first dimension of y, t;.*another|none of their other"
+    with pytest.raises(ValueError, match=message):
+        ns.to_torchscript(Model(), (torch.rand(3, 2), torch.tensor([0.0, 0.5, 1.0])), tmp_path / "model.ts")
+    report = ns.to_torchscript(Model(), (torch.rand(4, 2), torch.tensor([0.0, 0.5, 1.0])), tmp_path / "model.ts")
+    assert report.max_difference < 1e-6
+
+
+def test_dictionaries_of_several_types_are_refused_by_torchscript_alone(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor) -> dict[str, object]:
+            end = ns.odeint(lambda t, y: -y, y, [0.0, 1.0], method="euler", steps=2)[-1]
+            return {"end": end, "parts": (end + 1, end - 1)}
+
+    with pytest.raises(ValueError, match=r"TorchScript's dictionaries hold values of one type only.*tensors alone"):
+        ns.to_torchscript(Model(), torch.rand(3, 2), tmp_path / "model.ts")
+    assert ns.to_pt2(Model(), torch.rand(3, 2), tmp_path / "model.pt2").max_difference < 1e-6
+
+
+def test_pytorchs_transformer_is_written_as_plain_operations(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+        def forward(self, y: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: self.layer(y), y, [0.0, 1.0], method="euler", steps=2)[-1]
+
+    torch.manual_seed(0)
+    assert ns.to_onnx(Model(), torch.randn(2, 3, 4), tmp_path / "model.onnx").max_difference < 1e-5
+    assert torch.backends.mha.get_fastpath_enabled()
