@@ -354,7 +354,8 @@ READERS = {
 
 @pytest.mark.parametrize("kind", READERS)
 def test_numbers_read_out_of_inputs_are_refused_and_named(kind: str, tmp_path: Path) -> None:
-    module, examples = Reading(READERS[kind]), (torch.rand(3, 2), torch.tensor([0.0, 1.0, 4.0, 8.0]))
+    torch.manual_seed(0)
+    module, examples = Reading(READERS[kind]), (torch.rand(3, 2), torch.tensor([0.0, 0.5, 1.0, 2.0]))
     message = r"test_export_any.py:\d+ reads a number out of the inputs.*compute with tensors.*steps=\.\.\."
     with pytest.raises(ValueError, match=message) as caught:
         ns.to_torchscript(module, examples, tmp_path / "model.ts")
@@ -416,3 +417,46 @@ def test_pytorchs_transformer_is_written_as_plain_operations(tmp_path: Path) -> 
     torch.manual_seed(0)
     assert ns.to_onnx(Model(), torch.randn(2, 3, 4), tmp_path / "model.onnx").max_difference < 1e-5
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"adjoint": "continuous"},
+        {"adjoint": "reversible"},
+        {"options": {"recompute": True}},
+        {"options": {"on_failure": "nan"}},
+    ],
+)
+def test_how_gradients_and_failures_are_treated_does_not_keep_a_solve_from_a_file(
+    how: dict[str, object], tmp_path: Path
+) -> None:
+    module, inputs = around("mlp", method="euler", steps=2, **how)
+    assert ns.to_pt2(module, inputs(3), tmp_path / "model.pt2").max_difference < 1e-6
+
+
+def test_an_implicit_solve_without_a_batch_is_recorded(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: torch.sin(y), y, [0.0, 1.0], method="implicit_euler", steps=2)[-1]
+
+    assert ns.to_pt2(Model(), torch.rand(6), tmp_path / "model.pt2").max_difference < CLOSE
+
+
+def test_a_grid_has_a_trajectory(tmp_path: Path) -> None:
+    module, inputs = around("mlp", method="euler", options={"step_size": 0.3})
+    ns.to_torchscript(module, inputs(3), tmp_path / "model.ts", trajectory=True)
+    end, trajectory = torch.jit.load(tmp_path / "model.ts")(*inputs(5))
+    assert trajectory.shape == (5, 5, 3)  # 0, 0.3, 0.6, 0.9 and 1
+    torch.testing.assert_close(trajectory[:, -1], end)
+
+
+def test_outputs_named_like_inputs_or_each_other_get_names_of_their_own(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor) -> dict[str, object]:
+            end = ns.odeint(lambda t, y: -y, y, [0.0, 1.0], method="euler", steps=2)[-1]
+            return {"y": end, "a_b": end + 1, "a": {"b": end + 2}}
+
+    report = ns.to_onnx(Model(), torch.ones(3, 2), tmp_path / "model.onnx")
+    names = [x.name for x in onnxruntime.InferenceSession(report.path).get_outputs()]
+    assert names == ["output_y", "a_b", "output_a_b"]

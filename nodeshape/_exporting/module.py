@@ -43,7 +43,7 @@ MARGIN = 0.25
 STAGE_TOLERANCES, FEW_DIFFERENCES = (1e-4, 5e-5, 2e-5, 1e-5, 5e-6), 2
 
 HELD_NUMBER = (
-    "the module cannot be recorded: {} reads a number out of the inputs, which a file would hold as it is in the"
+    "the module cannot be recorded: {} reads a number out of {}, which a file would hold as it is in the"
     " examples: compute with tensors there, and at times that are an input give odeint steps=... instead of"
     " step_size=..."
 )
@@ -491,17 +491,17 @@ class Subject:
             except Exception:  # what follows from numbers that do not fit
                 found = []
             if not _difference(found, expected) <= self.tolerance:
-                raise UserError(HELD_NUMBER.format(where))
+                raise UserError(HELD_NUMBER.format(where, "the inputs"))
 
-    def _reader(self, error: BaseException) -> str | None:
-        """Where forward reads the number that recording it failed by, if it did."""
+    def _reader(self, error: BaseException) -> tuple[str, str] | None:
+        """Where forward reads the number that recording it failed by, if it did, and out of what."""
         for where, *_ in self._reads_of_others():
-            return where
+            return where, "the inputs"
         if not isinstance(_first(error), torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
             return None
         with self.recorded(), Reads() as held:
             self.recordable(*pytree.tree_unflatten([x.clone() for x in self._flat], self._spec))
-        return held.found[0][0] if held.found else None
+        return (held.found[0][0], "a tensor") if held.found else None
 
     def _reads_of_others(self) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
         """Where forward reads another number than in the examples, the inputs it does so of, and its outputs."""
@@ -547,8 +547,8 @@ class Subject:
             except Exception as error:
                 if isinstance(_first(error), ValueError):  # of this package, or of forward
                     raise
-                if (where := self._with(form="steps", stops=False)._reader(error)) is not None:
-                    raise UserError(HELD_NUMBER.format(where)) from error
+                if (read := self._with(form="steps", stops=False)._reader(error)) is not None:
+                    raise UserError(HELD_NUMBER.format(*read)) from error
                 raise
         self.dimensions = {str(symbol) for symbol in program.range_constraints}
         return program
@@ -642,6 +642,7 @@ class Subject:
             states = [path[1:] for path in of_solves] if len(outputs) == 2 else of_solves
             self.output_names = [_output_name(path) for path in own]
             self.output_names += ["_".join(["trajectory", *map(_key, path)]) for path in states]
+        self.output_names = _distinct(self.output_names, {*self.input_names, STEPS})
         return [y for _, y in leaves]
 
     def _module_at(self, size: int | None) -> list[Tensor]:
@@ -742,6 +743,16 @@ def _output_name(path: Sequence[Any]) -> str:
     """``output``, ``output_0`` ..., or after the key of a dictionary."""
     named = bool(path) and isinstance(path[0], pytree.MappingKey)
     return "_".join([*([] if named else ["output"]), *map(_key, path)])
+
+
+def _distinct(names: Sequence[str], taken: set[str]) -> list[str]:
+    """The names, with ``output_`` before those that are taken, by inputs or by each other."""
+    found: list[str] = []
+    for name in names:
+        while name in taken or name in found:
+            name = f"output_{name}"
+        found.append(name)
+    return found
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
