@@ -194,6 +194,7 @@ class Loop:
         """
         y = self._begun(y)
         states, j = [self._without_failed(y)], 1
+        unrolled, steps = current(), [y[None]]
         sign = copysign(1.0, grid[-1] - grid[0])
         slope: Tensor | None = None
         for k, (start, stop) in enumerate(zip(grid, grid[1:])):
@@ -210,6 +211,10 @@ class Loop:
                 states.append(self._without_failed(between))
                 j += 1
             y = after
+            steps.append(y[None])
+        if unrolled is not None and unrolled.states is not None:
+            whole = torch.cat(steps)
+            unrolled.states(self.field.unpack(whole, (len(whole),)))
         return torch.stack(states)
 
     def _segment(
@@ -441,7 +446,7 @@ class Loop:
 
     def _begun(self, y: Tensor) -> Tensor:
         """The first state, without samples that are not finite if they may fail."""
-        if self.on_failure == "raise":
+        if self.on_failure == "raise" or is_tracing():
             return y
         return y if self._lost(y, self.times[0]) is None else self.field.without_frozen(y)
 
