@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -273,6 +274,8 @@ def test_what_differs_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
         (torch.sin, torch.ones(2, 2), r"module must be an nn.Module, got builtin_function_or_method"),
         (nn.Tanh(), (torch.ones(2, 2), torch.ones(1)), r"example_inputs are 2 arguments, but forward"),
         (nn.Tanh(), (3,), r"the input input is int 3, but a file takes tensors only"),
+        (nn.Tanh(), np.ones((9, 9)), r"the input input is ndarray array.* \.\.\., but a file takes tensors only"),
+        (nn.Tanh(), torch.ones(2, 2).to_sparse(), r"the input input is sparse.*to_dense"),
         (nn.Tanh(), torch.ones(0, 2), r"example_inputs hold no sample"),
         (nn.Tanh(), torch.ones(2, 2, device="meta"), r"the input input is on meta: export on the CPU"),
     ],
@@ -285,6 +288,10 @@ def test_inputs_that_a_file_cannot_have_get_one_line(
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="there is no folder"):
         ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "gone" / "model.ts")
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path)
+    with pytest.raises(ValueError, match="trajectory must be True or a module.*got str"):
+        ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "model.ts", trajectory="head")
 
 
 class Rows(nn.Module):

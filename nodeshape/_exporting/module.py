@@ -366,16 +366,24 @@ class Subject:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
         if loop and trajectory is not False:
             raise ValueError("loop=True does not go with trajectory, whose states it does not keep: choose one")
+        if not isinstance(trajectory, (bool, nn.Module)):
+            raise ValueError(
+                f"trajectory must be True or a module to apply to each state, got {type(trajectory).__name__}"
+            )
         self.module, self.tolerance = module, tolerance
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         self.input_names = _input_names(module, arguments)
         self._flat, self._spec = pytree.tree_flatten(arguments)
         for name, x in zip(self.input_names, self._flat):
             if not isinstance(x, Tensor):
+                shown = " ".join(repr(x).split())
+                shown = shown if len(shown) < 40 else f"{shown[:36]} ..."
                 raise ValueError(
-                    f"the input {name} is {type(x).__name__} {x!r}, but a file takes tensors only: make it a tensor, or"
-                    " an attribute of the module"
+                    f"the input {name} is {type(x).__name__} {shown}, but a file takes tensors only: make it a tensor,"
+                    " or an attribute of the module"
                 )
+            if x.layout is not torch.strided:
+                raise ValueError(f"the input {name} is sparse, but a file takes dense tensors only: x.to_dense()")
             if x.device.type != "cpu":
                 raise ValueError(f"the input {name} is on {x.device}: export on the CPU, with module.cpu() and x.cpu()")
         wide = [x for x in self._flat if x.dim() >= 2]
@@ -802,6 +810,8 @@ def _without_fast_path() -> Iterator[None]:
 def _written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write that takes the place of ``path`` if all goes well; what goes wrong is told in one line."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     partial = partial_path(path)
