@@ -290,7 +290,7 @@ def test_inputs_that_a_file_cannot_have_get_one_line(
         ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "gone" / "model.ts")
     with pytest.raises(ValueError, match="is a folder; name a file"):
         ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path)
-    with pytest.raises(ValueError, match="trajectory must be True or a module.*got str"):
+    with pytest.raises(ValueError, match=r"trajectory must be True or a module.*got str"):
         ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "model.ts", trajectory="head")
 
 
@@ -467,3 +467,18 @@ def test_outputs_named_like_inputs_or_each_other_get_names_of_their_own(tmp_path
     report = ns.to_onnx(Model(), torch.ones(3, 2), tmp_path / "model.onnx")
     names = [x.name for x in onnxruntime.InferenceSession(report.path).get_outputs()]
     assert names == ["output_y", "a_b", "output_a_b"]
+
+
+def test_a_batch_size_made_a_number_is_explained(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.ones(1, 2))
+
+        def forward(self, y: Tensor) -> Tensor:
+            start = self.start.expand(len(y), -1)
+            return y + ns.odeint(lambda t, y: -y, start, [0.0, 1.0], method="euler", steps=2)[-1]
+
+    for write in (ns.to_torchscript, ns.to_pt2):
+        with pytest.raises(ValueError, match=r"x\.shape\[0\].*len\(x\)"):
+            write(Model(), torch.ones(3, 2), tmp_path / "model")

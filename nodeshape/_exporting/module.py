@@ -555,6 +555,11 @@ class Subject:
             except Exception as error:
                 if isinstance(_first(error), ValueError):  # of this package, or of forward
                     raise
+                if "Constraints violated" in str(error):
+                    raise UserError(
+                        "the module cannot be recorded: forward makes a number of the batch's size, or takes one size"
+                        " only: use x.shape[0] as it is, not len(x), and see that no layer fixes the batch"
+                    ) from error
                 if (read := self._with(form="steps", stops=False)._reader(error)) is not None:
                     raise UserError(HELD_NUMBER.format(*read)) from error
                 raise
@@ -581,7 +586,7 @@ class Subject:
                 raise UserError(
                     f"{path.name} differs from the module by {difference:.1e} {where}, tolerance {self.tolerance:g};"
                     " nothing was written: take more steps or a larger tolerance, and see that forward does not depend"
-                    " on chance or on the numbers in its inputs"
+                    " on chance or on the numbers in its inputs, and reads sizes as x.shape[0], not len(x)"
                 )
             worst = max(worst, difference)
         how = self._how
