@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -273,6 +274,8 @@ def test_what_differs_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
         (torch.sin, torch.ones(2, 2), r"module must be an nn.Module, got builtin_function_or_method"),
         (nn.Tanh(), (torch.ones(2, 2), torch.ones(1)), r"example_inputs are 2 arguments, but forward"),
         (nn.Tanh(), (3,), r"the input input is int 3, but a file takes tensors only"),
+        (nn.Tanh(), np.ones((9, 9)), r"the input input is ndarray array.* \.\.\., but a file takes tensors only"),
+        (nn.Tanh(), torch.ones(2, 2).to_sparse(), r"the input input is sparse.*to_dense"),
         (nn.Tanh(), torch.ones(0, 2), r"example_inputs hold no sample"),
         (nn.Tanh(), torch.ones(2, 2, device="meta"), r"the input input is on meta: export on the CPU"),
     ],
@@ -285,6 +288,10 @@ def test_inputs_that_a_file_cannot_have_get_one_line(
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="there is no folder"):
         ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "gone" / "model.ts")
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path)
+    with pytest.raises(ValueError, match=r"trajectory must be True or a module.*got str"):
+        ns.to_torchscript(nn.Tanh(), torch.ones(2, 2), tmp_path / "model.ts", trajectory="head")
 
 
 class Rows(nn.Module):
@@ -376,3 +383,148 @@ def test_tools_that_infer_shapes_take_a_file(method: str, tmp_path: Path) -> Non
     quant_pre_process(path, tmp_path / "prepared.onnx")
     x = states((5, 2, 4, 4))
     torch.testing.assert_close(by_onnx(tmp_path / "prepared.onnx", (x,)), by_onnx(path, (x,)), atol=1e-5, rtol=0)
+
+
+class Reading(nn.Module):
+    """What a trace would hold as it was: a number out of the inputs."""
+
+    def __init__(self, read: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, object]]]) -> None:
+        super().__init__()
+        self.layer, self.read = nn.Linear(2, 2), read
+
+    def forward(self, y: Tensor, t: Tensor) -> Tensor:
+        y, how = self.read(y, t)
+        return ns.odeint(lambda t, y: self.layer(y), y, t, **{"method": "euler", "steps": 2, **how})[-1]
+
+
+READERS = {
+    "step_size": lambda y, t: (y, {"steps": None, "step_size": 0.25}),
+    "item": lambda y, t: (y * y.max().item(), {}),
+    "branch": lambda y, t: (y if y.sum() > 0 else y + 1, {}),
+    "steps": lambda y, t: (y, {"steps": int(t[-1])}),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_numbers_read_out_of_inputs_are_refused_and_named(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, examples = Reading(READERS[kind]), (torch.rand(3, 2), torch.tensor([0.0, 0.5, 1.0, 2.0]))
+    message = r"test_export_any.py:\d+ reads a number out of the inputs.*compute with tensors.*steps=\.\.\."
+    with pytest.raises(ValueError, match=message) as caught:
+        ns.to_torchscript(module, examples, tmp_path / "model.ts")
+    assert "\n" not in str(caught.value)
+    if kind in ("branch", "steps"):  # the others have a message of their own, or are recorded
+        with pytest.raises(ValueError, match=message):
+            ns.to_pt2(module, examples, tmp_path / "model.pt2")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_numbers_read_out_of_weights_and_checks_of_inputs_are_traced(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, y: Tensor) -> Tensor:
+            if y.isnan().any():
+                raise ValueError("not a number")
+            return ns.odeint(lambda t, y: -y, y, [0.0, float(self.end)], method="euler", steps=2)[-1]
+
+    assert ns.to_torchscript(Model(), torch.rand(3, 2), tmp_path / "model.ts").max_difference < 1e-6
+    with pytest.raises(ValueError, match=r"test_export_any.py:\d+ reads a number out of"):
+        ns.to_pt2(Model(), torch.rand(3, 2), tmp_path / "model.pt2")
+
+
+def test_what_shares_the_batch_by_accident_is_named(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor, t: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: -y, y, t, method="euler", steps=2)[-1]
+
+    message = r"forward takes the examples, but not a batch of 7.*first dimension of y, t;.*another|none of their other"
+    with pytest.raises(ValueError, match=message):
+        ns.to_torchscript(Model(), (torch.rand(3, 2), torch.tensor([0.0, 0.5, 1.0])), tmp_path / "model.ts")
+    report = ns.to_torchscript(Model(), (torch.rand(4, 2), torch.tensor([0.0, 0.5, 1.0])), tmp_path / "model.ts")
+    assert report.max_difference < 1e-6
+
+
+def test_dictionaries_of_several_types_are_refused_by_torchscript_alone(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor) -> dict[str, object]:
+            end = ns.odeint(lambda t, y: -y, y, [0.0, 1.0], method="euler", steps=2)[-1]
+            return {"end": end, "parts": (end + 1, end - 1)}
+
+    with pytest.raises(ValueError, match=r"TorchScript's dictionaries hold values of one type only.*tensors alone"):
+        ns.to_torchscript(Model(), torch.rand(3, 2), tmp_path / "model.ts")
+    assert ns.to_pt2(Model(), torch.rand(3, 2), tmp_path / "model.pt2").max_difference < 1e-6
+
+
+def test_pytorchs_transformer_is_written_as_plain_operations(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+        def forward(self, y: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: self.layer(y), y, [0.0, 1.0], method="euler", steps=2)[-1]
+
+    torch.manual_seed(0)
+    assert ns.to_onnx(Model(), torch.randn(2, 3, 4), tmp_path / "model.onnx").max_difference < 1e-5
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"adjoint": "continuous"},
+        {"adjoint": "reversible"},
+        {"options": {"recompute": True}},
+        {"options": {"on_failure": "nan"}},
+    ],
+)
+def test_how_gradients_and_failures_are_treated_does_not_keep_a_solve_from_a_file(
+    how: dict[str, object], tmp_path: Path
+) -> None:
+    module, inputs = around("mlp", method="euler", steps=2, **how)
+    assert ns.to_pt2(module, inputs(3), tmp_path / "model.pt2").max_difference < 1e-6
+
+
+def test_an_implicit_solve_without_a_batch_is_recorded(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            return ns.odeint(lambda t, y: torch.sin(y), y, [0.0, 1.0], method="implicit_euler", steps=2)[-1]
+
+    assert ns.to_pt2(Model(), torch.rand(6), tmp_path / "model.pt2").max_difference < CLOSE
+
+
+def test_a_grid_has_a_trajectory(tmp_path: Path) -> None:
+    module, inputs = around("mlp", method="euler", options={"step_size": 0.3})
+    ns.to_torchscript(module, inputs(3), tmp_path / "model.ts", trajectory=True)
+    end, trajectory = torch.jit.load(tmp_path / "model.ts")(*inputs(5))
+    assert trajectory.shape == (5, 5, 3)  # 0, 0.3, 0.6, 0.9 and 1
+    torch.testing.assert_close(trajectory[:, -1], end)
+
+
+def test_outputs_named_like_inputs_or_each_other_get_names_of_their_own(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def forward(self, y: Tensor) -> dict[str, object]:
+            end = ns.odeint(lambda t, y: -y, y, [0.0, 1.0], method="euler", steps=2)[-1]
+            return {"y": end, "a_b": end + 1, "a": {"b": end + 2}}
+
+    report = ns.to_onnx(Model(), torch.ones(3, 2), tmp_path / "model.onnx")
+    names = [x.name for x in onnxruntime.InferenceSession(report.path).get_outputs()]
+    assert names == ["output_y", "a_b", "output_a_b"]
+
+
+def test_a_batch_size_made_a_number_is_explained(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = nn.Parameter(torch.ones(1, 2))
+
+        def forward(self, y: Tensor) -> Tensor:
+            start = self.start.expand(len(y), -1)
+            return y + ns.odeint(lambda t, y: -y, start, [0.0, 1.0], method="euler", steps=2)[-1]
+
+    for write in (ns.to_torchscript, ns.to_pt2):
+        with pytest.raises(ValueError, match=r"x\.shape\[0\].*len\(x\)"):
+            write(Model(), torch.ones(3, 2), tmp_path / "model")

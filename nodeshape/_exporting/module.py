@@ -23,6 +23,7 @@ from tqdm import tqdm
 from nodeshape import __version__ as nodeshape_version
 from nodeshape._errors import UserError
 from nodeshape._exporting.lean import lean
+from nodeshape._exporting.numbers import Reads, different, others
 from nodeshape._files import partial_path
 from nodeshape._ode.stage import ANDERSON_MEMORY
 from nodeshape._ode.unrolled import Unrolled, unrolled
@@ -40,6 +41,12 @@ MAX_ITERATIONS, MAX_STEPS = 30, 512
 MARGIN = 0.25
 #: Tolerances of stages that are tried before the solve's own, and the differences kept where so few do as well as many.
 STAGE_TOLERANCES, FEW_DIFFERENCES = (1e-4, 5e-5, 2e-5, 1e-5, 5e-6), 2
+
+HELD_NUMBER = (
+    "the module cannot be recorded: {} reads a number out of {}, which a file would hold as it is in the"
+    " examples: compute with tensors there, and at times that are an input give odeint steps=... instead of"
+    " step_size=..."
+)
 
 #: The input of a looped file that says how many steps to take.
 STEPS = "steps"
@@ -360,16 +367,24 @@ class Subject:
             raise ValueError(f"tolerance must be a positive number, got {tolerance!r}")
         if loop and trajectory is not False:
             raise ValueError("loop=True does not go with trajectory, whose states it does not keep: choose one")
+        if not isinstance(trajectory, (bool, nn.Module)):
+            raise ValueError(
+                f"trajectory must be True or a module to apply to each state, got {type(trajectory).__name__}"
+            )
         self.module, self.tolerance = module, tolerance
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         self.input_names = _input_names(module, arguments)
         self._flat, self._spec = pytree.tree_flatten(arguments)
         for name, x in zip(self.input_names, self._flat):
             if not isinstance(x, Tensor):
+                shown = " ".join(repr(x).split())
+                shown = shown if len(shown) < 40 else f"{shown[:36]} ..."
                 raise ValueError(
-                    f"the input {name} is {type(x).__name__} {x!r}, but a file takes tensors only: make it a tensor, or"
-                    " an attribute of the module"
+                    f"the input {name} is {type(x).__name__} {shown}, but a file takes tensors only: make it a tensor,"
+                    " or an attribute of the module"
                 )
+            if x.layout is not torch.strided:
+                raise ValueError(f"the input {name} is sparse, but a file takes dense tensors only: x.to_dense()")
             if x.device.type != "cpu":
                 raise ValueError(f"the input {name} is on {x.device}: export on the CPU, with module.cpu() and x.cpu()")
         wide = [x for x in self._flat if x.dim() >= 2]
@@ -391,7 +406,7 @@ class Subject:
         else:
             self.batch_sizes = tuple(sorted(batch_sizes or {1, self._batch, 2 * self._batch + 1}))
         with _evaluating(module):
-            self._expected = [self._outputs(self._sized(size if wide else None)) for size in self.batch_sizes]
+            self._expected = [self._module_at(size if wide else None) for size in self.batch_sizes]
         for name, y in zip(self.output_names, self._expected[0]):
             if not isinstance(y, Tensor):
                 raise ValueError(f"{name} of the module is {type(y).__name__}, but a file gives tensors only")
@@ -464,11 +479,63 @@ class Subject:
 
     def traced(self) -> torch.jit.ScriptModule:
         """The module recorded by torch.jit.trace."""
-        with self.recorded():
-            traced: torch.jit.ScriptModule = torch.jit.trace(
-                self.recordable, self.traced_with, check_trace=False, strict=False
-            )
+        try:
+            with self.recorded():
+                traced: torch.jit.ScriptModule = torch.jit.trace(
+                    self.recordable, self.traced_with, check_trace=False, strict=False
+                )
+        except RuntimeError as error:
+            if "Tracer cannot infer type" not in str(error):
+                raise
+            raise UserError(
+                "the module cannot be recorded: TorchScript's dictionaries hold values of one type only, and forward"
+                " takes or gives one of several: let it be of tensors alone, or write another file"
+            ) from error
+        self._refuse_held_numbers(traced)
         return traced
+
+    def _refuse_held_numbers(self, traced: torch.jit.ScriptModule) -> None:
+        """Raise UserError where forward reads numbers out of its inputs, which a trace holds as they were."""
+        for where, inputs, expected in self._reads_of_others():
+            try:
+                with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+                    found = self.structured(traced)(inputs)
+            except Exception:  # what follows from numbers that do not fit
+                found = []
+            if not _difference(found, expected) <= self.tolerance:
+                raise UserError(HELD_NUMBER.format(where, "the inputs"))
+
+    def _reader(self, error: BaseException) -> tuple[str, str] | None:
+        """Where forward reads the number that recording it failed by, if it did, and out of what."""
+        for where, *_ in self._reads_of_others():
+            return where, "the inputs"
+        if not isinstance(_first(error), torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
+            return None
+        with self.recorded(), Reads() as held:
+            self.recordable(*pytree.tree_unflatten([x.clone() for x in self._flat], self._spec))
+        return (held.found[0][0], "a tensor") if held.found else None
+
+    def _reads_of_others(self) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+        """Where forward reads another number than in the examples, the inputs it does so of, and its outputs."""
+
+        def read(inputs: list[Tensor]) -> list[Tensor]:
+            arguments = pytree.tree_unflatten([x.clone() for x in inputs], self._spec)
+            outputs: list[Tensor] = pytree.tree_leaves(self.recordable(*arguments))
+            return outputs
+
+        few = self._sized(None if self._batch is None else min(self._batch, 2))
+        with self.recorded():
+            with Reads() as held:
+                read(few)
+            for inputs in others(few) if held.found else ():
+                try:
+                    with Reads() as now:
+                        outputs = read(inputs)
+                except Exception:  # whatever forward raises on inputs that are not for it
+                    continue
+                where = different(held.found, now.found)
+                if where is not None:
+                    yield where, inputs, outputs
 
     def program(self) -> torch.export.ExportedProgram:
         """The module recorded by torch.export, with the batch size left open."""
@@ -484,8 +551,23 @@ class Subject:
             shapes, arguments = (*shapes, None), (*arguments, torch.tensor(self.default_steps))
         with self.recorded():
             by_argument = inspect.signature(self.recordable.forward).bind(*shapes).arguments
-            with redirect_stderr(io.StringIO()):  # to which it prints graphs where it fails
-                program = torch.export.export(self.recordable, arguments, dynamic_shapes=tuple(by_argument.values()))
+            # It prints graphs to stderr where it fails; transformers' fast path is one operation that ONNX lacks.
+            try:
+                with redirect_stderr(io.StringIO()), _without_fast_path():
+                    program = torch.export.export(
+                        self.recordable, arguments, dynamic_shapes=tuple(by_argument.values())
+                    )
+            except Exception as error:
+                if isinstance(_first(error), ValueError):  # of this package, or of forward
+                    raise
+                if "Constraints violated" in str(error):
+                    raise UserError(
+                        "the module cannot be recorded: forward makes a number of the batch's size, or takes one size"
+                        " only: use x.shape[0] as it is, not len(x), and see that no layer fixes the batch"
+                    ) from error
+                if (read := self._with(form="steps", stops=False)._reader(error)) is not None:
+                    raise UserError(HELD_NUMBER.format(*read)) from error
+                raise
         self.dimensions = {str(symbol) for symbol in program.range_constraints}
         return program
 
@@ -509,7 +591,7 @@ class Subject:
                 raise UserError(
                     f"{path.name} differs from the module by {difference:.1e} {where}, tolerance {self.tolerance:g};"
                     " nothing was written: take more steps or a larger tolerance, and see that forward does not depend"
-                    " on chance or on the numbers in its inputs"
+                    " on chance or on the numbers in its inputs, and reads sizes as x.shape[0], not len(x)"
                 )
             worst = max(worst, difference)
         how = self._how
@@ -578,7 +660,22 @@ class Subject:
             states = [path[1:] for path in of_solves] if len(outputs) == 2 else of_solves
             self.output_names = [_output_name(path) for path in own]
             self.output_names += ["_".join(["trajectory", *map(_key, path)]) for path in states]
+        self.output_names = _distinct(self.output_names, {*self.input_names, STEPS})
         return [y for _, y in leaves]
+
+    def _module_at(self, size: int | None) -> list[Tensor]:
+        """The module's outputs at a batch size; raises UserError where it takes the examples at their size only."""
+        inputs = self._sized(size)
+        try:
+            return self._outputs(inputs)
+        except Exception as error:  # whatever forward raises
+            self._outputs(self._flat)
+            names = [name for name, wide in zip(self.input_names, self._open) if wide]
+            raise UserError(
+                f"forward takes the examples, but not a batch of {size} ({_first_line(error)}): the batch is taken to"
+                f" be the first dimension of {', '.join(names)}; if it is not of all of these, give examples of a"
+                " batch size that is none of their other sizes"
+            ) from error
 
     def _sized(self, size: int | None) -> list[Tensor]:
         """The flat inputs with a batch of ``size``: the examples, as often as needed."""
@@ -666,6 +763,16 @@ def _output_name(path: Sequence[Any]) -> str:
     return "_".join([*([] if named else ["output"]), *map(_key, path)])
 
 
+def _distinct(names: Sequence[str], taken: set[str]) -> list[str]:
+    """The names, with ``output_`` before those that are taken, by inputs or by each other."""
+    found: list[str] = []
+    for name in names:
+        while name in taken or name in found:
+            name = f"output_{name}"
+        found.append(name)
+    return found
+
+
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference of an output; infinite where shapes differ or one only is not a number."""
     if [x.shape for x in found] != [y.shape for y in expected]:
@@ -699,9 +806,22 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """PyTorch's transformers and attention as plain operations, which they are where gradients are recorded."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def _written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write that takes the place of ``path`` if all goes well; what goes wrong is told in one line."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
     partial = partial_path(path)
@@ -719,10 +839,16 @@ def _written(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _first_line(error: BaseException) -> str:
-    """What went wrong, of the error that began it."""
+def _first(error: BaseException) -> BaseException:
+    """The error that began it."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, of the error that began it."""
+    error = _first(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
 
@@ -735,12 +861,15 @@ class Progress:
         self._bar = tqdm(
             total=4, desc=f"{name}: choosing", delay=2, disable=None, leave=False, bar_format="{desc} {bar}"
         )
-        self._name, self._log = name, logging.getLogger("torch.onnx")
+        self._name = name
+        # The one warns of torchvision's absence, the other of what an error says anyway.
+        self._logs = [logging.getLogger(log) for log in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
         self._quiet = warnings.catch_warnings()
 
     def __enter__(self) -> Progress:
-        self._level = self._log.level
-        self._log.setLevel(logging.ERROR)  # it warns of torchvision's absence
+        self._levels = [log.level for log in self._logs]
+        for log in self._logs:
+            log.setLevel(logging.ERROR)
         self._quiet.__enter__()
         warnings.simplefilter("ignore")
         return self
@@ -753,4 +882,5 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._quiet.__exit__(None, None, None)
-        self._log.setLevel(self._level)
+        for log, level in zip(self._logs, self._levels):
+            log.setLevel(level)

@@ -219,6 +219,8 @@ class Loop:
         """
         y = self._begun(y)
         states, j = [self._without_failed(y)], 1
+        unrolled, steps = current(), [y[None]]
+        told = None if unrolled is None else unrolled.states
         sign = copysign(1.0, grid[-1] - grid[0])
         slope: Tensor | None = None
         for k, (start, stop) in enumerate(zip(grid, grid[1:])):
@@ -235,6 +237,11 @@ class Loop:
                 states.append(self._without_failed(between))
                 j += 1
             y = after
+            if told is not None:
+                steps.append(y[None])
+        if told is not None:
+            whole = torch.cat(steps)
+            told(self.field.unpack(whole, (len(whole),)))
         return torch.stack(states)
 
     def _segment(
@@ -488,7 +495,7 @@ class Loop:
 
     def _begun(self, y: Tensor) -> Tensor:
         """The first state, without samples that are not finite if they may fail."""
-        if self.on_failure == "raise":
+        if self.on_failure == "raise" or is_tracing():
             return y
         return y if self._lost(y, self.times[0]) is None else self.field.without_frozen(y)
 

@@ -205,18 +205,19 @@ def odeint(
         )
     if is_exporting() and current() is None:
         _refuse_to_export(Request.of(method, steps, step_size, (rtol, atol), adjoint, settings), event_fn, return_dense)
+    # How gradients are computed says nothing where there are none, as in a file.
+    recorded = adjoint == "discrete" and adjoint_params is None and not settings.get("recompute", False)
     symbolic = (
         isinstance(t, Tensor)
         and is_tracing()
         and step_size is None
         and "step_size" not in settings
-        and adjoint == "discrete"
-        and adjoint_params is None
+        and (recorded or not torch.is_grad_enabled())
         and event_fn is None
-        and not (return_dense or settings.get("recompute", False) or any(hasattr(func, name) for name in CALLBACKS))
+        and not (return_dense or any(hasattr(func, name) for name in CALLBACKS))
     )
     given = steps is not None or current() is not None
-    if isinstance(t, Tensor) and symbolic and (given or _takes_one_step(method, rtol, atol, settings)):
+    if isinstance(t, Tensor) and symbolic and (given or _takes_one_step(method, rtol, atol, adjoint, settings)):
         times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
     else:
         symbolic = False
@@ -334,9 +335,9 @@ def _refuse_to_export(how: Request, event_fn: EventFunction | None, return_dense
         )
 
 
-def _takes_one_step(method: str | None, rtol: Any, atol: Any, settings: Mapping[str, Any]) -> bool:
+def _takes_one_step(method: str | None, rtol: Any, atol: Any, adjoint: str, settings: Mapping[str, Any]) -> bool:
     """Whether a call without steps takes one in each interval."""
-    how = Request.of(method, None, None, (rtol, atol), "discrete", settings)
+    how = Request.of(method, None, None, (rtol, atol), adjoint, settings)
     return "grid_constructor" not in settings and not how.adaptive
 
 

@@ -149,7 +149,7 @@ class StageEquations:
         """F by a fixed number of evaluations, for a compiler or an exporter."""
         unrolled, rows_of = current(), self.field.rows
         # Numbers alone, but for the batch, which may differ from record to run.
-        shape = (-1, *base.shape[1:]) if self.field.batched else tuple(base.shape)
+        shape = (-1, *base.shape[1:]) if base.dim() > 0 else ()
         field = self.field.alone if unrolled is not None and is_recording() else self.field
 
         def function(rows: Tensor) -> Tensor:
