@@ -549,6 +549,7 @@ class Subject:
         arguments = self.traced_with
         if self.default_steps is not None:
             shapes, arguments = (*shapes, None), (*arguments, torch.tensor(self.default_steps))
+        self._how.taken = 0
         with self.recorded():
             by_argument = inspect.signature(self.recordable.forward).bind(*shapes).arguments
             # It prints graphs to stderr where it fails; transformers' fast path is one operation that ONNX lacks.
@@ -568,6 +569,8 @@ class Subject:
                 if (read := self._with(form="steps", stops=False)._reader(error)) is not None:
                     raise UserError(HELD_NUMBER.format(*read)) from error
                 raise
+        if self._how.taken and (where := next(iter(self._reads_of_others()), None)) is not None:
+            raise UserError(HELD_NUMBER.format(where[0], "the inputs"))
         self.dimensions = {str(symbol) for symbol in program.range_constraints}
         return program
 
@@ -610,6 +613,7 @@ class Subject:
     def _difference(self) -> float:
         """Of the outputs on the examples, as the solves are told to be done now."""
         self._how.counts.clear()
+        self._how.times.clear()
         self._how.evaluations = self._how.most = 0
         size = self._batch or 1
         return _difference(self._outputs(self._sized(self._batch)), self._expected[self.batch_sizes.index(size)])

@@ -60,7 +60,7 @@ class Field:
         self._as = [(*self._any, *shape[len(self._lead) :]) for shape in self._shapes]
         self._sizes = [prod(shape[len(self._lead) :]) for shape in self._shapes]
         self.size = sum(self._sizes)
-        self.rows = (*(self._any or (1,)), self.size)
+        self.rows = (*self._any, self.size) if batched else (1, -1)
         self._seen_as = first.dtype
         self.coarse = first.dtype in LOW_PRECISION
         self.dtype = torch.float32 if first.dtype in LOW_PRECISION else first.dtype

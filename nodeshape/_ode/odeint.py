@@ -203,7 +203,8 @@ def odeint(
                 "adjoint_params": adjoint_params,
             },
         )
-    if is_exporting() and current() is None:
+    unrolled = current()
+    if is_exporting() and unrolled is None:
         _refuse_to_export(Request.of(method, steps, step_size, (rtol, atol), adjoint, settings), event_fn, return_dense)
     # How gradients are computed says nothing where there are none, as in a file.
     recorded = adjoint == "discrete" and adjoint_params is None and not settings.get("recompute", False)
@@ -216,15 +217,14 @@ def odeint(
         and event_fn is None
         and not (return_dense or any(hasattr(func, name) for name in CALLBACKS))
     )
-    given = steps is not None or current() is not None
+    given = steps is not None or unrolled is not None
     if isinstance(t, Tensor) and symbolic and (given or _takes_one_step(method, rtol, atol, adjoint, settings)):
         times = [float(k) for k in range(len(t))]  # a compiler knows how many there are, not which
     else:
         symbolic = False
-        t, times = times_of(t)
+        t, times = times_of(t if unrolled is None or not isinstance(t, Tensor) else unrolled.known(t))
     asked = (method, steps, step_size, (rtol, atol), adjoint, settings, adjoint_params)
     how = Request.of(*asked, times, event_fn is not None)
-    unrolled = current()
     if unrolled is not None:
         _refuse_to_export(how, event_fn, return_dense)
         if how.adaptive:

@@ -20,6 +20,7 @@ from nodeshape._ode.graph import jacobian_by_rows, leaves
 from nodeshape._ode.implicit import differentiable_stage, products_of
 from nodeshape._ode.stage import (
     ANDERSON_MEMORY,
+    LOST,
     MAX_STAGE_ITERATIONS,
     TRACED_ITERATIONS,
     Stage,
@@ -172,11 +173,11 @@ class StageEquations:
         else:
             most = TRACED_ITERATIONS[self.field.time_dtype]
         before = 0 if unrolled is None else unrolled.evaluations
-        slope, solved = traced_stage(function, rows, c, first, tolerance, most, memory, loop)
+        # Who says how many evaluations compares the result with solved stages on examples; others may be far off.
+        lost = None if unrolled is None else max(LOST, 10.0 * tolerance)
+        slope = traced_stage(function, rows, c, first, tolerance, most, memory, loop, lost)
         if unrolled is not None and not is_recording():
             unrolled.most = max(unrolled.most, unrolled.evaluations - before)
-        if unrolled is None:  # who says how many evaluations compares the result with that of solved stages
-            slope = torch.where(solved, slope, torch.nan)
         return slope.reshape(shape)
 
     def _count(self, stage: Stage) -> None:

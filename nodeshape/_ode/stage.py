@@ -176,6 +176,8 @@ def _anderson_step(residual: Tensor, history: list[tuple[Tensor, Tensor]], mixin
 
 #: Evaluations of f of a stage that is traced, which cannot stop when it is solved.
 TRACED_ITERATIONS = {torch.float64: 32, torch.float32: 16}
+#: Relative residual of a stage in a file above which it is NaN rather than wrong: examples were easier to solve.
+LOST = 1e-3
 
 
 def traced_stage(
@@ -187,43 +189,33 @@ def traced_stage(
     iterations: int,
     memory: int = ANDERSON_MEMORY,
     loop: Callable[..., Any] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Solve Y = base + c F(Y) by a given number of evaluations of F, as few plain operations; F(Y), and who is solved.
+    lost: float | None = None,
+) -> Tensor:
+    """Solve Y = base + c F(Y) by a given number of evaluations of F, as few plain operations.
 
     Anderson acceleration as in :func:`anderson_stage`, but for the order of orthogonalisation: the oldest difference
-    first, so that each is orthogonalised once, and all at once. A sample that is solved stays where it is.
+    first, so that each is orthogonalised once, and all at once. Where the residual has more than doubled, which old
+    differences did not foresee, they are forgotten. A sample that is solved stays where it is.
     Differentiated as a quasi-Newton iteration whose matrices are constants, the gradient converges with the iterates.
 
     Args:
         memory: differences kept.
         loop: ``(condition, body, values) -> values``, to take all evaluations but the first two in, which ends when
             all samples are solved; None to take them one after the other.
+        lost: the relative residual above which a sample's result is NaN; None for the tolerance.
 
     Returns:
-        F(Y) ``[samples, size]`` and ``[samples, 1]``.
+        F(Y) ``[samples, size]``.
     """
     whole = _dot(*[base.detach()] * 2)
+    smallest = tolerance**2
 
-    def evaluated(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """F, the residual and its square."""
+    def evaluated(value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """F, the residual, its square and the square that it is relative to."""
         slope = function(value)
         residual = base + c * slope - value
-        return slope, residual, _dot(*[residual.detach()] * 2)
-
-    def unsolved(value: Tensor, squared: Tensor) -> Tensor:
-        return squared > tolerance**2 * torch.maximum(whole, _dot(*[value.detach()] * 2))
-
-    def moved(value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor | None, *history: Tensor) -> Tensor:
-        """The next step of the iterate."""
-        rest, along = residual, None
-        if history:
-            directions, moves = history
-            along = residual[:, None] @ directions.mT
-            rest = residual - (along @ directions)[:, 0]
-        step = rest if mixing is None else mixing * rest
-        if along is not None:
-            step = step - (along @ moves)[:, 0]
-        return torch.where(unsolved(value, squared), step, 0.0)
+        square, scale = _dot(*[residual.detach()] * 2), torch.maximum(whole, _dot(*[value.detach()] * 2))
+        return slope, residual, square, scale
 
     def learnt(difference: Tensor, move: Tensor, *history: Tensor) -> tuple[Tensor, Tensor]:
         """One more orthonormal direction of residual differences, and the move behind it, ``[samples, 1, size]``."""
@@ -239,47 +231,60 @@ def traced_stage(
         return (difference * scale)[:, None], (move * scale)[:, None]
 
     def improved(
-        value: Tensor, residual: Tensor, squared: Tensor, mixing: Tensor | None, *history: Tensor
+        value: Tensor, residual: Tensor, square: Tensor, scale: Tensor, mixing: Tensor | None, *history: Tensor
     ) -> tuple[Tensor, ...]:
         """The state after one more evaluation, and the differences of residuals and iterates that it has made."""
-        move = moved(value, residual, squared, mixing, *history)
+        rest, along = residual, None
+        if history:
+            directions, moves = history
+            along = residual[:, None] @ directions.mT
+            rest = residual - (along @ directions)[:, 0]
+        step = rest if mixing is None else mixing * rest
+        if along is not None:
+            step = step - (along @ moves)[:, 0]
+        move = torch.where(square > smallest * scale, step, 0.0)
         value = value + move
-        slope, after, squared_after = evaluated(value)
-        worse = squared_after > 4.0 * squared
+        slope, after, square_after, scale = evaluated(value)
+        worse = square_after > 4.0 * square
         mixing = torch.where(worse, 0.5, 1.0) if mixing is None else torch.where(worse, 0.5 * mixing, mixing)
-        return slope, value, after, squared_after, mixing, (after - residual).detach(), move.detach()
+        return slope, value, after, square_after, scale, mixing, (after - residual).detach(), move.detach()
 
-    slope, residual, squared = evaluated(guess)
+    def remembered(mixing: Tensor, before: Tensor, history: Sequence[Tensor], count: int) -> list[Tensor]:
+        """The latest directions and moves; none where the residual has more than doubled since ``before``."""
+        worse = (mixing < before)[:, None]
+        return [torch.where(worse, 0.0, x[:, -count:]) for x in history]
+
+    slope, residual, square, scale = evaluated(guess)
     if iterations > 1:
-        slope, value, residual, squared, mixing, *news = improved(guess, residual, squared, None)
-    else:
-        value = guess
+        slope, value, residual, square, scale, mixing, *news = improved(guess, residual, square, scale, None)
     if loop is None:
-        history: tuple[Tensor, ...] = ()
+        history: list[Tensor] = []
         for _ in range(2, iterations):
             new = learnt(*news, *history)
-            history = tuple(torch.cat(x, dim=1)[:, -memory:] for x in zip(history, new)) if history else new
-            slope, value, residual, squared, mixing, *news = improved(value, residual, squared, mixing, *history)
+            history = [torch.cat(x, dim=1) for x in zip(history, new)] if history else list(new)
+            before = mixing
+            state = improved(value, residual, square, scale, mixing, *history)
+            slope, value, residual, square, scale, mixing, *news = state
+            history = remembered(mixing, before, history, memory - 1)
     elif iterations > 2:
         # What the latest evaluation has taught is learnt when it is known that there will be another.
-        kept = memory - 1
-
-        def more(k: Tensor, slope: Tensor, value: Tensor, residual: Tensor, squared: Tensor, *_: Tensor) -> Tensor:
-            return (k < iterations) & unsolved(value, squared).any()
+        def more(k: Tensor, _: Tensor, __: Tensor, ___: Tensor, square: Tensor, scale: Tensor, *____: Tensor) -> Tensor:
+            return (k < iterations) & (square > smallest * scale).any()
 
         def again(k: Tensor, slope: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            value, residual, squared, mixing, difference, move, *before = state
+            value, residual, square, scale, mixing, difference, move, *before = state
             history = [torch.cat(x, dim=1) for x in zip(before, learnt(difference, move, *before))]
-            after = improved(value, residual, squared, mixing, *history)
-            return (k + 1, *(x.contiguous() for x in (*after, *(x[:, -kept:] for x in history))))
+            after = improved(value, residual, square, scale, mixing, *history)
+            history = remembered(after[5], mixing, history, memory - 1)
+            return (k + 1, *(x.contiguous() for x in (*after, *history)))
 
         # Not of nothing, which a loop in a loop cannot take.
-        start = torch.full_like(squared[0, 0], 2, dtype=torch.long)
-        nothing = torch.zeros_like(value)[:, None].expand(-1, kept, -1)
-        state = (slope, value, residual, squared, mixing, *news, nothing, nothing)
-        _, slope, value, residual, *_ = loop(more, again, (start, *(x.contiguous().clone() for x in state)))
-    solved = _relative(residual.detach(), value.detach(), base.detach()) <= tolerance
-    return slope, solved[:, None]
+        start = torch.full_like(square[0, 0], 2, dtype=torch.long)
+        nothing = torch.zeros_like(value)[:, None].expand(-1, memory - 1, -1)
+        state = (slope, value, residual, square, scale, mixing, *news, nothing, nothing)
+        _, slope, _, _, square, scale, *_ = loop(more, again, (start, *(x.contiguous().clone() for x in state)))
+    limit = smallest if lost is None else lost**2
+    return torch.where((square <= limit * scale) & (square < inf), slope, torch.nan)
 
 
 def newton_stage(
