@@ -40,7 +40,7 @@ MAX_ITERATIONS, MAX_STEPS = 30, 512
 #: The part of the tolerance that the choice of evaluations and steps keeps to on the examples.
 MARGIN = 0.25
 #: Tolerances of stages that are tried before the solve's own, and the differences kept where so few do as well as many.
-STAGE_TOLERANCES, FEW_DIFFERENCES = (1e-4, 5e-5, 2e-5, 1e-5, 5e-6), 2
+STAGE_TOLERANCES, FEW_DIFFERENCES = (1e-4, 5e-5, 2e-5, 1e-5, 7e-6, 5e-6, 3e-6), 2
 
 HELD_NUMBER = (
     "the module cannot be recorded: {} reads a number out of {}, which a file would hold as it is in the"
@@ -641,12 +641,13 @@ class Subject:
             return
         with unrolled(how):
             allowed = max(self._difference(), MARGIN * self.tolerance)
-            for tolerance in (*STAGE_TOLERANCES, 0.0):
-                # Whether a stage that is nearly solved is improved once more may differ in the file: so half of it.
-                how.tolerance = tolerance
-                if self._difference() <= allowed:
-                    break
-            how.tolerance = tolerance / 2
+            tolerances = (*STAGE_TOLERANCES, 0.0)  # the last of which is taken where no other will do
+            first, last = 0, len(tolerances) - 1
+            while first < last:
+                middle = (first + last) // 2
+                how.tolerance = tolerances[middle]
+                first, last = (first, middle) if self._difference() <= allowed else (middle + 1, last)
+            how.tolerance = tolerances[last]
             self._allowed = allowed = max(self._difference(), allowed)
             evaluations, most, how.memory = how.evaluations, how.most, FEW_DIFFERENCES
             if self._difference() > allowed or how.evaluations > evaluations:

@@ -153,7 +153,7 @@ def _users_own(
     return torch.cat(images), torch.cat(labels)
 
 
-def milliseconds(classify: Classify, image: Tensor, budget: float = 0.5) -> float:
+def milliseconds(classify: Classify, image: Tensor, budget: float = 0.25) -> float:
     """The median time of one call, over calls of ``budget`` seconds in all after some to warm up."""
     with torch.no_grad():
         for _ in range(3):
