@@ -324,7 +324,7 @@ def test_a_mistake_is_one_line_and_exit_code_two(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.slow
 def test_smaller_files_give_nearly_the_same_logits(tmp_path, few_images, monkeypatch):
-    monkeypatch.setattr(smaller, "MOST_CHANGED", 1.0)  # an untrained model's classes are close
+    monkeypatch.setattr(smaller, "MOST_LOST", 1.0)  # an untrained model's classes are close
     path, _ = checkpoint(tmp_path, method="euler")
     report = export.export(path, tmp_path / "out", quantize=True, half=True)
     operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.int8.onnx").graph.node}
@@ -341,7 +341,7 @@ def test_smaller_files_give_nearly_the_same_logits(tmp_path, few_images, monkeyp
 @pytest.mark.slow
 def test_implicit_methods_are_quantized_with_stages_of_another_tolerance(tmp_path, few_images, monkeypatch):
     path, _ = checkpoint(tmp_path, method="implicit_euler")
-    monkeypatch.setattr(smaller, "MOST_CHANGED", 1.0)
+    monkeypatch.setattr(smaller, "MOST_LOST", 1.0)
     times = iter([1.0, 2.0] * 3 + [2.0, 1.5] * 3)
     monkeypatch.setattr(smaller, "milliseconds", lambda *_: next(times))
     report = export.export(path, tmp_path / "out", quantize=True)
@@ -410,10 +410,19 @@ def test_convolutions_in_loops_take_and_give_bytes(tmp_path):
     assert list(not_entered.input) == ["logits/y", "weight", "bias"], "nothing is known of its range"
 
 
-def test_a_smaller_file_that_changes_classes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(smaller, "logits_of", lambda *_: torch.eye(3)[[0, 1, 2, 2]])
-    with pytest.raises(UserError, match=r"model.int8.onnx gives 1 of 4 images another class.*leave out --quantize"):
-        smaller.judge(tmp_path / "model.int8.onnx", torch.zeros(4), torch.eye(3)[[0, 1, 2, 1]])
+def test_a_smaller_file_that_classifies_fewer_images_right_is_refused(tmp_path, monkeypatch):
+    path, logits, reference = tmp_path / "model.int8.onnx", torch.eye(3)[[0, 1, 2, 0]], torch.eye(3)[[0, 1, 2, 1]]
+    path.write_text("")
+    monkeypatch.setattr(smaller, "logits_of", lambda *_: logits)
+    unknown, right, wrong = torch.full((4,), -1), torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 2, 0])
+    message = r"model.int8.onnx gives 1 of 4 images another class than the float32 file, more than 0.5%; .*--quantize"
+    with pytest.raises(UserError, match=message):
+        smaller.judge(path, torch.zeros(4), unknown, reference)
+    message = r"model.int8.onnx classifies 1 of 4 images right no more, more than 0.5%; .*leave out --quantize"
+    with pytest.raises(UserError, match=message):
+        smaller.judge(path, torch.zeros(4), right, reference)
+    figures = smaller.judge(path, torch.zeros(4), wrong, reference)  # of another class, but the right one
+    assert (figures["same_class"], figures["accuracy"], figures["float32_accuracy"]) == (3, 1.0, 0.75)
 
 
 def test_the_quickest_solver_within_a_tolerance_is_taken(tmp_path):

@@ -123,7 +123,8 @@ def write_export_folder(
             checked = check_images(model, state, image_count)
             images = checked.typed(input_type)
             ranges = check_images(model, state, RANGE_IMAGES, "train").typed(input_type) if quantize else None
-            report = _write(partial, model, list(classes), images, tolerance, trajectory, native, ranges, half) | chosen
+            how = (tolerance, trajectory, native, ranges, half)
+            report = _write(partial, model, list(classes), images, checked.labels, *how) | chosen
             report["images"] = {"count": len(images), "source": checked.source}
         except StageSolveError as error:
             raise UserError(str(error)) from error
@@ -138,6 +139,7 @@ def _write(
     model: ShapeClassifier,
     classes: list[str],
     images: Tensor,
+    labels: Tensor,
     tolerance: float,
     trajectory: bool,
     native: bool,
@@ -219,7 +221,7 @@ def _write(
         write_half(folder / ONNX, folder / HALF)
     if smaller:
         of_onnx = logits_of(folder / ONNX, images)
-        files |= {name: judge(folder / name, images, of_onnx) for name in smaller}
+        files |= {name: judge(folder / name, images, labels, of_onnx) for name in smaller}
     if loose is not None:
         judge_time(folder / INT8, folder / ONNX, images[:1], files[INT8])
         (folder / LOOSE).unlink()

@@ -14,17 +14,18 @@ from nodeshape._ode.fused import KERNELS
 
 
 @contextmanager
-def lean(module: nn.Module) -> Iterator[None]:
+def lean(module: nn.Module, native: bool = False) -> Iterator[None]:
     """Within, a module in evaluation mode computes the same as before in fewer operations.
 
     Its ``ConvDynamics`` have their time and scales in the weights, batch normalisations theirs in the layers before.
+    If it is ``native``, dynamics stay as they are, since kernels know theirs by their modules.
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     shared: dict[nn.Module, nn.Module] = {}
     try:
         for parent in list(module.modules()):
             for name, child in list(parent._modules.items()):
-                if child is not None and type(child) is ConvDynamics and _is_its_class(child):
+                if not native and child is not None and type(child) is ConvDynamics and _is_its_class(child):
                     replaced.append((parent, name, child))
                     parent._modules[name] = shared.setdefault(child, LeanConvDynamics(child))
             if type(parent) is nn.Sequential:

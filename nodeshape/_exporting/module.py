@@ -410,7 +410,7 @@ class Subject:
         for name, y in zip(self.output_names, self._expected[0]):
             if not isinstance(y, Tensor):
                 raise ValueError(f"{name} of the module is {type(y).__name__}, but a file gives tensors only")
-        self._is_leaner = not native and self._is_same_when_lean()
+        self._is_leaner = self._is_same_when_lean()
         with _evaluating(module), self._thinned():
             self._choose_steps()
             if trajectory is not False:
@@ -467,12 +467,12 @@ class Subject:
             yield
 
     def _thinned(self) -> AbstractContextManager[None]:
-        """The module with less to compute, where that is the same; but kernels know theirs by their modules."""
-        return lean(self.module) if self._is_leaner else nullcontext()
+        """The module with less to compute, where that is the same."""
+        return lean(self.module, self._how.native) if self._is_leaner else nullcontext()
 
     def _is_same_when_lean(self) -> bool:
         try:
-            with _evaluating(self.module), lean(self.module):
+            with _evaluating(self.module), lean(self.module, self._how.native):
                 return self._difference() <= MARGIN * self.tolerance
         except Exception:  # whatever layers raise that follow each other in another way than lean takes them to
             return False

@@ -21,8 +21,8 @@ from nodeshape._exporting.graph import bodies, drop_unused, replace_nodes
 from nodeshape._exporting.module import open_onnx
 from nodeshape._exporting.verify import Classify, classify_all, compare, milliseconds
 
-#: Part of the images that may be of another class than by the float32 file, so that no accuracy differs by more.
-MOST_CHANGED = 0.005
+#: Part of the images that may be classified right no more.
+MOST_LOST = 0.005
 BATCH = 100
 #: Weights of fewer elements stay as they are.
 FEW = 16
@@ -230,25 +230,37 @@ def _halve_weights(graph: onnx.GraphProto) -> None:
     graph.node.extend(first)
 
 
-def judge(path: Path, images: Tensor, reference: Tensor) -> dict[str, Any]:
+def judge(path: Path, images: Tensor, labels: Tensor, reference: Tensor) -> dict[str, Any]:
     """Compare a file with the float32 file's logits ``reference``; figures for the report.
 
+    Args:
+        labels: of the images, -1 where no right class is known.
+
     Raises:
-        UserError: more images than ``MOST_CHANGED`` allows are of another class.
+        UserError: the file classifies fewer images right, by more than ``MOST_LOST`` of those whose class is known; or
+            more than that are of another class than by the float32 file, where the class of few is known.
     """
-    agreement = compare(logits_of(path, images), reference)
-    changed = agreement.images - agreement.same_class
-    if not changed <= MOST_CHANGED * agreement.images or not agreement.max_difference < float("inf"):
+    logits = logits_of(path, images)
+    agreement, known = compare(logits, reference), labels >= 0
+    ours, theirs = (int((x.argmax(dim=1) == labels)[known].sum()) for x in (logits, reference))
+    count, lost, what = int(known.sum()), theirs - ours, "classifies {} of {} images right no more"
+    if 2 * count < len(images):
+        count, lost = agreement.images, agreement.images - agreement.same_class
+        what = "gives {} of {} images another class than the float32 file"
+    if not lost <= MOST_LOST * count or not agreement.max_difference < float("inf"):
         raise UserError(
-            f"{path.name} gives {changed} of {agreement.images} images another class than the float32 file, more than"
-            f" {MOST_CHANGED:.1%}; nothing was written: leave out --{'quantize' if 'int8' in path.name else 'half'}"
+            f"{path.name} {what.format(lost, count)}, more than {MOST_LOST:.1%}; nothing was written: leave out"
+            f" --{'quantize' if 'int8' in path.name else 'half'}"
         )
+    labelled = int(known.sum())
+    accuracy = {"accuracy": ours / labelled, "float32_accuracy": theirs / labelled} if labelled else {}
     return {
         "bytes": path.stat().st_size,
         "images": agreement.images,
         "max_difference": agreement.max_difference,
         "same_class": agreement.same_class,
         "ties": agreement.ties,
+        **accuracy,
     }
 
 
