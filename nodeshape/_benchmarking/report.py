@@ -109,10 +109,11 @@ def plot(path: Path, axes_of: Mapping[str, str], results: Sequence[Result], titl
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(
-        1, len(axes_of), figsize=(4.1 * len(axes_of), 4.2), layout="constrained", squeeze=False
+        1, len(axes_of), figsize=(4.1 * len(axes_of) + 1.8, 4.2), layout="constrained", squeeze=False
     )
     names = list(dict.fromkeys(name for r in results if r.section in axes_of for name in r.seconds))
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    styles = {name: {"color": f"C{i % 10}", "linestyle": ("-", ":")[i // 10 % 2]} for i, name in enumerate(names)}
+    lines = {}
     for axes, (section, label) in zip(panels.flat, axes_of.items()):
         rows = [r for r in results if r.section == section]
         for name in names:
@@ -120,20 +121,20 @@ def plot(path: Path, axes_of: Mapping[str, str], results: Sequence[Result], titl
             if not points:
                 continue
             x = [scale for scale, _ in points]
-            axes.plot(x, [1e3 * t.median for _, t in points], "o-", color=colours[name], label=name, markersize=4)
+            (lines[name],) = axes.plot(x, [1e3 * t.median for _, t in points], marker="o", markersize=4, **styles[name])
             low, high = ([1e3 * getattr(t, f"{side}_quartile") for _, t in points] for side in ("lower", "upper"))
-            axes.fill_between(x, low, high, color=colours[name], alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.2, linewidth=0)
         limits = [(r.scale, 1e3 * r.direct_limit) for r in rows if r.direct_limit is not None]
         if limits:
-            axes.plot(*zip(*limits), "--", color="#5b6570", label=DIRECT_LIMIT)
+            (lines[DIRECT_LIMIT],) = axes.plot(*zip(*limits), "--", color="#5b6570")
         ticks = [r.scale for r in rows]
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(section, fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
     panels[0, 0].set_ylabel("ms")
+    figure.legend(lines.values(), lines, loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
