@@ -374,7 +374,7 @@ def test_every_file_of_an_export_is_a_contender_and_what_cannot_be_written_is_a_
     def export(path: Path, out: Path, method: str, quantize: bool = False, half: bool = False) -> None:
         assert half is not quick
         if quantize and method == "implicit_euler":
-            raise UserError("model.int8.onnx takes longer; nothing was written")
+            raise UserError("model.int8.onnx takes longer; nothing was written: leave out --quantize")
         out.mkdir()
         integers = ["model.int8.onnx"] if quantize else []
         for name in ("model.onnx", *integers, "model-half.onnx", "model.ts", "model.pt2", "README.md"):

@@ -368,7 +368,7 @@ class Picture(nn.Module):
         self.block = ns.ODEBlock(Conv(), method=method, steps=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
+        y = torch.relu(self.block(x))
         return torch.cat([y.amax(dim=(2, 3)), y.mean(dim=(2, 3)), y.amax(dim=(2, 3), keepdim=True).flatten(1)], dim=1)
 
 
@@ -392,10 +392,19 @@ class Reading(nn.Module):
 
     def forward(self, y: Tensor, t: Tensor) -> Tensor:
         y, how = self.read(y, t)
-        return ns.odeint(lambda t, y: self.layer(y), y, t, **{"method": "euler", "steps": 2, **how})[-1]
+        f = lambda t, y: self.layer(y) * (1 + t)  # noqa: E731
+        return ns.odeint(f, y, **{"t": t, "method": "euler", "steps": 2, **how})[-1]
 
 
 READERS = {
+    "from zero": lambda y, t: (y, {"t": torch.stack([t[0], t[0] + 1]), "steps": None, "step_size": 0.25}),
+    "normalised": lambda y, t: (y, {"t": (t - t[0]) / (t[-1] - t[0]), "steps": None, "step_size": 0.25}),
+    "by an int": lambda y, t: (y * int(t[0]), {}),
+    "a scalar of zero": lambda y, t: (y + float(t[0]), {}),
+    "large": lambda y, t: (y if y.abs().max() < 10 else -y, {}),
+    "equal": lambda y, t: (y if torch.equal(y, y.abs()) else -y, {}),
+    "close": lambda y, t: (-y if torch.allclose(y, torch.ones_like(y)) else y, {}),
+    "contains": lambda y, t: (-y if 1.0 in y else y, {}),
     "step_size": lambda y, t: (y, {"steps": None, "step_size": 0.25}),
     "item": lambda y, t: (y * y.max().item(), {}),
     "branch": lambda y, t: (y if y.sum() > 0 else y + 1, {}),
@@ -411,7 +420,7 @@ def test_numbers_read_out_of_inputs_are_refused_and_named(kind: str, tmp_path: P
     with pytest.raises(ValueError, match=message) as caught:
         ns.to_torchscript(module, examples, tmp_path / "model.ts")
     assert "\n" not in str(caught.value)
-    if kind in ("branch", "steps", "step_size"):  # the other has a message of its own
+    if kind in ("branch", "steps", "step_size", "from zero", "normalised"):  # the other has a message of its own
         with pytest.raises(ValueError, match=message):
             ns.to_pt2(module, examples, tmp_path / "model.pt2")
     assert not [*tmp_path.iterdir()]
@@ -605,3 +614,96 @@ def test_a_stage_that_was_harder_than_in_the_examples_is_close_or_nan(write: Cal
     torch.testing.assert_close(found[:3], exact[:3], atol=CLOSE, rtol=0)
     torch.testing.assert_close(found[~lost], exact[~lost], atol=5e-3, rtol=0)
     assert lost[6:].all() or write is not ns.to_torchscript, "a trace takes as many evaluations as the examples"
+
+
+def test_the_largest_of_a_map_is_right_for_every_type_and_for_masked_places(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, kept: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = ns.odeint(lambda t, y: -y, x, [0.0, 1.0], method="rk4", steps=2)[-1]
+            top = y.masked_fill(~kept, -torch.inf).amax(dim=(2, 3))
+            return torch.where(top == -torch.inf, 0.0, top), whole.amax(dim=(2, 3)), y.double().amax(dim=(2, 3))
+
+    torch.manual_seed(0)
+    x, kept, whole = (
+        torch.randn(3, 2, 4, 4),
+        torch.ones(3, 2, 4, 4, dtype=torch.bool),
+        torch.arange(96).reshape(3, 2, 4, 4),
+    )
+    path = ns.to_onnx(Masked(), (x, kept, whole), tmp_path / "model.onnx").path
+    kept = kept.clone()
+    kept[1, 0] = False
+    for found, expected in zip(by_onnx(path, (x, kept, whole)), Masked()(x, kept, whole), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_names_of_users_are_kept_apart_from_those_that_are_made(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v0, self.c0 = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+        def forward(self, x0: Tensor, v1: Tensor, endless: Tensor, steps: Tensor) -> dict[str, Tensor]:
+            f = lambda t, y: self.v0 - torch.sin(y) * self.c0  # noqa: E731
+            y = ns.odeint(f, x0 + v1 + endless * steps, [0.0, 1.0], method="implicit_euler", steps=2)[-1]
+            return {"v2": y, "steps": y + v1, "c1": y.reshape(-1, 1, 3).reshape(-1, 3)}
+
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(2, 3) for _ in range(4))
+    path = ns.to_onnx(Named(), inputs, tmp_path / "model.onnx").path
+    assert [x.name for x in onnx.load(path).graph.output] == ["v2", "output_steps", "c1"]
+    for found, expected in zip(by_onnx(path, inputs), Named()(*inputs).values(), strict=True):
+        torch.testing.assert_close(found, expected, atol=CLOSE, rtol=0)
+    with pytest.raises(ValueError, match=r"loop=True gives the file an input steps.*rename it"):
+        ns.to_onnx(Named(), inputs, tmp_path / "looped.onnx", loop=True)
+
+
+def test_a_loop_with_steps_of_its_own_and_reads_in_a_loop_are_told_apart(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self, branches: bool) -> None:
+            super().__init__()
+            self.branches = branches
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.branches and x.sum() > 0:
+                x = x + 1
+            y = ns.odeint(lambda t, y: -y, x, [0.0, 1.0], method="euler", steps=4)[-1]
+            return ns.odeint(lambda t, y: -y, y, torch.tensor([0.0, 1.0]), method="euler", step_size=0.25)[-1]
+
+    x = torch.rand(3, 2)
+    path = ns.to_onnx(Two(False), x, tmp_path / "model.onnx", loop=True).path
+    torch.testing.assert_close(by_onnx(path, (x[:1],))[0], Two(False)(x[:1]), atol=CLOSE, rtol=0)
+    with pytest.raises(ValueError, match=r"test_export_any.py:\d+ reads a number out of the inputs"):
+        ns.to_onnx(Two(True), x, tmp_path / "other.onnx", loop=True)
+
+
+def test_another_threads_solve_is_none_of_an_exports_business() -> None:
+    from threading import Thread
+
+    from nodeshape._ode.unrolled import Unrolled, unrolled
+
+    found = []
+
+    def solve() -> None:
+        y = torch.full((2, 2), 3.0)
+        found.append(ns.odeint(lambda t, y: -(y**3), y, [0.0, 1.0], method="implicit_euler", steps=2)[-1])
+
+    solve()
+    how = Unrolled(iterations=2, steps=1)
+    with unrolled(how):
+        thread = Thread(target=solve)
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], found[1]) and not how.times and not how.implicit
+
+
+@pytest.mark.parametrize("scale", [1e-23, 3e-22, 1e19])
+def test_a_traced_stage_whose_squares_overflow_or_underflow_is_right_or_nan(scale: float) -> None:
+    class Stiffer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            f = lambda t, y: -0.5 * y * (1 + 0.1 * torch.tanh(t))  # noqa: E731
+            return ns.odeint(f, x, [0.0, 1.0], method="implicit_midpoint", steps=2)[-1]
+
+    x = torch.linspace(0.5, 1.0, 6).reshape(3, 2) * scale
+    found, expected = torch.jit.trace(Stiffer(), x, check_trace=False)(x), Stiffer()(x)
+    good = ~found.isnan()
+    torch.testing.assert_close(found[good] / scale, expected[good] / scale, atol=1e-4, rtol=0)

@@ -31,7 +31,7 @@ BATCHES, QUICK_BATCHES = (1, 7, 120), (1, 3)
 NODESHAPE, PLAIN, BASELINE = "PyTorch, fused", "PyTorch, plain", "torch.onnx.export"
 ONNX, SCRIPT, PACKAGE, FUSED_ONNX = "ONNX", "native TorchScript", "native AOTInductor", "ONNX, fused op"
 NATIVE = (SCRIPT, PACKAGE, FUSED_ONNX)
-INT8 = f"{ONNX}, int8"
+INT8, HALF = f"{ONNX}, int8", f"{ONNX}, half"
 #: Files of an export folder by name; other ONNX files there are called by what stands before their suffix.
 NAMES = {
     "model.onnx": ONNX,
@@ -209,12 +209,17 @@ def _variants(method: str, quick: bool) -> list[Variant]:
         from nodeshape.export import export
     except ImportError as error:
         raise UserError(f"--suite deploy: cannot export ({error}): pip install 'nodeshape[export]'") from error
-    refused = ""
-    try:
-        export(path, out, method, quantize=not quick, half=not quick)
-    except UserError as error:  # of integers that change too much, or take longer
-        refused = str(error).split(";")[0]
-        export(path, out, method, half=not quick)
+    refused: dict[str, str] = {}
+    smaller = {} if quick else {"quantize": INT8, "half": HALF}
+    while True:
+        try:
+            export(path, out, method, quantize="quantize" in smaller, half="half" in smaller)
+            break
+        except UserError as error:  # of a file that changes too much, or takes longer
+            name = next((x for x in smaller if f"--{x}" in str(error)), None)
+            if name is None:
+                raise
+            refused[smaller.pop(name)] = str(error).split(";")[0]
     with torch.no_grad():
         to_native(model, images, out, package=not quick)
     for file in sorted(out.iterdir()):
@@ -222,8 +227,7 @@ def _variants(method: str, quick: bool) -> list[Variant]:
             add(NAMES[file.name], file)
         elif file.suffix == ".onnx":
             add(f"{ONNX}, {file.stem.removeprefix('model.').removeprefix('model-')}", file)
-    if refused:
-        found.append(Variant(INT8, out / "model.int8.onnx", method, None, refused))
+    found += [Variant(name, out, method, None, why) for name, why in refused.items()]
     if not quick:
         import nodeshape as ns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def _constant_shapes(graph: onnx.GraphProto) -> None:
             sizes = known.get(node.output[0], known.get(measured.get(node.input[1], "")))
             if sizes is not None:
                 known[node.output[0]] = sizes
-                name = "shape_" + "_".join(map(str, sizes)).replace("-1", "batch")
+                name = "shape/" + "x".join(map(str, sizes))
                 if name not in made:
                     graph.initializer.append(numpy_helper.from_array(np.array(sizes), name))
                     made.add(name)
@@ -371,13 +372,15 @@ def _merge_factors(graph: onnx.GraphProto) -> None:
 def _plain_for_tools(graph: onnx.GraphProto) -> None:
     """Write what onnxruntime's tools that infer shapes, as its quantizer does, do not take in another way.
 
-    These are loops without a limit and the largest of a map over given axes.
+    These are loops without a limit, and the largest of a map over its places, for which a pool stands where the map is
+    of a ReLU: others may be of a type that pools do not take, or hold what they take for nothing, as -inf.
     """
     constants = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
-    endless = "endless"
+    endless = "loop/endless"
 
     def within(graph: onnx.GraphProto) -> None:
         kept: list[onnx.NodeProto] = []
+        positive = {node.output[0] for node in graph.node if node.op_type == "Relu"}
         for node in graph.node:
             for body in bodies(node):
                 within(body)
@@ -386,9 +389,9 @@ def _plain_for_tools(graph: onnx.GraphProto) -> None:
                 node.input[0] = endless
             kept.append(node)
             keeps = next((x.i for x in node.attribute if x.name == "keepdims"), 1)
-            if node.op_type == "ReduceMax" and len(node.input) == 2 and node.input[1] in constants:
-                axes, rank = constants[node.input[1]], ranks.get(node.output[0])
-                if sorted(axes.tolist()) == [2, 3] and rank == (4 if keeps else 2):
+            if node.op_type == "ReduceMax" and node.input[0] in positive and node.input[-1] in constants:
+                axes = constants[node.input[-1]].tolist()
+                if sorted(axes) == [2, 3] and floats.get(node.output[0]) == (4 if keeps else 2):
                     result = node.output[0]
                     pooled = result if keeps else f"{result}/map"
                     kept[-1] = helper.make_node("GlobalMaxPool", [node.input[0]], [pooled])
@@ -396,21 +399,22 @@ def _plain_for_tools(graph: onnx.GraphProto) -> None:
                         kept.append(helper.make_node("Flatten", [pooled], [result], axis=1))
         replace_nodes(graph, kept)
 
-    ranks = _ranks(graph)
+    floats = _floats(graph)
     within(graph)
     if endless in constants:
         graph.initializer.append(numpy_helper.from_array(constants[endless], endless))
 
 
-def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
-    """How many dimensions values have, as far as it is said."""
+def _floats(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many dimensions values of 32-bit floating point have, as far as it is said."""
     found: dict[str, int] = {}
     for value in (*graph.value_info, *graph.output):
-        if value.type.tensor_type.HasField("shape"):
-            found[value.name] = len(value.type.tensor_type.shape.dim)
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and kind.elem_type == onnx.TensorProto.FLOAT:
+            found[value.name] = len(kind.shape.dim)
     for node in graph.node:
         for body in bodies(node):
-            found |= _ranks(body)
+            found |= _floats(body)
     return found
 
 
@@ -474,17 +478,22 @@ def drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def _shorten(graph: onnx.GraphProto) -> None:
-    """Give what is computed short names, of which a file has thousands."""
+    """Give what is computed short names, of which a file has thousands, and constants made here plain ones."""
     kept = {x.name for x in (*graph.input, *graph.output, *graph.initializer)}
+
+    def free(letter: str) -> Iterator[str]:
+        return (name for i in count() if (name := f"{letter}{i}") not in kept)
+
+    short, plain = free("v"), free("c")
     names: dict[str, str] = {}
     for name in _names_within(graph):
         if name not in kept and name not in names:
-            names[name] = f"v{len(names)}"
+            names[name] = next(short)
     for i, node in enumerate(nodes(graph)):
         node.name = f"n{i}"
     for node in graph.node:
         _rename(node, names)
-    constants = {x.name: f"c{i}" for i, x in enumerate(graph.initializer) if "/" in x.name}
+    constants = {x.name: next(plain) for x in graph.initializer if "/" in x.name}
     for node in graph.node:
         _rename(node, constants)
     for x in graph.initializer:

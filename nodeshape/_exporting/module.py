@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nodeshape import __version__ as nodeshape_version
 from nodeshape._errors import UserError
 from nodeshape._exporting.lean import lean
-from nodeshape._exporting.numbers import Reads, different, others
+from nodeshape._exporting.numbers import Read, Reads, different, others
 from nodeshape._files import partial_path
 from nodeshape._ode.stage import ANDERSON_MEMORY
 from nodeshape._ode.unrolled import Unrolled, unrolled
@@ -372,8 +372,13 @@ class Subject:
                 f"trajectory must be True or a module to apply to each state, got {type(trajectory).__name__}"
             )
         self.module, self.tolerance = module, tolerance
+        self._reserved = (STEPS,) if loop else ()
         arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         self.input_names = _input_names(module, arguments)
+        if any(name in self._reserved for name in self.input_names):
+            raise ValueError(
+                f"loop=True gives the file an input {STEPS}, as an argument of forward is called: rename it"
+            )
         self._flat, self._spec = pytree.tree_flatten(arguments)
         for name, x in zip(self.input_names, self._flat):
             if not isinstance(x, Tensor):
@@ -495,47 +500,63 @@ class Subject:
         return traced
 
     def _refuse_held_numbers(self, traced: torch.jit.ScriptModule) -> None:
-        """Raise UserError where forward reads numbers out of its inputs, which a trace holds as they were."""
-        for where, inputs, expected in self._reads_of_others():
+        """Raise UserError where forward reads numbers out of its inputs, which a trace holds as they were.
+
+        That is where the trace differs from the module on inputs of which something else is read, and where no such
+        inputs are found although a number follows from them. What only says yes or no may be a check of the inputs.
+        """
+        found, runs = self._reads()
+        for inputs, expected, reads in runs:
+            where = different(found, reads)
+            if where is None:
+                continue
             try:
                 with torch.no_grad(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-                    found = self.structured(traced)(inputs)
+                    outputs = self.structured(traced)(inputs)
             except Exception:  # what follows from numbers that do not fit
-                found = []
-            if not _difference(found, expected) <= self.tolerance:
+                outputs = []
+            if not _difference(outputs, expected) <= self.tolerance:
                 raise UserError(HELD_NUMBER.format(where, "the inputs"))
+        for i, read in enumerate(found):
+            changes = any(different([read], reads[i : i + 1]) is not None for _, _, reads in runs)
+            if read.of_inputs and not read.decides and not changes:
+                raise UserError(HELD_NUMBER.format(read.where, "the inputs"))
 
     def _reader(self, error: BaseException) -> tuple[str, str] | None:
         """Where forward reads the number that recording it failed by, if it did, and out of what."""
-        for where, *_ in self._reads_of_others():
+        found, runs = self._reads()
+        followed = (read.where for read in found if read.of_inputs and not read.decides)
+        changed = (different(found, reads) for _, _, reads in runs)
+        where = next((x for x in (*followed, *changed) if x is not None), None)
+        if where is not None:
             return where, "the inputs"
         if not isinstance(_first(error), torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
             return None
-        with self.recorded(), Reads() as held:
-            self.recordable(*pytree.tree_unflatten([x.clone() for x in self._flat], self._spec))
-        return (held.found[0][0], "a tensor") if held.found else None
+        return (found[0].where, "a tensor") if found else None
 
-    def _reads_of_others(self) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
-        """Where forward reads another number than in the examples, the inputs it does so of, and its outputs."""
+    def _reads(self) -> tuple[list[Read], list[tuple[list[Tensor], list[Tensor], list[Read]]]]:
+        """What forward reads in the examples; other inputs, its outputs, and what it reads of them."""
 
-        def read(inputs: list[Tensor]) -> list[Tensor]:
-            arguments = pytree.tree_unflatten([x.clone() for x in inputs], self._spec)
-            outputs: list[Tensor] = pytree.tree_leaves(self.recordable(*arguments))
-            return outputs
+        def read(inputs: list[Tensor]) -> tuple[list[Tensor], list[Read]]:
+            given = [x.clone() for x in inputs]
+            arguments = pytree.tree_unflatten(given, self._spec)
+            more = () if self.default_steps is None else (torch.tensor(self.default_steps),)
+            with Reads(given) as reads:
+                outputs: list[Tensor] = pytree.tree_leaves(alone.recordable(*arguments, *more))
+            return outputs, reads.found
 
         few = self._sized(None if self._batch is None else min(self._batch, 2))
-        with self.recorded():
-            with Reads() as held:
-                read(few)
-            for inputs in others(few) if held.found else ():
+        runs: list[tuple[list[Tensor], list[Tensor], list[Read]]] = []
+        # Stages one after the other, as loops read whether they are done.
+        alone = self._with(form="steps", stops=False)
+        with alone.recorded():
+            _, found = read(few)
+            for inputs in others(few) if found else ():
                 try:
-                    with Reads() as now:
-                        outputs = read(inputs)
+                    runs.append((inputs, *read(inputs)))
                 except Exception:  # whatever forward raises on inputs that are not for it
                     continue
-                where = different(held.found, now.found)
-                if where is not None:
-                    yield where, inputs, outputs
+        return found, runs
 
     def program(self) -> torch.export.ExportedProgram:
         """The module recorded by torch.export, with the batch size left open."""
@@ -566,11 +587,13 @@ class Subject:
                         "the module cannot be recorded: forward makes a number of the batch's size, or takes one size"
                         " only: use x.shape[0] as it is, not len(x), and see that no layer fixes the batch"
                     ) from error
-                if (read := self._with(form="steps", stops=False)._reader(error)) is not None:
+                if (read := self._reader(error)) is not None:
                     raise UserError(HELD_NUMBER.format(*read)) from error
                 raise
-        if self._how.taken and (where := next(iter(self._reads_of_others()), None)) is not None:
-            raise UserError(HELD_NUMBER.format(where[0], "the inputs"))
+        if self._how.taken:
+            for x in self._reads()[0]:
+                if x.times and x.of_inputs:
+                    raise UserError(HELD_NUMBER.format(x.where, "the inputs"))
         self.dimensions = {str(symbol) for symbol in program.range_constraints}
         return program
 
@@ -665,7 +688,7 @@ class Subject:
             states = [path[1:] for path in of_solves] if len(outputs) == 2 else of_solves
             self.output_names = [_output_name(path) for path in own]
             self.output_names += ["_".join(["trajectory", *map(_key, path)]) for path in states]
-        self.output_names = _distinct(self.output_names, {*self.input_names, STEPS})
+        self.output_names = _distinct(self.output_names, {*self.input_names, *self._reserved})
         return [y for _, y in leaves]
 
     def _module_at(self, size: int | None) -> list[Tensor]:

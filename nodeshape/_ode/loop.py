@@ -298,7 +298,8 @@ class Loop:
         guess = None if self.solve is None else self._predicted(at)
         slopes = stages(self.field, self.method, y, times, h, known, guess, self.solve)
         if self.solve is not None:
-            self._before = [(at, slopes[-1].detach()), *(self._before[:1] if self._extrapolates else [])]
+            earlier = [x for x in self._before if x[0] != at]  # not of the same stage, if it is solved once more
+            self._before = [(at, slopes[-1].detach()), *(earlier[:1] if self._extrapolates else [])]
         return end(self.method, y, h, slopes), slopes
 
     @property

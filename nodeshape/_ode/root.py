@@ -165,7 +165,8 @@ class StageEquations:
             if not unrolled.implicit:
                 unrolled.implicit = True
             most, memory = unrolled.iterations, unrolled.memory
-            tolerance = max(tolerance, unrolled.tolerance)
+            if self.field.batched:  # else its samples are one, whose largest would decide for all, however many
+                tolerance = max(tolerance, unrolled.tolerance)
             if unrolled.stops:
                 loop = while_loop if is_recording() else _loop
         elif self.solver.max_iterations != MAX_STAGE_ITERATIONS:

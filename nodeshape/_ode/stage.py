@@ -255,6 +255,7 @@ def traced_stage(
         return [torch.where(worse, 0.0, x[:, -count:]) for x in history]
 
     slope, residual, square, scale = evaluated(guess)
+    value = guess
     if iterations > 1:
         slope, value, residual, square, scale, mixing, *news = improved(guess, residual, square, scale, None)
     if loop is None:
@@ -282,9 +283,14 @@ def traced_stage(
         start = torch.full_like(square[0, 0], 2, dtype=torch.long)
         nothing = torch.zeros_like(value)[:, None].expand(-1, memory - 1, -1)
         state = (slope, value, residual, square, scale, mixing, *news, nothing, nothing)
-        _, slope, _, _, square, scale, *_ = loop(more, again, (start, *(x.contiguous().clone() for x in state)))
-    limit = smallest if lost is None else lost**2
-    return torch.where((square <= limit * scale) & (square < inf), slope, torch.nan)
+        _, slope, value, residual, square, scale, *_ = loop(
+            more, again, (start, *(x.contiguous().clone() for x in state))
+        )
+    if lost is None:
+        solved = (_relative(residual.detach(), value.detach(), base.detach()) <= tolerance)[:, None]
+    else:
+        solved = (square <= lost**2 * scale) & (scale < inf)
+    return torch.where(solved, slope, torch.nan)
 
 
 def newton_stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -62,22 +63,31 @@ class Unrolled:
 
 
 _current: Unrolled | None = None
+_thread = 0
 
 
 @contextmanager
 def unrolled(how: Unrolled) -> Iterator[None]:
-    """Let all solves within be a fixed computation, whether it is recorded or only tried."""
-    global _current
-    before, _current = _current, how
+    """Let all solves of this thread within be a fixed computation, whether it is recorded or only tried."""
+    global _current, _thread
+    before = _current, _thread
+    _current, _thread = how, get_ident()
     try:
         yield
     finally:
-        _current = before
+        _current, _thread = before
 
 
 def current() -> Unrolled | None:
     """What :func:`unrolled` says here, if anything."""
-    return _current
+    return _current if _current is not None and _is_here() else None
+
+
+def _is_here() -> bool:
+    return get_ident() == _thread
+
+
+_is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as torch.compiler.assume_constant_result does
 
 
 def is_tracing() -> bool:
@@ -87,12 +97,13 @@ def is_tracing() -> bool:
 
 def is_exporting() -> bool:
     """The same for those whose record runs without nodeshape."""
-    return _current is not None or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return current() is not None or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def keeps_ops() -> bool:
     """Whether a record may hold the ops of the kernels: always, but where it must run without their library."""
-    return not is_exporting() or (_current is not None and _current.native)
+    how = current()
+    return not is_exporting() or (how is not None and how.native)
 
 
 def is_recording() -> bool:
