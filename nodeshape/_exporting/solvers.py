@@ -75,12 +75,13 @@ def try_solvers(model: ShapeClassifier, checked: CheckImages, tolerance: float) 
 def plot_solvers(tried: list[Tried], tolerance: float, path: Path) -> None:
     """Difference, and accuracy where it is known, against time of one image, a line per method."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels: list[tuple[str, Callable[[Tried], float | None]]] = [
         ("largest difference of a logit\nfrom the converged solve's", lambda x: x.difference)
     ]
     if any(x.accuracy is not None for x in tried):
-        panels.append(("images classified right", lambda x: x.accuracy))
+        panels.append(("images classified right, %", lambda x: None if x.accuracy is None else 100 * x.accuracy))
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     (first, *_), *_ = grid = figure.subplots(1, len(panels), squeeze=False)
     for axes, (label, of) in zip(grid[0], panels):
@@ -90,6 +91,9 @@ def plot_solvers(tried: list[Tried], tolerance: float, path: Path) -> None:
             for x in own:
                 axes.annotate(str(x.steps), (x.milliseconds, of(x)), textcoords="offset points", xytext=(4, 4))
         axes.set(xscale="log", xlabel="one image, ms (numbers are steps)", ylabel=label)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     first.set_yscale("log")
     first.axhline(tolerance, color="grey", linestyle="--", label="--tolerance")
     first.legend()
