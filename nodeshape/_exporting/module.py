@@ -434,7 +434,7 @@ class Subject:
         other = self._with(form="steps", stops=False)
         how = other._how
         if how.implicit:
-            how.iterations = max(how.most, 2)
+            how.iterations = max(how.most, 2) + 1  # others may be harder than the examples, and a trace does not look
             with _evaluating(self.module), self._thinned(), unrolled(how):
                 while other._difference() > self._allowed and how.iterations < MAX_ITERATIONS:
                     how.iterations += 1

@@ -31,7 +31,7 @@ from torch import Tensor
 from nodeshape._ode import fused
 from nodeshape._ode.control import Controller, no_further, not_finite, samples_failed
 from nodeshape._ode.method import METHODS, Method
-from nodeshape._ode.program import Program
+from nodeshape._ode.program import Program, nobodys
 from nodeshape._ode.program_op import below_autograd, no_second_derivative, translated
 from nodeshape._ode.step import interpolant
 
@@ -76,9 +76,8 @@ def _embedded_of(method: Method) -> Tensor:
     return torch.tensor([*a, b, c, error, *dense], dtype=torch.float64)
 
 
-_embedded = {
-    name: _embedded_of(method) for name, method in METHODS.items() if method.explicit and method.error
-}  # now, as a tracer's tensors are its own
+with nobodys():
+    _embedded = {name: _embedded_of(method) for name, method in METHODS.items() if method.explicit and method.error}
 
 
 def solve_adaptive(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: As in csrc/program_plan.h.
 FORMAT, MOST_DIMS = 1, 6
@@ -226,7 +228,7 @@ class Builder:
         """The program whose dy/dt is the whole buffer ``result``."""
         header = [FORMAT, len(self.sizes), len(self.records), result.buffer, self.weights, len(self.constants)]
         code = [*header, *self.sizes, *(number for record in self.records for number in record)]
-        with torch.inference_mode(False):  # and of buffers, as a tracer's tensors would be its own
+        with nobodys():
             tensors = (
                 torch.frombuffer(array("q", code), dtype=torch.int64),
                 torch.frombuffer(array("d", self.constants), dtype=torch.float64),
@@ -239,6 +241,13 @@ class Builder:
             sum(self.sizes),
             maps_kept,
         )
+
+
+@contextmanager
+def nobodys() -> Iterator[None]:
+    """Within, tensors are made that outlive whoever is recording, whose own they would be otherwise."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def dense(shape: Shape) -> Shape:

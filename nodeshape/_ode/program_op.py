@@ -37,7 +37,7 @@ from torch import Tensor
 from nodeshape._errors import ReversalDriftError, StageSolveError
 from nodeshape._ode import fused
 from nodeshape._ode.method import METHODS, Method
-from nodeshape._ode.program import Program
+from nodeshape._ode.program import Program, nobodys
 
 MOST_STAGES = 16  # as in csrc/program.h
 #: What the op calls ``adjoint``, by its number.
@@ -55,7 +55,8 @@ def _made(method: Method) -> tuple[Tensor, int]:
     return torch.tensor(rows, dtype=torch.float64), 1 if method.explicit else stages
 
 
-_tableaux = {name: _made(method) for name, method in METHODS.items()}  # now, as a tracer's tensors are its own
+with nobodys():
+    _tableaux = {name: _made(method) for name, method in METHODS.items()}
 
 
 def solve(
