@@ -249,43 +249,36 @@ def traced_stage(
         mixing = torch.where(worse, 0.5, 1.0) if mixing is None else torch.where(worse, 0.5 * mixing, mixing)
         return slope, value, after, square_after, scale, mixing, (after - residual).detach(), move.detach()
 
-    def remembered(mixing: Tensor, before: Tensor, history: Sequence[Tensor], count: int) -> list[Tensor]:
-        """The latest directions and moves; none where the residual has more than doubled since ``before``."""
-        worse = (mixing < before)[:, None]
-        return [torch.where(worse, 0.0, x[:, -count:]) for x in history]
+    def again(slope: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """The same with the directions and moves that are kept: none where the residual has more than doubled."""
+        value, residual, square, scale, mixing, difference, move, *before = state
+        new = learnt(difference, move, *before)
+        history = [torch.cat(x, dim=1) for x in zip(before, new)] if before else list(new)
+        after = improved(value, residual, square, scale, mixing, *history)
+        worse = (after[5] < mixing)[:, None]
+        return (*after, *(torch.where(worse, 0.0, x[:, 1 - memory :]) for x in history))
 
     slope, residual, square, scale = evaluated(guess)
     value = guess
+    state: tuple[Tensor, ...] = (slope, value, residual, square, scale)
     if iterations > 1:
-        slope, value, residual, square, scale, mixing, *news = improved(guess, residual, square, scale, None)
+        state = improved(value, residual, square, scale, None)
     if loop is None:
-        history: list[Tensor] = []
         for _ in range(2, iterations):
-            new = learnt(*news, *history)
-            history = [torch.cat(x, dim=1) for x in zip(history, new)] if history else list(new)
-            before = mixing
-            state = improved(value, residual, square, scale, mixing, *history)
-            slope, value, residual, square, scale, mixing, *news = state
-            history = remembered(mixing, before, history, memory - 1)
+            state = again(*state)
     elif iterations > 2:
         # What the latest evaluation has taught is learnt when it is known that there will be another.
         def more(k: Tensor, _: Tensor, __: Tensor, ___: Tensor, square: Tensor, scale: Tensor, *____: Tensor) -> Tensor:
             return (k < iterations) & (square > smallest * scale).any()
 
-        def again(k: Tensor, slope: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            value, residual, square, scale, mixing, difference, move, *before = state
-            history = [torch.cat(x, dim=1) for x in zip(before, learnt(difference, move, *before))]
-            after = improved(value, residual, square, scale, mixing, *history)
-            history = remembered(after[5], mixing, history, memory - 1)
-            return (k + 1, *(x.contiguous() for x in (*after, *history)))
+        def body(k: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return (k + 1, *(x.contiguous() for x in again(*state)))
 
         # Not of nothing, which a loop in a loop cannot take.
         start = torch.full_like(square[0, 0], 2, dtype=torch.long)
         nothing = torch.zeros_like(value)[:, None].expand(-1, memory - 1, -1)
-        state = (slope, value, residual, square, scale, mixing, *news, nothing, nothing)
-        _, slope, value, residual, square, scale, *_ = loop(
-            more, again, (start, *(x.contiguous().clone() for x in state))
-        )
+        _, *state = loop(more, body, (start, *(x.contiguous().clone() for x in (*state, nothing, nothing))))
+    slope, value, residual, square, scale = state[:5]
     if lost is None:
         solved = (_relative(residual.detach(), value.detach(), base.detach()) <= tolerance)[:, None]
     else:
