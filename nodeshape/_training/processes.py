@@ -26,6 +26,10 @@ from nodeshape._models.norm import PooledNorm, SharedBatchNorm
 
 T = TypeVar("T")
 
+#: Models over several processes, until the process ends. Of the last that goes, the process group waits for gloo's
+#: thread while it holds the lock of Python's interpreter, for which that thread may be waiting to let go of a tensor.
+_parallel: list[DistributedDataParallel] = []
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -144,7 +148,8 @@ class Processes:
                     setattr(module, name, SharedBatchNorm.of(layer))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch have another name for it
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            _parallel.append(DistributedDataParallel(model, broadcast_buffers=False))
+        return _parallel[-1]
 
 
 @contextmanager
